@@ -1,0 +1,2 @@
+-- How many pairs there are.
+SELECT count(*) FROM history

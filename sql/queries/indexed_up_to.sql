@@ -1,0 +1,2 @@
+-- Notes how far the words are indexed.
+UPDATE indexed SET up_to = ?1

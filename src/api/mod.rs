@@ -1,0 +1,254 @@
+//! The service behind the HTTP door: admits, authenticates, answers each request and logs it. Knows
+//! the doors through what they offer; HTTP's bytes, ureq and SQL are theirs.
+
+mod ask;
+mod history;
+mod route;
+mod streaming;
+mod system;
+
+use std::borrow::Cow;
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::Instant;
+
+use subtle::ConstantTimeEq;
+
+use crate::config::{ApiKey, Config};
+use crate::error::{ApiError, Code};
+use crate::head::Head;
+use crate::http::{Call, Connections, Reply, Responder, Site};
+use crate::pool::Pool;
+use crate::store::Store;
+use crate::upstream::Line;
+use route::Endpoint;
+
+/// Everything a request needs.
+pub struct Api {
+    config: Config,
+    store: Arc<Store>,
+    pool: Pool<Line>,
+    connections: Connections,
+    draining: AtomicBool,
+    in_flight: AtomicUsize,
+    ids: (RandomState, AtomicU64),
+    anonymous: Arc<str>,
+}
+
+/// What is known of a request that was let in.
+pub struct Admitted {
+    endpoint: Endpoint,
+    /// Name of the client's key.
+    key: Arc<str>,
+}
+
+/// What became of an answer, for the log.
+#[derive(Default)]
+struct Done {
+    status: u16,
+    bytes: u64,
+    model: Option<String>,
+    code: Option<Code>,
+}
+
+impl Api {
+    /// The service on these doors.
+    pub fn new(config: Config, store: Arc<Store>, pool: Pool<Line>, connections: Connections) -> Api {
+        Api {
+            config,
+            store,
+            pool,
+            connections,
+            draining: AtomicBool::new(false),
+            in_flight: AtomicUsize::new(0),
+            ids: (RandomState::new(), AtomicU64::new(0)),
+            anonymous: "anonymous".into(),
+        }
+    }
+
+    /// From now on new requests are refused.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::SeqCst);
+    }
+
+    /// Requests that are being answered.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.load(Ordering::SeqCst)
+    }
+
+    /// The name of the key that the request brings. Errs with 401 and says what is wrong.
+    fn authenticate(&self, head: &Head) -> Result<Arc<str>, ApiError> {
+        if self.config.api_keys.is_empty() {
+            return Ok(Arc::clone(&self.anonymous));
+        }
+        let Some(given) = head.field("authorization") else {
+            return Err(ApiError::new(
+                Code::Unauthorized,
+                "no key given; send Authorization: Bearer KEY with one of the server's API_KEYS",
+            ));
+        };
+        let secret = match given.split_once(' ') {
+            Some((scheme, secret)) if scheme.eq_ignore_ascii_case("bearer") => secret.trim_start(),
+            _ => given,
+        };
+        find_key(&self.config.api_keys, secret).ok_or_else(|| {
+            ApiError::new(Code::Unauthorized, "wrong key; send Authorization: Bearer KEY with one of the server's API_KEYS")
+        })
+    }
+
+    fn respond(&self, endpoint: Endpoint, request: &Request, responder: Responder) -> Done {
+        let reply = match endpoint {
+            Endpoint::Ask => ask::ask(self, request, &responder),
+            Endpoint::Streaming => return streaming::stream(self, request, responder),
+            Endpoint::History => history::history(self, request).map(|reply| (reply, None)),
+            Endpoint::Livez => Ok((system::livez(), None)),
+            Endpoint::Readyz => Ok((system::readyz(self), None)),
+        };
+        match reply {
+            Ok((reply, model)) => send(responder, &reply, model, None),
+            Err(e) => refuse(responder, e, request.id),
+        }
+    }
+}
+
+/// A request that was let in, as the endpoints see it.
+struct Request<'a> {
+    id: &'a str,
+    key: &'a Arc<str>,
+    query: &'a str,
+    body: &'a [u8],
+    started: Instant,
+}
+
+impl Site for Api {
+    type Admitted = Admitted;
+
+    fn admit(&self, head: &Head) -> Result<Admitted, ApiError> {
+        let endpoint = route::route(head.method(), head.path())?;
+        if endpoint.is_public() {
+            return Ok(Admitted { endpoint, key: Arc::clone(&self.anonymous) });
+        }
+        let key = self.authenticate(head)?;
+        if self.draining.load(Ordering::SeqCst) {
+            return Err(ApiError::new(Code::ShuttingDown, "the server is shutting down; try again, on a new connection"));
+        }
+        if endpoint.takes_json() && !head.field("content-type").is_none_or(is_json) {
+            return Err(ApiError::new(Code::UnsupportedMediaType, "the body must be JSON: send Content-Type: application/json"));
+        }
+        Ok(Admitted { endpoint, key })
+    }
+
+    fn answer(&self, call: Call<Admitted>, responder: Responder) {
+        let _running = Running::new(&self.in_flight);
+        let (key, done) = match (call.admitted, &call.head) {
+            (Ok((Admitted { endpoint, key }, body)), Some(head)) => {
+                let request = Request { id: &call.id, key: &key, query: head.query(), body: &body, started: call.started };
+                let done = self.respond(endpoint, &request, responder);
+                (Some(key).filter(|_| !endpoint.is_public()), done)
+            }
+            (Err(e), _) => (None, refuse(responder, e, &call.id)),
+            (Ok(_), None) => {
+                (None, refuse(responder, ApiError::new(Code::Internal, "a request without a head was let in"), &call.id))
+            }
+        };
+        let (method, path) = call.head.as_ref().map_or(("-", "-"), |head| (head.method(), head.path()));
+        log::info!(
+            "request id={} client={} key={} method={method} path={path:.200} status={} ms={:.1} bytes={} model={} code={}",
+            call.id,
+            call.peer,
+            key.as_deref().unwrap_or("-"),
+            done.status,
+            call.started.elapsed().as_secs_f64() * 1000.0,
+            done.bytes,
+            done.model.as_deref().map_or(Cow::Borrowed("-"), one_word),
+            done.code.map_or("-", Code::name),
+        );
+    }
+
+    fn new_id(&self) -> String {
+        let mut hasher = self.ids.0.build_hasher();
+        hasher.write_u64(self.ids.1.fetch_add(1, Ordering::Relaxed));
+        format!("{:016x}", hasher.finish())
+    }
+}
+
+/// Counts a request as long as it lives.
+struct Running<'a>(&'a AtomicUsize);
+
+impl<'a> Running<'a> {
+    fn new(count: &'a AtomicUsize) -> Running<'a> {
+        count.fetch_add(1, Ordering::SeqCst);
+        Running(count)
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Compares with every key, each over the same length, so that time tells nothing about any.
+fn find_key(keys: &[ApiKey], secret: &str) -> Option<Arc<str>> {
+    let padded = |text: &str| {
+        let mut bytes = [0; ApiKey::MAX_SECRET];
+        let len = text.len().min(bytes.len());
+        bytes[..len].copy_from_slice(&text.as_bytes()[..len]);
+        bytes
+    };
+    let given = padded(secret);
+    let mut found = None;
+    for key in keys {
+        let same = given.ct_eq(&padded(&key.secret)) & (secret.len() as u64).ct_eq(&(key.secret.len() as u64));
+        if same.into() {
+            found = Some(Arc::clone(&key.name));
+        }
+    }
+    found
+}
+
+fn is_json(content_type: &str) -> bool {
+    let essence = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
+}
+
+/// A model's name as one word of a log line.
+fn one_word(text: &str) -> Cow<'_, str> {
+    if text.len() <= 100 && text.bytes().all(|b| b.is_ascii_graphic()) {
+        Cow::Borrowed(text)
+    } else {
+        Cow::Owned(text.chars().take(100).map(|c| if c.is_alphanumeric() || c.is_ascii_graphic() { c } else { '_' }).collect())
+    }
+}
+
+fn send(responder: Responder, reply: &Reply, model: Option<String>, code: Option<Code>) -> Done {
+    match responder.send(reply) {
+        Ok(bytes) => Done { status: reply.status, bytes, model, code },
+        Err(_) => Done { status: reply.status, bytes: 0, model, code: Some(Code::ClientGone) },
+    }
+}
+
+fn refuse(responder: Responder, e: ApiError, id: &str) -> Done {
+    if e.code == Code::ClientGone {
+        return Done { status: e.code.status(), code: Some(e.code), ..Done::default() };
+    }
+    let mut reply = Reply::json(e.code.status(), e.to_json(id));
+    if e.code == Code::Unauthorized {
+        reply.headers.push(("WWW-Authenticate", Cow::Borrowed("Bearer")));
+    }
+    reply.headers.extend(e.allow.map(|allow| ("Allow", Cow::Borrowed(allow))));
+    reply.headers.extend(e.retry_after.clone().map(|wait| ("Retry-After", Cow::Owned(wait))));
+    send(responder, &reply, None, Some(e.code))
+}
+
+fn overloaded(config: &Config) -> ApiError {
+    let text = format!("all {} workers are busy and the queue of {} is full; try again", config.workers, config.queue_size);
+    ApiError::new(Code::Overloaded, text)
+}
+
+/// A worker's thread ended without a word: its job panicked.
+fn lost() -> ApiError {
+    ApiError::new(Code::Internal, "the server failed at this request; its log says where")
+}

@@ -1,0 +1,38 @@
+//! What operators ask: does it live, can it work.
+
+use std::borrow::Cow;
+use std::sync::atomic::Ordering;
+
+use serde_json::json;
+
+use super::Api;
+use crate::config::Mode;
+use crate::http::Reply;
+
+/// `GET /livez`: 200 while the process lives.
+pub fn livez() -> Reply {
+    Reply::json(200, r#"{"status":"alive"}"#)
+}
+
+/// `GET /readyz`: 200 when history can be written and the server is not draining, else 503.
+pub fn readyz(api: &Api) -> Reply {
+    let load = api.pool.load();
+    let writable = api.store.writable();
+    let draining = api.draining.load(Ordering::SeqCst);
+    let ready = writable && !draining;
+    let body = json!({
+        "status": if draining { "draining" } else if ready { "ready" } else { "not ready" },
+        "mode": if api.config.mode == Mode::Upstream { "upstream" } else { "mock" },
+        "version": env!("CARGO_PKG_VERSION"),
+        "workers_busy": load.busy,
+        "workers_total": load.total,
+        "queue_length": load.queued,
+        "connections": api.connections.open(),
+        "history": if writable { "ok" } else { "unavailable" },
+    });
+    let mut reply = Reply::json(if ready { 200 } else { 503 }, body.to_string());
+    if !ready {
+        reply.headers.push(("Retry-After", Cow::Borrowed("1")));
+    }
+    reply
+}

@@ -1,0 +1,406 @@
+//! Every setting: its name, default, what is allowed, and the checked value. Reads the environment and
+//! `.env`, nothing else; knows no module but the start-up error.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use log::LevelFilter;
+
+use crate::error::StartError;
+
+/// A request's head must be complete this long after its first byte.
+pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// A connection may be silent this long between two requests.
+pub const KEEP_ALIVE: Duration = Duration::from_secs(60);
+/// A client that sends nothing of its body, or takes nothing of an answer, for this long is given up.
+pub const CLIENT_STALL: Duration = Duration::from_secs(30);
+/// Upstream connections are reused when they were idle for at most this long.
+pub const UPSTREAM_KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// One address of the upstream must accept within this time.
+pub const UPSTREAM_CONNECT: Duration = Duration::from_secs(5);
+/// How long a write waits for a lock that another process holds on the database.
+pub const DATABASE_BUSY: Duration = Duration::from_secs(5);
+/// The largest answer of the upstream, whole or one event of a stream, in bytes.
+pub const MAX_ANSWER: usize = 16 << 20;
+
+/// One line of `--help`: a variable, its default as text, and what it does.
+struct Setting(&'static str, &'static str, &'static str);
+
+const SETTINGS: &[Setting] = &[
+    Setting("HOST", "127.0.0.1", "address to listen on"),
+    Setting("PORT", "8000", "port to listen on; 0: any free one"),
+    Setting("DATABASE_PATH", "data/history.db", "SQLite file of the history; its folder is made"),
+    Setting("API_KEYS", "", "keys of the clients, NAME:SECRET,...; a bare secret is named default"),
+    Setting("AUTH", "on", "off: serve without keys on any address"),
+    Setting("OPENAI_API_KEY", "", "the upstream's key; without it the server mocks the LLM"),
+    Setting("OPENAI_BASE_URL", "https://api.openai.com/v1", "the upstream: its URL up to /chat/completions"),
+    Setting("OPENAI_MODEL", "gpt-4o-mini", "model for requests that name none"),
+    Setting("SYSTEM_PROMPT", "", "system message for requests that bring none"),
+    Setting("MOCK_MODE", "false", "true: answer without any upstream"),
+    Setting("MOCK_DELAY_MS", "300", "how long the mock thinks, 0 to 600000"),
+    Setting("WORKERS", "2048", "LLM calls at once, 1 to 32768; a thread each, started when first needed"),
+    Setting("QUEUE_SIZE", "512", "calls that may wait for a worker, 0 to 1000000; one more is answered 503"),
+    Setting("MAX_CONNECTIONS", "4096", "open client connections, 1 to 100000; more wait in the backlog"),
+    Setting("MAX_BODY_BYTES", "1048576", "request body, 1 to 1073741824 bytes"),
+    Setting("MAX_QUESTION_CHARS", "100000", "question, 1 to 1000000000 characters"),
+    Setting("HISTORY_LIMIT", "20", "pairs in one page of history when the client names no limit, 1 to 1000"),
+    Setting("HISTORY_SYNC", "full", "full: a power cut loses nothing; normal: it may lose the last moments"),
+    Setting("HISTORY_MAX_ROWS", "0", "pairs kept, the oldest go first; 0: all"),
+    Setting("HISTORY_MAX_DAYS", "0", "days a pair is kept; 0: for ever"),
+    Setting(
+        "UPSTREAM_TIMEOUT_SECS",
+        "60",
+        "a call with its retries, to the first byte of a stream or the whole answer, 1 to 86400",
+    ),
+    Setting("UPSTREAM_IDLE_SECS", "60", "silence after which a stream is given up, 1 to 86400"),
+    Setting("UPSTREAM_RETRIES", "2", "further attempts after a retryable failure, 0 to 10"),
+    Setting("STREAM_HEARTBEAT_SECS", "15", "silence after which a stream gets a comment line, 1 to 3600"),
+    Setting("SHUTDOWN_GRACE_SECS", "25", "time for running requests after SIGTERM, 0 to 86400"),
+    Setting("LOG_LEVEL", "info", "off, error, warn, info, debug or trace"),
+];
+
+/// Settings whose value is never repeated, not even when it is wrong.
+const SECRETS: &[&str] = &["API_KEYS", "OPENAI_API_KEY"];
+
+/// How a commit is made durable (<https://sqlite.org/pragma.html#pragma_synchronous>).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sync {
+    Full,
+    Normal,
+}
+
+/// A client's key: the name that history and log show, and the secret that neither does.
+#[derive(Clone)]
+pub struct ApiKey {
+    pub name: Arc<str>,
+    pub secret: String,
+}
+
+/// The LLM to ask.
+#[derive(Clone)]
+pub struct UpstreamUrl {
+    /// Up to and without `/chat/completions`, without credentials.
+    pub base: String,
+    /// What must not show up in any message: `user:password` of the URL as given, if it had one.
+    pub credentials: Option<String>,
+}
+
+/// Where answers come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    Upstream,
+    /// `MOCK_MODE` asked for it.
+    MockAsked,
+    /// No upstream key is set.
+    MockNoKey,
+}
+
+/// All settings, checked.
+#[derive(Clone)]
+pub struct Config {
+    pub host: IpAddr,
+    pub port: u16,
+    pub database_path: PathBuf,
+    /// Empty: no authentication.
+    pub api_keys: Vec<ApiKey>,
+    pub openai_api_key: String,
+    pub upstream: UpstreamUrl,
+    pub model: String,
+    pub system_prompt: Option<String>,
+    pub mode: Mode,
+    pub mock_delay: Duration,
+    pub workers: usize,
+    pub queue_size: usize,
+    pub max_connections: usize,
+    pub max_body_bytes: usize,
+    pub max_question_chars: usize,
+    pub history_limit: u32,
+    pub history_sync: Sync,
+    pub history_max_rows: u64,
+    pub history_max_days: u64,
+    pub upstream_timeout: Duration,
+    pub upstream_idle: Duration,
+    pub upstream_retries: u32,
+    pub stream_heartbeat: Duration,
+    pub shutdown_grace: Duration,
+    pub log_level: LevelFilter,
+}
+
+impl Config {
+    /// The settings from the process environment and, where that is silent, from `./.env`. A variable
+    /// set to nothing counts as not set. Errs with one line that names variable, value and rule.
+    pub fn load() -> Result<Config, StartError> {
+        let mut file = HashMap::new();
+        match dotenvy::from_path_iter(".env") {
+            Ok(lines) => {
+                for line in lines {
+                    let (name, value) = line.map_err(|e| StartError::usage(format!(".env: {e}; each line is NAME=VALUE")))?;
+                    file.insert(name, value);
+                }
+            }
+            Err(e) if e.not_found() => {}
+            Err(e) => return Err(StartError::usage(format!(".env cannot be read: {e}"))),
+        }
+        Config::from_lookup(|name| match std::env::var_os(name) {
+            Some(value) => Some(value.to_string_lossy().into_owned()),
+            None => file.get(name).cloned(),
+        })
+    }
+
+    fn from_lookup(lookup: impl Fn(&str) -> Option<String>) -> Result<Config, StartError> {
+        let given = Given { lookup: &lookup };
+        let host: IpAddr = match given.text("HOST").as_str() {
+            "localhost" => IpAddr::V4(Ipv4Addr::LOCALHOST),
+            text => text
+                .trim_matches(['[', ']'])
+                .parse()
+                .map_err(|_| given.bad("HOST", "an IP address such as 127.0.0.1, 0.0.0.0 or ::1"))?,
+        };
+        let auth = given.choice("AUTH", &[("on", true), ("off", false)])?;
+        let api_keys = api_keys(&given)?;
+        if !auth && !api_keys.is_empty() {
+            return Err(given.bad("AUTH", "on where API_KEYS is set; remove one of the two"));
+        }
+        if auth && api_keys.is_empty() && !host.is_loopback() {
+            return Err(given.bad(
+                "HOST",
+                "a loopback address while no API_KEYS are set; set API_KEYS=NAME:SECRET, or AUTH=off to serve everybody",
+            ));
+        }
+        let openai_api_key = given.text("OPENAI_API_KEY");
+        if !openai_api_key.bytes().all(|b| (0x21..0x7f).contains(&b)) {
+            return Err(given.bad("OPENAI_API_KEY", "printable ASCII without blanks"));
+        }
+        let booleans = &[
+            ("true", true),
+            ("1", true),
+            ("yes", true),
+            ("on", true),
+            ("false", false),
+            ("0", false),
+            ("no", false),
+            ("off", false),
+        ];
+        let mode = if given.choice("MOCK_MODE", booleans)? {
+            Mode::MockAsked
+        } else if openai_api_key.is_empty() {
+            Mode::MockNoKey
+        } else {
+            Mode::Upstream
+        };
+        Ok(Config {
+            host,
+            port: given.number("PORT", 0, 65535)? as u16,
+            database_path: PathBuf::from(given.text("DATABASE_PATH")),
+            api_keys,
+            openai_api_key,
+            upstream: upstream_url(&given)?,
+            model: given.text("OPENAI_MODEL"),
+            system_prompt: Some(given.text("SYSTEM_PROMPT")).filter(|s| !s.is_empty()),
+            mode,
+            mock_delay: Duration::from_millis(given.number("MOCK_DELAY_MS", 0, 600_000)?),
+            workers: given.number("WORKERS", 1, 32_768)? as usize,
+            queue_size: given.number("QUEUE_SIZE", 0, 1_000_000)? as usize,
+            max_connections: given.number("MAX_CONNECTIONS", 1, 100_000)? as usize,
+            max_body_bytes: given.number("MAX_BODY_BYTES", 1, 1 << 30)? as usize,
+            max_question_chars: given.number("MAX_QUESTION_CHARS", 1, 1_000_000_000)? as usize,
+            history_limit: given.number("HISTORY_LIMIT", 1, 1000)? as u32,
+            history_sync: given.choice("HISTORY_SYNC", &[("full", Sync::Full), ("normal", Sync::Normal)])?,
+            history_max_rows: given.number("HISTORY_MAX_ROWS", 0, i64::MAX as u64)?,
+            history_max_days: given.number("HISTORY_MAX_DAYS", 0, 36_500)?,
+            upstream_timeout: given.seconds("UPSTREAM_TIMEOUT_SECS", 1, 86_400)?,
+            upstream_idle: given.seconds("UPSTREAM_IDLE_SECS", 1, 86_400)?,
+            upstream_retries: given.number("UPSTREAM_RETRIES", 0, 10)? as u32,
+            stream_heartbeat: given.seconds("STREAM_HEARTBEAT_SECS", 1, 3600)?,
+            shutdown_grace: given.seconds("SHUTDOWN_GRACE_SECS", 0, 86_400)?,
+            log_level: given.choice(
+                "LOG_LEVEL",
+                &[
+                    ("off", LevelFilter::Off),
+                    ("error", LevelFilter::Error),
+                    ("warn", LevelFilter::Warn),
+                    ("info", LevelFilter::Info),
+                    ("debug", LevelFilter::Debug),
+                    ("trace", LevelFilter::Trace),
+                ],
+            )?,
+        })
+    }
+
+    /// The text of `--help`: usage and every setting with its default.
+    pub fn help() -> String {
+        let mut text = String::from(
+            "ai-proxy: asks an OpenAI-compatible LLM, streams its answers, keeps the history\n\n\
+             usage: ai-proxy [serve]       serve (the default)\n\
+             \x20      ai-proxy healthcheck   ask the running server's /livez: exit 0 or 1\n\
+             \x20      ai-proxy --help | --version\n\n\
+             settings, from the environment or ./.env (the environment wins):\n",
+        );
+        for Setting(name, default, what) in SETTINGS {
+            let default = if default.is_empty() { "not set" } else { default };
+            text.push_str(&format!("  {name:<22} {what} [{default}]\n"));
+        }
+        text
+    }
+}
+
+/// The settings as text, before they are checked.
+struct Given<'a> {
+    lookup: &'a dyn Fn(&str) -> Option<String>,
+}
+
+impl Given<'_> {
+    fn text(&self, name: &str) -> String {
+        let given = (self.lookup)(name).unwrap_or_default();
+        let given = given.trim();
+        if !given.is_empty() {
+            return given.to_string();
+        }
+        let known = SETTINGS.iter().find(|setting| setting.0 == name);
+        known.map(|setting| setting.1.to_string()).unwrap_or_default()
+    }
+
+    fn bad(&self, name: &str, allowed: &str) -> StartError {
+        let given = if SECRETS.contains(&name) {
+            "the value given (not shown)".to_string()
+        } else {
+            format!("{:?}", redact_userinfo(&self.text(name)))
+        };
+        StartError::usage(format!("{name}: {given} is not allowed; it must be {allowed}"))
+    }
+
+    fn number(&self, name: &str, least: u64, most: u64) -> Result<u64, StartError> {
+        let number = self.text(name).parse().ok();
+        number
+            .filter(|n| (least..=most).contains(n))
+            .ok_or_else(|| self.bad(name, &format!("a whole number from {least} to {most}")))
+    }
+
+    fn seconds(&self, name: &str, least: u64, most: u64) -> Result<Duration, StartError> {
+        self.number(name, least, most).map(Duration::from_secs)
+    }
+
+    fn choice<T: Copy>(&self, name: &str, choices: &[(&str, T)]) -> Result<T, StartError> {
+        let text = self.text(name).to_ascii_lowercase();
+        let found = choices.iter().find(|(word, _)| *word == text);
+        found.map(|(_, value)| *value).ok_or_else(|| {
+            let words: Vec<&str> = choices.iter().map(|(word, _)| *word).collect();
+            self.bad(name, &format!("one of {}", words.join(", ")))
+        })
+    }
+}
+
+fn api_keys(given: &Given) -> Result<Vec<ApiKey>, StartError> {
+    let mut keys: Vec<ApiKey> = Vec::new();
+    for entry in given.text("API_KEYS").split(',').map(str::trim) {
+        if entry.is_empty() {
+            continue;
+        }
+        let (name, secret) = entry.split_once(':').unwrap_or(("default", entry));
+        let named_well = (1..=64).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+        let secret_well = (1..=ApiKey::MAX_SECRET).contains(&secret.len()) && secret.bytes().all(|b| (0x21..0x7f).contains(&b));
+        let new = keys.iter().all(|key| &*key.name != name && key.secret != secret);
+        if !(named_well && secret_well && new) {
+            return Err(given.bad(
+                "API_KEYS",
+                "NAME:SECRET,NAME:SECRET,... with names of 1 to 64 letters, digits, '.', '_' or '-', \
+                 secrets of 1 to 256 printable ASCII characters without blanks, and none of them twice",
+            ));
+        }
+        keys.push(ApiKey { name: name.into(), secret: secret.to_string() });
+    }
+    Ok(keys)
+}
+
+impl ApiKey {
+    /// The longest secret, in bytes.
+    pub const MAX_SECRET: usize = 256;
+}
+
+fn upstream_url(given: &Given) -> Result<UpstreamUrl, StartError> {
+    let url = given.text("OPENAI_BASE_URL");
+    let bad = || given.bad("OPENAI_BASE_URL", "http:// or https://, a host, and a path such as /v1, without ? or #");
+    let (scheme, rest) = url.split_once("://").ok_or_else(bad)?;
+    let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let (credentials, host) = match authority.rsplit_once('@') {
+        Some((credentials, host)) => (Some(credentials.to_string()), host),
+        None => (None, authority),
+    };
+    let port_ok = match host.rsplit_once(':') {
+        Some((_, port)) if !port.ends_with(']') => port.parse::<u16>().is_ok_and(|p| p > 0),
+        _ => true,
+    };
+    let clean = !host.is_empty()
+        && !host.starts_with(':')
+        && port_ok
+        && rest.bytes().all(|b| (0x21..0x7f).contains(&b) && !b"?#\"<>\\^`{|}".contains(&b));
+    if !clean || !matches!(scheme, "http" | "https") {
+        return Err(bad());
+    }
+    Ok(UpstreamUrl { base: format!("{scheme}://{host}{}", path.trim_end_matches('/')), credentials })
+}
+
+/// The URL with `user:password@` taken out, where it has one.
+fn redact_userinfo(text: &str) -> String {
+    match (text.find("://"), text.rfind('@')) {
+        (Some(scheme), Some(at)) if at > scheme => format!("{}***{}", &text[..scheme + 3], &text[at..]),
+        _ => text.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(pairs: &[(&str, &str)]) -> Result<Config, StartError> {
+        Config::from_lookup(|name| pairs.iter().find(|(n, _)| *n == name).map(|(_, v)| v.to_string()))
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_table() {
+        let config = config(&[]).unwrap_or_else(|e| panic!("{}", e.message));
+        assert_eq!(config.port, 8000);
+        assert_eq!(config.upstream.base, "https://api.openai.com/v1");
+        assert_eq!(config.mode, Mode::MockNoKey);
+    }
+
+    #[test]
+    fn keys_are_named_or_default() {
+        let config = config(&[("API_KEYS", "alice:s:1, bare")]).unwrap_or_else(|e| panic!("{}", e.message));
+        let keys: Vec<_> = config.api_keys.iter().map(|k| (&*k.name, &*k.secret)).collect();
+        assert_eq!(keys, [("alice", "s:1"), ("default", "bare")]);
+    }
+
+    #[test]
+    fn a_bad_value_is_named_but_a_secret_is_not() {
+        for (name, value) in [
+            ("PORT", "http"),
+            ("WORKERS", "0"),
+            ("AUTH", "maybe"),
+            ("HOST", "0.0.0.0"),
+            ("OPENAI_BASE_URL", "ftp://x"),
+            ("HISTORY_SYNC", "off"),
+        ] {
+            let e = config(&[(name, value)]).err().map(|e| e.message).unwrap_or_default();
+            assert!(e.contains(name) && e.contains(value), "{e}");
+        }
+        for (name, value) in [
+            ("API_KEYS", "a:hidden,b:hidden"),
+            ("OPENAI_API_KEY", "hid den"),
+            ("OPENAI_BASE_URL", "http://user:hidden@host:port/v1"),
+        ] {
+            let e = config(&[(name, value)]).err().map(|e| e.message).unwrap_or_default();
+            assert!(e.contains(name) && !e.contains("hid"), "{e}");
+        }
+    }
+
+    #[test]
+    fn credentials_leave_the_url() {
+        let config = config(&[("OPENAI_BASE_URL", "http://u:p@h:81/v1/")]).unwrap_or_else(|e| panic!("{}", e.message));
+        assert_eq!(config.upstream.base, "http://h:81/v1");
+        assert_eq!(config.upstream.credentials.as_deref(), Some("u:p"));
+    }
+}

@@ -1,0 +1,157 @@
+//! What can go wrong, in the two audiences' words: `ApiError` for a client, `StartError` for whoever
+//! starts the program. Knows no module of this crate and nothing of HTTP beyond status numbers.
+
+use std::fmt;
+
+/// The cause of a refused or failed request, as listed in the README's error table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Code {
+    InvalidJson,
+    BadRequest,
+    UpstreamRejected,
+    Unauthorized,
+    NotFound,
+    MethodNotAllowed,
+    RequestTimeout,
+    BodyTooLarge,
+    UriTooLong,
+    UnsupportedMediaType,
+    ExpectationFailed,
+    InvalidRequest,
+    HeadersTooLarge,
+    UpstreamRateLimited,
+    ClientGone,
+    Internal,
+    UpstreamError,
+    UpstreamBadAnswer,
+    UpstreamUnavailable,
+    UpstreamTimeout,
+    Overloaded,
+    ShuttingDown,
+    HistoryUnavailable,
+    VersionNotSupported,
+}
+
+impl Code {
+    /// The machine-readable name that goes out as `error.code`, and the HTTP status it comes with.
+    pub fn facts(self) -> (&'static str, u16) {
+        match self {
+            Code::InvalidJson => ("invalid_json", 400),
+            Code::BadRequest => ("bad_request", 400),
+            Code::UpstreamRejected => ("upstream_rejected", 400),
+            Code::Unauthorized => ("unauthorized", 401),
+            Code::NotFound => ("not_found", 404),
+            Code::MethodNotAllowed => ("method_not_allowed", 405),
+            Code::RequestTimeout => ("request_timeout", 408),
+            Code::BodyTooLarge => ("body_too_large", 413),
+            Code::UriTooLong => ("uri_too_long", 414),
+            Code::UnsupportedMediaType => ("unsupported_media_type", 415),
+            Code::ExpectationFailed => ("expectation_failed", 417),
+            Code::InvalidRequest => ("invalid_request", 422),
+            Code::HeadersTooLarge => ("headers_too_large", 431),
+            Code::UpstreamRateLimited => ("upstream_rate_limited", 429),
+            // Never sent, since nobody is there to read it: it stands in the log, as nginx has it.
+            Code::ClientGone => ("client_gone", 499),
+            Code::Internal => ("internal_error", 500),
+            Code::UpstreamError => ("upstream_error", 502),
+            Code::UpstreamBadAnswer => ("upstream_bad_answer", 502),
+            Code::UpstreamUnavailable => ("upstream_unavailable", 503),
+            Code::UpstreamTimeout => ("upstream_timeout", 503),
+            Code::Overloaded => ("overloaded", 503),
+            Code::ShuttingDown => ("shutting_down", 503),
+            Code::HistoryUnavailable => ("history_unavailable", 503),
+            Code::VersionNotSupported => ("http_version_not_supported", 505),
+        }
+    }
+
+    /// `error.code`.
+    pub fn name(self) -> &'static str {
+        self.facts().0
+    }
+
+    /// The HTTP status, 400 to 599.
+    pub fn status(self) -> u16 {
+        self.facts().1
+    }
+
+    /// `error.type`, in OpenAI's vocabulary, by which SDKs choose an exception class.
+    pub fn kind(self) -> &'static str {
+        match self.status() {
+            401 => "authentication_error",
+            429 => "rate_limit_error",
+            400..=499 => "invalid_request_error",
+            _ => "api_error",
+        }
+    }
+}
+
+/// A request's failure before its first byte went out: it can still become a status.
+#[derive(Clone, Debug)]
+pub struct ApiError {
+    pub code: Code,
+    /// For people: the cause, and what to do about it.
+    pub message: String,
+    /// The request field at fault.
+    pub param: Option<String>,
+    /// The value of the `Retry-After` header, passed on as it came or in seconds.
+    pub retry_after: Option<String>,
+    /// The value of the `Allow` header, for a 405 only.
+    pub allow: Option<&'static str>,
+}
+
+impl ApiError {
+    /// An error of `code` with a text for people; every 503 gets `Retry-After: 1` here.
+    pub fn new(code: Code, message: impl Into<String>) -> ApiError {
+        ApiError {
+            code,
+            message: message.into(),
+            param: None,
+            retry_after: (code.status() == 503).then(|| "1".to_string()),
+            allow: None,
+        }
+    }
+
+    /// A 422 that names the field at fault.
+    pub fn invalid(param: &str, message: impl Into<String>) -> ApiError {
+        ApiError { param: Some(param.to_string()), ..ApiError::new(Code::InvalidRequest, message) }
+    }
+
+    /// The JSON object of this error, `{"error": {...}}`, in the shape of
+    /// <https://platform.openai.com/docs/guides/error-codes>, with the id of the request it answers.
+    pub fn to_json(&self, request_id: &str) -> String {
+        serde_json::json!({"error": {
+            "message": self.message,
+            "type": self.code.kind(),
+            "code": self.code.name(),
+            "param": self.param,
+            "request_id": request_id,
+        }})
+        .to_string()
+    }
+}
+
+impl fmt::Display for ApiError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.code.name(), self.message)
+    }
+}
+
+/// Why the program does not start or has to stop: one line for stderr, and the exit code.
+#[derive(Debug)]
+pub struct StartError {
+    pub message: String,
+    /// 2 for what the caller typed or set, 1 for what the machine refused.
+    pub exit: u8,
+}
+
+impl StartError {
+    /// A bad command line or setting: exit code 2.
+    pub fn usage(message: impl Into<String>) -> StartError {
+        StartError { message: message.into(), exit: 2 }
+    }
+
+    /// The machine does not let us: exit code 1.
+    pub fn machine(message: impl Into<String>) -> StartError {
+        StartError { message: message.into(), exit: 1 }
+    }
+}

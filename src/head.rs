@@ -1,0 +1,347 @@
+//! The head of a request, held against RFC 9112 and our limits before the HTTP library sees a byte of
+//! it. Pure: bytes in, verdict out.
+
+use crate::error::{ApiError, Code};
+
+/// The largest head, from the request line to the empty line, in bytes.
+pub const MAX_HEAD: usize = 16 * 1024;
+/// The longest request target, in bytes.
+pub const MAX_TARGET: usize = 8 * 1024;
+/// The largest number of header fields.
+pub const MAX_FIELDS: usize = 100;
+
+/// How the body is delimited (RFC 9112, section 6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Framing {
+    /// This many bytes; 0 also where the head says nothing.
+    Length(u64),
+    Chunked,
+}
+
+/// A complete head that broke no rule.
+#[derive(Debug)]
+pub struct Head {
+    /// The head's bytes, the empty line included; the ranges below point into it.
+    bytes: Vec<u8>,
+    method: (usize, usize),
+    target: (usize, usize),
+    fields: Vec<[usize; 4]>,
+    pub http10: bool,
+    pub framing: Framing,
+    /// The client will send no further request on this connection.
+    pub close: bool,
+    /// The client waits for `100 Continue` before it sends the body.
+    pub expects_continue: bool,
+    /// The client offers another protocol; we never take the offer.
+    pub upgrade: bool,
+}
+
+impl Head {
+    /// Reads the head at the start of `bytes`: `None` while it is incomplete. Errs with 400, 414, 417,
+    /// 431 or 505, after which nothing more may be read from the connection.
+    pub fn parse(bytes: &[u8]) -> Result<Option<Head>, ApiError> {
+        // A line is ended by CRLF and by nothing else (RFC 9112, section 2.2, lets us refuse the rest).
+        let mut lines = Vec::with_capacity(16);
+        let mut start = 0;
+        let len = loop {
+            let window = &bytes[start..bytes.len().min(MAX_HEAD)];
+            match window.iter().position(|b| matches!(b, b'\r' | b'\n')) {
+                Some(at) if window[at] == b'\n' => return Err(bad("a line ends with a bare LF; lines end with CRLF")),
+                Some(at) => match window.get(at + 1) {
+                    Some(b'\n') if at == 0 && lines.is_empty() => return Err(bad("the request line is empty")),
+                    Some(b'\n') if at == 0 => break start + 2,
+                    Some(b'\n') => {
+                        lines.push((start, start + at));
+                        start += at + 2;
+                    }
+                    Some(_) => return Err(bad("a CR without its LF")),
+                    None => return incomplete(bytes, lines.is_empty()),
+                },
+                None => return incomplete(bytes, lines.is_empty()),
+            }
+            if lines.len() > MAX_FIELDS + 1 {
+                return Err(ApiError::new(Code::HeadersTooLarge, format!("more than {MAX_FIELDS} header fields")));
+            }
+        };
+        Head::judge(&bytes[..len], &lines).map(Some)
+    }
+
+    /// Bytes of the head, the empty line included.
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// The method as sent; it is a token.
+    pub fn method(&self) -> &str {
+        std::str::from_utf8(&self.bytes[self.method.0..self.method.1]).unwrap_or_default()
+    }
+
+    /// The target's path, not decoded, without query; `*` for the asterisk form.
+    pub fn path(&self) -> &str {
+        self.split_target().0
+    }
+
+    /// What follows the target's first `?`, not decoded; empty where there is none.
+    pub fn query(&self) -> &str {
+        self.split_target().1
+    }
+
+    fn split_target(&self) -> (&str, &str) {
+        let target = std::str::from_utf8(&self.bytes[self.target.0..self.target.1]).unwrap_or_default();
+        target.split_once('?').unwrap_or((target, ""))
+    }
+
+    /// The value of the first field of that name (in any case), without surrounding blanks.
+    pub fn field(&self, name: &str) -> Option<&str> {
+        let mut named = self.fields.iter().filter(|f| self.bytes[f[0]..f[1]].eq_ignore_ascii_case(name.as_bytes()));
+        named.next().and_then(|f| std::str::from_utf8(&self.bytes[f[2]..f[3]]).ok())
+    }
+
+    fn judge(head: &[u8], lines: &[(usize, usize)]) -> Result<Head, ApiError> {
+        let (method, target, http10) = request_line(head, lines[0])?;
+        let mut fields = Vec::with_capacity(lines.len() - 1);
+        for line in &lines[1..] {
+            fields.push(field(head, *line)?);
+        }
+        let mut judged = Head {
+            bytes: head.to_vec(),
+            method,
+            target,
+            fields,
+            http10,
+            framing: Framing::Length(0),
+            close: http10,
+            expects_continue: false,
+            upgrade: false,
+        };
+        judged.judge_fields()?;
+        Ok(judged)
+    }
+
+    fn judge_fields(&mut self) -> Result<(), ApiError> {
+        let (mut hosts, mut lengths, mut codings) = (0, 0, 0);
+        for [name, name_end, value, value_end] in &self.fields {
+            let (name, value) = (&self.bytes[*name..*name_end], &self.bytes[*value..*value_end]);
+            let is = |wanted: &str| name.eq_ignore_ascii_case(wanted.as_bytes());
+            if is("host") {
+                hosts += 1;
+                if value.iter().any(|b| !b.is_ascii_graphic() || b"/?#@,\\".contains(b)) {
+                    return Err(bad("Host is not a host and port"));
+                }
+            } else if is("content-length") {
+                lengths += 1;
+                if value.is_empty() || !value.iter().all(u8::is_ascii_digit) {
+                    return Err(bad("Content-Length is not a number"));
+                }
+                // More digits than a u64 holds are still a length, only larger than any limit.
+                let digits = std::str::from_utf8(value).unwrap_or_default();
+                self.framing = Framing::Length(digits.parse().unwrap_or(u64::MAX));
+            } else if is("transfer-encoding") {
+                codings += 1;
+                if value != b"chunked" {
+                    return Err(bad("Transfer-Encoding is not chunked, the only coding known here"));
+                }
+            } else if is("expect") {
+                if !value.eq_ignore_ascii_case(b"100-continue") {
+                    return Err(ApiError::new(
+                        Code::ExpectationFailed,
+                        "Expect is not 100-continue, the only expectation known here",
+                    ));
+                }
+                self.expects_continue = !self.http10;
+            } else if is("connection") {
+                // The library looks for these words anywhere in the value, so we do the same.
+                let value = value.to_ascii_lowercase();
+                let has = |word: &[u8]| value.windows(word.len()).any(|w| w == word);
+                self.upgrade |= has(b"upgrade");
+                self.close |= has(b"close") || has(b"upgrade");
+            }
+        }
+        match hosts {
+            0 if !self.http10 => return Err(bad("Host is missing")),
+            0 | 1 => {}
+            _ => return Err(bad("Host is there more than once")),
+        }
+        match (lengths, codings) {
+            (0, 0) | (1, 0) => {}
+            (0, 1) if self.http10 => return Err(bad("HTTP/1.0 has no Transfer-Encoding")),
+            (0, 1) if self.upgrade => return Err(bad("a chunked body together with an upgrade")),
+            (0, 1) => self.framing = Framing::Chunked,
+            (_, 0) => return Err(bad("Content-Length is there more than once")),
+            (0, _) => return Err(bad("Transfer-Encoding is there more than once")),
+            _ => return Err(bad("Content-Length together with Transfer-Encoding")),
+        }
+        Ok(())
+    }
+}
+
+fn bad(message: &str) -> ApiError {
+    ApiError::new(Code::BadRequest, format!("malformed request: {message}"))
+}
+
+fn incomplete(bytes: &[u8], in_request_line: bool) -> Result<Option<Head>, ApiError> {
+    if in_request_line && bytes.len() > MAX_TARGET + 64 {
+        return Err(too_long());
+    }
+    if bytes.len() >= MAX_HEAD {
+        return Err(ApiError::new(Code::HeadersTooLarge, format!("the header block is larger than {MAX_HEAD} bytes")));
+    }
+    // What cannot begin a request is refused at once, not when the client tires of waiting.
+    let method = bytes.split(|b| *b == b' ').next().unwrap_or_default();
+    if in_request_line && !method.iter().all(|b| is_token(*b)) {
+        return Err(bad("the method is not a token"));
+    }
+    Ok(None)
+}
+
+fn too_long() -> ApiError {
+    ApiError::new(Code::UriTooLong, format!("the request target is longer than {MAX_TARGET} bytes"))
+}
+
+type Range = (usize, usize);
+
+fn request_line(head: &[u8], (start, end): Range) -> Result<(Range, Range, bool), ApiError> {
+    let line = &head[start..end];
+    let mut blanks = (0..line.len()).filter(|at| line[*at] == b' ');
+    let (Some(first), Some(second), None) = (blanks.next(), blanks.next(), blanks.next()) else {
+        return Err(bad("the request line is not METHOD TARGET VERSION"));
+    };
+    let (method, target, version) = (&line[..first], &line[first + 1..second], &line[second + 1..]);
+    if method.is_empty() || method.len() > 32 || !method.iter().all(|b| is_token(*b)) {
+        return Err(bad("the method is not a token"));
+    }
+    if target.len() > MAX_TARGET {
+        return Err(too_long());
+    }
+    let http10 = match version {
+        b"HTTP/1.1" => false,
+        b"HTTP/1.0" => true,
+        [b'H', b'T', b'T', b'P', b'/', major, b'.', minor] if major.is_ascii_digit() && minor.is_ascii_digit() => {
+            return Err(ApiError::new(Code::VersionNotSupported, "only HTTP/1.1 and HTTP/1.0 are spoken here"));
+        }
+        _ => return Err(bad("the version is not HTTP/1.1")),
+    };
+    if !target.iter().all(u8::is_ascii_graphic) {
+        return Err(bad("the target has characters that a URL cannot have"));
+    }
+    let mut target = (start + first + 1, start + second);
+    // The absolute form, as clients of a proxy send it, means the same path here.
+    let text = &head[target.0..target.1];
+    if let Some(scheme) = [&b"http://"[..], b"https://"].iter().find(|s| text.starts_with(s)) {
+        let path = text[scheme.len()..].iter().position(|b| *b == b'/').ok_or_else(|| bad("the target has no path"))?;
+        target.0 += scheme.len() + path;
+    } else if text != b"*" && !text.starts_with(b"/") {
+        return Err(bad("the target does not start with /"));
+    }
+    Ok(((start, start + first), target, http10))
+}
+
+fn field(head: &[u8], (start, end): Range) -> Result<[usize; 4], ApiError> {
+    let line = &head[start..end];
+    if matches!(line[0], b' ' | b'\t') {
+        return Err(bad("a header line starts with a blank (obs-fold)"));
+    }
+    let colon = line.iter().position(|b| *b == b':').ok_or_else(|| bad("a header line has no colon"))?;
+    // Narrower than a token (RFC 9110, section 5.6.2), because the library is.
+    if colon == 0 || !line[..colon].iter().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(b)) {
+        return Err(bad("a header name has other characters than letters, digits, '-' and '_'"));
+    }
+    let value = &line[colon + 1..];
+    if value.iter().any(|b| (*b < 0x20 && *b != b'\t') || *b >= 0x7f) {
+        return Err(bad("a header value has control characters or is not ASCII"));
+    }
+    let blank = |b: &u8| matches!(b, b' ' | b'\t');
+    let left = value.iter().take_while(|b| blank(b)).count();
+    let right = value.iter().rev().take_while(|b| blank(b)).count().min(value.len() - left);
+    Ok([start, start + colon, start + colon + 1 + left, end - right])
+}
+
+/// A token's characters (RFC 9110, section 5.6.2).
+fn is_token(b: u8) -> bool {
+    b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn verdict(head: &str) -> u16 {
+        match Head::parse(head.as_bytes()) {
+            Ok(Some(_)) => 200,
+            Ok(None) => 0,
+            Err(e) => e.code.status(),
+        }
+    }
+
+    #[test]
+    fn a_plain_head_is_read() {
+        let text = "POST /api/ask?x=1&y HTTP/1.1\r\nHost: a:1\r\nContent-Length: 5\r\nX-Name:\t v \r\n\r\nhello";
+        let head = Head::parse(text.as_bytes()).expect("no rule broken").expect("complete");
+        assert_eq!((head.method(), head.path(), head.query()), ("POST", "/api/ask", "x=1&y"));
+        assert_eq!(head.field("x-NAME"), Some("v"));
+        assert_eq!(head.framing, Framing::Length(5));
+        assert_eq!(head.len(), text.len() - 5);
+        assert!(!head.close);
+    }
+
+    #[test]
+    fn every_prefix_of_a_good_head_is_incomplete() {
+        let text = "GET http://a/x HTTP/1.1\r\nHost: a\r\nA: b\r\n\r\n";
+        for end in 0..text.len() {
+            assert_eq!(verdict(&text[..end]), 0, "{:?}", &text[..end]);
+        }
+        assert_eq!(verdict(text), 200);
+    }
+
+    #[test]
+    fn broken_heads_are_refused() {
+        for (head, status) in [
+            ("GET / HTTP/1.1\r\n\r\n", 400),
+            ("GET / HTTP/1.0\r\n\r\n", 200),
+            ("GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400),
+            ("GET / HTTP/1.1\nHost: a\n\n", 400),
+            ("GET / HTTP/1.1\r\nHost: a\rb\r\n\r\n", 400),
+            ("GET / HTTP/1.1\r\nHost: a\r\nA: b\0c\r\n\r\n", 400),
+            ("GET / HTTP/1.1\r\nHost: a\r\n b: c\r\n\r\n", 400),
+            ("GET / HTTP/1.1\r\nHost: a\r\nb : c\r\n\r\n", 400),
+            ("GET / HTTP/1.1\r\nHost: a\r\n: c\r\n\r\n", 400),
+            ("GET / HTTP/1.1\r\nHost: a\r\nb\r\n\r\n", 400),
+            ("\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+            ("GET  / HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+            ("GET / HTTP/1.1 \r\nHost: a\r\n\r\n", 400),
+            ("GET / http/1.1\r\nHost: a\r\n\r\n", 400),
+            ("GET / HTTP/2.0\r\nHost: a\r\n\r\n", 505),
+            ("PRI * HTTP/2.0\r\n\r\n", 505),
+            ("GET x HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+            ("GET /é HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+            ("G\u{16}T", 400),
+            ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: abc\r\n\r\n", 400),
+            ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n", 400),
+            ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: +1\r\n\r\n", 400),
+            ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length:\r\n\r\n", 400),
+            ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
+            ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1, 1\r\n\r\n", 400),
+            ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999999999999999\r\n\r\n", 200),
+            ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+            ("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", 400),
+            ("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+            ("POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+            ("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n", 200),
+            ("POST / HTTP/1.1\r\nHost: a\r\nExpect: 200-ok\r\n\r\n", 417),
+        ] {
+            assert_eq!(verdict(head), status, "{head:?}");
+        }
+    }
+
+    #[test]
+    fn limits_hold_whether_or_not_the_head_ends() {
+        let long = "a".repeat(MAX_HEAD);
+        assert_eq!(verdict(&format!("GET /{} HTTP/1.1\r\nHost: a\r\n\r\n", &long[..MAX_TARGET])), 414);
+        assert_eq!(verdict(&format!("GET /{long}")), 414);
+        assert_eq!(verdict(&format!("GET / HTTP/1.1\r\nHost: a\r\nA: {long}")), 431);
+        assert_eq!(verdict(&format!("GET / HTTP/1.1\r\nHost: a\r\nA: {long}\r\n\r\n")), 431);
+        let many = "A: b\r\n".repeat(MAX_FIELDS);
+        assert_eq!(verdict(&format!("GET / HTTP/1.1\r\n{many}")), 0);
+        assert_eq!(verdict(&format!("GET / HTTP/1.1\r\nHost: a\r\n{many}\r\n")), 431);
+    }
+}

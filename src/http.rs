@@ -1,0 +1,698 @@
+//! The door to HTTP clients, and the only file that names tiny_http: listens, accepts, reads requests
+//! within limits, writes answers and streams. Knows nothing of what requests mean.
+//!
+//! tiny_http parses and delimits; everything it has no limit for is looked at before it reads
+//! (`Connection::next_head`), with the pure rules of `head`.
+
+mod socket;
+
+use std::borrow::Cow;
+use std::collections::HashSet;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{RecvFlags, sockopt};
+use tiny_http::{Request, Server, SslContextWrap};
+
+use crate::config::{self, Config};
+use crate::error::{ApiError, Code, StartError};
+use crate::head::{Framing, Head, MAX_HEAD};
+
+/// Bodies up to this size are read by the library together with the head, without asking us.
+const EAGER_BODY: usize = 1024;
+/// The first look at a request takes so many bytes; only larger heads make it grow.
+const FIRST_LOOK: usize = 2048;
+const LARGEST_LOOK: usize = MAX_HEAD + EAGER_BODY;
+
+/// The listening socket and the connections that came from it.
+pub struct Listener {
+    listener: tiny_http::Listener,
+    ssl: SslContextWrap,
+    local: SocketAddr,
+    live: Arc<Live>,
+    max_connections: usize,
+    max_body: usize,
+}
+
+/// The open connections, by their sockets' cookies.
+#[derive(Default)]
+struct Live {
+    cookies: Mutex<HashSet<u64>>,
+    room: Condvar,
+}
+
+impl Live {
+    fn lock(&self) -> MutexGuard<'_, HashSet<u64>> {
+        self.cookies.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Takes a connection off the list when everything of it is closed.
+struct Listed {
+    live: Arc<Live>,
+    cookie: u64,
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        self.live.lock().remove(&self.cookie);
+        self.live.room.notify_one();
+    }
+}
+
+impl Listener {
+    /// Listens on the configured address. Errs with one line when it is taken or not ours.
+    pub fn bind(config: &Config) -> Result<Listener, StartError> {
+        let wanted = SocketAddr::new(config.host, config.port);
+        let failed = |e: io::Error| match e.kind() {
+            io::ErrorKind::AddrInUse => {
+                StartError::machine(format!("cannot listen on {wanted}: the port is taken; stop the other program or set PORT"))
+            }
+            _ => StartError::machine(format!("cannot listen on {wanted}: {e}; check HOST and PORT")),
+        };
+        let listener = TcpListener::bind(wanted).map_err(failed)?;
+        prepare(&listener).map_err(failed)?;
+        let local = listener.local_addr().map_err(failed)?;
+        let ssl = SslContextWrap::build_ssl_capabilities(None).map_err(|e| StartError::machine(e.to_string()))?;
+        Ok(Listener {
+            listener: listener.into(),
+            ssl,
+            local,
+            live: Arc::default(),
+            max_connections: config.max_connections,
+            max_body: config.max_body_bytes,
+        })
+    }
+
+    /// The address that clients connect to.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local
+    }
+
+    /// A counter of open connections that outlives the listener.
+    pub fn connections(&self) -> Connections {
+        Connections(Arc::clone(&self.live))
+    }
+
+    /// Waits for the next client, at most a second, and for room where as many connections are open as
+    /// may be. `None`: none came, or `stop` has something to read. Running out of descriptors is an error
+    /// to wait out.
+    pub fn accept(&self, stop: &UnixStream) -> io::Result<Option<Connection>> {
+        const TICK: Duration = Duration::from_millis(100);
+        const PATIENCE: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+        {
+            let live = self.live.lock();
+            if live.len() >= self.max_connections {
+                let (live, _) = self.live.room.wait_timeout(live, TICK).unwrap_or_else(PoisonError::into_inner);
+                if live.len() >= self.max_connections {
+                    return Ok(None);
+                }
+            }
+        }
+        let mut ready = [PollFd::new(&self.listener, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
+        match poll(&mut ready, Some(&PATIENCE)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) if ready[0].revents().is_empty() || !ready[1].revents().is_empty() => {
+                return Ok(None);
+            }
+            Ok(_) => {}
+            Err(e) => return Err(e.into()),
+        }
+        let lowest = self.spare_descriptors()?;
+        // The library unwraps where its second descriptor fails; we saw to it that there are enough, but
+        // another thread may have been faster.
+        let accepted = catch_unwind(AssertUnwindSafe(|| Server::accept_connection(&self.listener, &self.ssl)))
+            .unwrap_or_else(|_| Err(io::Error::other("out of file descriptors in the midst of accepting")));
+        let client = match accepted {
+            Ok(Some(client)) => client,
+            Ok(None) => return Ok(None),
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => return Ok(None),
+            Err(e) => return Err(e),
+        };
+        let mut live = self.live.lock();
+        let found = socket::adopt_accepted(lowest, self.local, |cookie| live.contains(&cookie));
+        let Some((stream, cookie)) = found else {
+            return Err(io::Error::other("the accepted socket was not found; the connection is dropped"));
+        };
+        live.insert(cookie);
+        drop(live);
+        let peer = stream.peer_addr().unwrap_or(self.local);
+        let stream = Arc::new(stream);
+        let listed = Listed { live: Arc::clone(&self.live), cookie };
+        Ok(Some(Connection {
+            client: Some(Box::new(client.map(Result::ok))),
+            stream,
+            peer,
+            window: Vec::new(),
+            ahead: 0,
+            taken: 0,
+            max_body: self.max_body,
+            _listed: listed,
+        }))
+    }
+
+    /// Errs unless the three descriptors that a connection takes are free; else the lowest of them.
+    fn spare_descriptors(&self) -> io::Result<RawFd> {
+        let spare = || rustix::io::fcntl_dupfd_cloexec(&self.listener, 0);
+        let three = [spare()?, spare()?, spare()?];
+        Ok(three[0].as_raw_fd())
+    }
+}
+
+/// Counts the open connections.
+#[derive(Clone)]
+pub struct Connections(Arc<Live>);
+
+impl Connections {
+    /// How many are open now.
+    pub fn open(&self) -> usize {
+        self.0.lock().len()
+    }
+}
+
+/// Options that accepted sockets inherit from the listener (Linux).
+fn prepare(listener: &TcpListener) -> io::Result<()> {
+    listener.set_nonblocking(true)?;
+    // std asks for a backlog of 128; a burst of new clients is larger.
+    rustix::net::listen(listener, 4096)?;
+    // Without it an answer waits 40 ms for the client's delayed ACK.
+    sockopt::set_tcp_nodelay(listener, true)?;
+    sockopt::set_socket_timeout(listener, sockopt::Timeout::Recv, Some(config::CLIENT_STALL))?;
+    sockopt::set_socket_timeout(listener, sockopt::Timeout::Send, Some(config::CLIENT_STALL))?;
+    sockopt::set_socket_keepalive(listener, true)?;
+    sockopt::set_tcp_keepidle(listener, config::KEEP_ALIVE)?;
+    sockopt::set_tcp_user_timeout(listener, config::CLIENT_STALL.as_millis() as u32)?;
+    Ok(())
+}
+
+/// Waits until something of `flags` is true of `fd`; false: the time came first.
+fn wait(fd: &impl AsFd, flags: PollFlags, until: Instant) -> io::Result<bool> {
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+        match poll(&mut [PollFd::new(fd, flags)], Some(&timeout)) {
+            Ok(ready) => return Ok(ready > 0),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+/// Requests as the library reads them, `None` for one that it could not.
+type Requests = Box<dyn Iterator<Item = Option<Request>> + Send>;
+
+/// One client's connection: an HTTP/1.x server's side of it.
+pub struct Connection {
+    /// The library's side, whose type it keeps to itself; `None` only while the connection is closed.
+    client: Option<Requests>,
+    /// The same socket, for looking ahead and for noticing that the client has gone.
+    stream: Arc<TcpStream>,
+    peer: SocketAddr,
+    /// What is known of the bytes from the next request's first on.
+    window: Vec<u8>,
+    /// How many of the window's bytes the library has already in its own buffer (pipelining).
+    ahead: usize,
+    /// How many bytes the requests before the next one had.
+    taken: u64,
+    max_body: usize,
+    _listed: Listed,
+}
+
+/// A request as it came in, or as far as it came in. `A` is what admitting it found out.
+pub struct Call<A> {
+    /// When the request's first byte was there.
+    pub started: Instant,
+    pub peer: SocketAddr,
+    /// The client's own `X-Request-Id` where it is sane, else one of ours.
+    pub id: String,
+    /// `None` where the head broke a rule.
+    pub head: Option<Head>,
+    /// The whole body, or why there is no use in going on.
+    pub admitted: Result<(A, Vec<u8>), ApiError>,
+}
+
+/// What the layer above decides about requests.
+pub trait Site {
+    /// What is known of a request that was admitted.
+    type Admitted;
+    /// Refuses a request by its head, before its body is read.
+    fn admit(&self, head: &Head) -> Result<Self::Admitted, ApiError>;
+    /// Answers the request; returns when the answer is out.
+    fn answer(&self, call: Call<Self::Admitted>, responder: Responder);
+    /// An id for a request that brought none.
+    fn new_id(&self) -> String;
+}
+
+/// How looking for the next request ended.
+enum Next {
+    Head(Head),
+    Refused(ApiError),
+    /// The client has gone, or was silent for too long between requests: nothing is said.
+    Over,
+}
+
+impl Connection {
+    /// Serves requests one after the other until the client or a broken rule ends the connection.
+    pub fn serve<S: Site>(mut self, site: &S) {
+        while self.serve_next(site) {}
+    }
+
+    /// Serves one request; true when another may follow.
+    fn serve_next<S: Site>(&mut self, site: &S) -> bool {
+        if self.ahead == 0 && !self.wait_unread(1, Instant::now() + config::KEEP_ALIVE).is_ok_and(|there| there) {
+            return false;
+        }
+        let started = Instant::now();
+        let head = match self.next_head(started + config::HEADER_TIMEOUT) {
+            Next::Head(head) => head,
+            Next::Refused(e) => {
+                self.refuse(site, started, None, e);
+                return false;
+            }
+            Next::Over => return false,
+        };
+        let admitted = match self.admit(site, &head) {
+            Ok(admitted) => admitted,
+            Err(e) => {
+                self.refuse(site, started, Some(head), e);
+                return false;
+            }
+        };
+        let Some(Some(mut request)) = self.client.as_mut().and_then(Iterator::next) else {
+            log::error!("the HTTP library did not read a head that broke no rule; the connection is closed");
+            return false;
+        };
+        let mut body = Ok(Vec::new());
+        if head.framing != Framing::Length(0) {
+            body = self.read_body(&head, request.as_reader());
+        }
+        let mut keep = !head.close && body.is_ok() && head.framing != Framing::Chunked;
+        keep = keep && self.settle(&head);
+        if body.is_err() {
+            // What is left of the body will not be read; without this the library would.
+            let _ = self.stream.shutdown(Shutdown::Read);
+        }
+        let responder = Responder {
+            out: Out::Library(request.into_writer()),
+            stream: Arc::clone(&self.stream),
+            http10: head.http10,
+            head_only: head.method() == "HEAD",
+            keep,
+            id: request_id(&head).unwrap_or_else(|| site.new_id()),
+            broken: Arc::new(AtomicBool::new(false)),
+        };
+        let broken = Arc::clone(&responder.broken);
+        let id = responder.id.clone();
+        site.answer(
+            Call { started, peer: self.peer, id, head: Some(head), admitted: body.map(|body| (admitted, body)) },
+            responder,
+        );
+        keep && !broken.load(Ordering::Relaxed)
+    }
+
+    /// Looks at the bytes that have arrived until they are a whole head, without taking them away.
+    fn next_head(&mut self, deadline: Instant) -> Next {
+        if self.look().is_err() {
+            return Next::Over;
+        }
+        loop {
+            match Head::parse(&self.window) {
+                Ok(Some(head)) => return Next::Head(head),
+                Err(e) => return Next::Refused(e),
+                Ok(None) if self.window.is_empty() => return Next::Over,
+                Ok(None) => {}
+            }
+            match self.await_more(deadline) {
+                Ok(true) => {}
+                Ok(false) => {
+                    return Next::Refused(ApiError::new(
+                        Code::RequestTimeout,
+                        format!("the request's head was not complete within {} s", config::HEADER_TIMEOUT.as_secs()),
+                    ));
+                }
+                Err(_) => return Next::Over,
+            }
+        }
+    }
+
+    /// What can be said about a request before its body is read.
+    fn admit<S: Site>(&mut self, site: &S, head: &Head) -> Result<S::Admitted, ApiError> {
+        let admitted = site.admit(head)?;
+        let Framing::Length(length) = head.framing else { return Ok(admitted) };
+        if length > self.max_body as u64 {
+            return Err(too_large(self.max_body));
+        }
+        if length as usize <= EAGER_BODY && !head.expects_continue && !head.upgrade {
+            self.await_eager_body(head.len() + length as usize)?;
+        }
+        Ok(admitted)
+    }
+
+    /// Waits until a small body is there: the library reads it with the head and would answer by itself
+    /// where it is late.
+    fn await_eager_body(&mut self, end: usize) -> Result<(), ApiError> {
+        while self.window.len() < end {
+            match self.await_more(Instant::now() + config::CLIENT_STALL) {
+                Ok(true) => {}
+                Ok(false) => return Err(stalled()),
+                Err(_) => return Err(client_gone()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for bytes beyond the window and takes a look at them. False: the time came first. Errs when
+    /// the client has gone and nothing more will come.
+    fn await_more(&mut self, until: Instant) -> io::Result<bool> {
+        let seen = self.window.len();
+        if !self.wait_unread(seen - self.ahead + 1, until)? {
+            return Ok(false);
+        }
+        self.look()?;
+        if self.window.len() > seen { Ok(true) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+    }
+
+    /// Waits until `bytes` are unread or the client has gone. False: the time came first.
+    fn wait_unread(&self, bytes: usize, until: Instant) -> io::Result<bool> {
+        if bytes == 1 {
+            return wait(&self.stream, PollFlags::IN, until);
+        }
+        socket::readable_from(&self.stream, bytes)?;
+        let there = wait(&self.stream, PollFlags::IN, until);
+        socket::readable_from(&self.stream, 1)?;
+        there
+    }
+
+    /// Fills the window with what has arrived, leaving it in the socket.
+    fn look(&mut self) -> io::Result<()> {
+        let mut size = self.window.capacity().clamp(FIRST_LOOK, LARGEST_LOOK);
+        loop {
+            self.window.resize(self.ahead + size, 0);
+            let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+            let seen = match rustix::net::recv(&self.stream, &mut self.window[self.ahead..], flags) {
+                Ok((seen, _)) => seen,
+                Err(rustix::io::Errno::AGAIN) => 0,
+                Err(e) => return Err(e.into()),
+            };
+            self.window.truncate(self.ahead + seen);
+            if seen < size || size == LARGEST_LOOK {
+                return Ok(());
+            }
+            size = (2 * size).min(LARGEST_LOOK);
+        }
+    }
+
+    /// Reads the body within the limits of size and time.
+    fn read_body(&self, head: &Head, reader: &mut dyn Read) -> Result<Vec<u8>, ApiError> {
+        let mut body = Vec::new();
+        let result = match head.framing {
+            Framing::Length(length) => {
+                body.reserve_exact((length as usize).min(self.max_body));
+                let result = reader.take(length).read_to_end(&mut body);
+                if result.is_ok() && (body.len() as u64) < length {
+                    return Err(client_gone());
+                }
+                result
+            }
+            Framing::Chunked => self.read_chunked(reader, &mut body),
+        };
+        match result {
+            Ok(_) if body.len() > self.max_body => Err(too_large(self.max_body)),
+            Ok(_) => Ok(body),
+            Err(e) => Err(match e.kind() {
+                io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => stalled(),
+                io::ErrorKind::InvalidInput => {
+                    ApiError::new(Code::BadRequest, "malformed request: the chunked body breaks RFC 9112, section 7.1")
+                }
+                io::ErrorKind::FileTooLarge => too_large(self.max_body),
+                _ => client_gone(),
+            }),
+        }
+    }
+
+    /// Reads a chunked body. The library's decoder would collect a chunk's size line for ever, so a
+    /// second thread counts the bytes on the wire while it reads. Chunked bodies are rare.
+    fn read_chunked(&self, reader: &mut dyn Read, body: &mut Vec<u8>) -> io::Result<usize> {
+        let wire_limit = self.taken + 8 * self.max_body as u64 + 64 * 1024;
+        let exceeded = AtomicBool::new(false);
+        let (done, watching) = crossbeam_channel::bounded::<()>(0);
+        let stream = &*self.stream;
+        let result = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while let Err(crossbeam_channel::RecvTimeoutError::Timeout) = watching.recv_timeout(Duration::from_millis(20)) {
+                    if socket::received(stream).is_ok_and(|received| received > wire_limit) {
+                        exceeded.store(true, Ordering::Relaxed);
+                        let _ = stream.shutdown(Shutdown::Read);
+                        return;
+                    }
+                }
+            });
+            let result = reader.take(self.max_body as u64 + 1).read_to_end(body);
+            drop(done);
+            result
+        });
+        if exceeded.load(Ordering::Relaxed) { Err(io::ErrorKind::FileTooLarge.into()) } else { result }
+    }
+
+    /// After a request was read: learns how far the library read beyond it. False where it holds bytes
+    /// that nobody has looked at; nothing may then be read as a request any more.
+    fn settle(&mut self, head: &Head) -> bool {
+        let Framing::Length(length) = head.framing else { return false };
+        let size = head.len() + length as usize;
+        // In this order, what arrives in between looks like read ahead, which errs on the safe side.
+        let unread = rustix::io::ioctl_fionread(&self.stream);
+        let (Ok(unread), Ok(received)) = (unread, socket::received(&self.stream)) else { return false };
+        self.taken += size as u64;
+        self.ahead = received.saturating_sub(unread).saturating_sub(self.taken) as usize;
+        if self.ahead == 0 {
+            self.window.clear();
+            return true;
+        }
+        if self.window.len() < size + self.ahead {
+            return false;
+        }
+        self.window.drain(..size);
+        true
+    }
+
+    /// Answers a request that the library will never see, and leaves the connection to be closed.
+    fn refuse<S: Site>(&mut self, site: &S, started: Instant, head: Option<Head>, error: ApiError) {
+        let responder = Responder {
+            out: Out::Socket,
+            stream: Arc::clone(&self.stream),
+            http10: head.as_ref().is_some_and(|h| h.http10),
+            head_only: head.as_ref().is_some_and(|h| h.method() == "HEAD"),
+            keep: false,
+            id: head.as_ref().and_then(request_id).unwrap_or_else(|| site.new_id()),
+            broken: Arc::default(),
+        };
+        let id = responder.id.clone();
+        site.answer(Call { started, peer: self.peer, id, head, admitted: Err(error) }, responder);
+    }
+}
+
+impl Drop for Connection {
+    /// Closes so that the client can still read the last answer: what it keeps sending is thrown away
+    /// for a moment, since closing over unread bytes would reset the connection (RFC 9112, section 9.6).
+    fn drop(&mut self) {
+        const LINGER: Duration = Duration::from_millis(500);
+        const LINGER_BYTES: usize = 4 << 20;
+        if rustix::io::ioctl_fionread(&self.stream).is_ok_and(|unread| unread > 0) {
+            let until = Instant::now() + LINGER;
+            let (mut sink, mut thrown) = ([0; 4096], 0);
+            let _ = self.stream.shutdown(Shutdown::Write);
+            while thrown < LINGER_BYTES && wait(&self.stream, PollFlags::IN, until).is_ok_and(|there| there) {
+                match (&*self.stream).read(&mut sink) {
+                    Ok(n) if n > 0 => thrown += n,
+                    _ => break,
+                }
+            }
+        }
+        drop(self.client.take());
+    }
+}
+
+fn too_large(limit: usize) -> ApiError {
+    ApiError::new(Code::BodyTooLarge, format!("the body is larger than {limit} bytes (MAX_BODY_BYTES)"))
+}
+
+fn stalled() -> ApiError {
+    ApiError::new(Code::RequestTimeout, format!("nothing of the body came for {} s", config::CLIENT_STALL.as_secs()))
+}
+
+fn client_gone() -> ApiError {
+    ApiError::new(Code::ClientGone, "the client went away")
+}
+
+/// The client's `X-Request-Id`, unless it could break a log line.
+fn request_id(head: &Head) -> Option<String> {
+    let id = head.field("x-request-id")?;
+    let sane = (1..=128).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+    sane.then(|| id.to_string())
+}
+
+/// An answer that is known as a whole.
+pub struct Reply {
+    pub status: u16,
+    pub content_type: &'static str,
+    /// Further header fields.
+    pub headers: Vec<(&'static str, Cow<'static, str>)>,
+    pub body: Cow<'static, [u8]>,
+}
+
+impl Reply {
+    /// A JSON answer.
+    pub fn json(status: u16, body: impl Into<Vec<u8>>) -> Reply {
+        Reply { status, content_type: "application/json", headers: Vec::new(), body: Cow::Owned(body.into()) }
+    }
+}
+
+enum Out {
+    Library(Box<dyn Write + Send>),
+    /// For a request that the library has not seen.
+    Socket,
+}
+
+/// The right to answer one request, once.
+pub struct Responder {
+    out: Out,
+    stream: Arc<TcpStream>,
+    http10: bool,
+    head_only: bool,
+    keep: bool,
+    id: String,
+    /// Tells the connection that the answer did not get through.
+    broken: Arc<AtomicBool>,
+}
+
+impl Responder {
+    /// The client's socket, to notice that it has gone.
+    pub fn client(&self) -> Arc<TcpStream> {
+        Arc::clone(&self.stream)
+    }
+
+    /// Sends the answer. Returns how many bytes of body went out; errs when the client did not take it.
+    pub fn send(mut self, reply: &Reply) -> io::Result<u64> {
+        let mut bytes = self.head(reply.status, reply.content_type, &reply.headers, Some(reply.body.len()));
+        if !self.head_only {
+            bytes.extend_from_slice(&reply.body);
+        }
+        let sent = if self.head_only { 0 } else { reply.body.len() as u64 };
+        self.write(&bytes).map(|()| sent)
+    }
+
+    /// Begins an answer whose length is not known: `first` goes out together with the head.
+    pub fn stream(
+        mut self,
+        content_type: &'static str,
+        headers: &[(&'static str, Cow<'static, str>)],
+        first: &[u8],
+    ) -> (StreamWriter, io::Result<()>) {
+        let mut bytes = self.head(200, content_type, headers, None);
+        frame(&mut bytes, first, self.http10);
+        let result = self.write(&bytes);
+        let writer = StreamWriter { responder: self, frame: Vec::new(), sent: first.len() as u64 };
+        (writer, result)
+    }
+
+    fn head(
+        &self,
+        status: u16,
+        content_type: &str,
+        headers: &[(&'static str, Cow<'static, str>)],
+        length: Option<usize>,
+    ) -> Vec<u8> {
+        let mut head = Vec::with_capacity(256 + length.unwrap_or(1024));
+        let reason = tiny_http::StatusCode(status);
+        let reason = reason.default_reason_phrase();
+        let date = httpdate::fmt_http_date(SystemTime::now());
+        // Writing to a Vec cannot fail.
+        let _ = write!(
+            head,
+            "HTTP/1.1 {status} {reason}\r\nDate: {date}\r\nContent-Type: {content_type}\r\nX-Request-Id: {}\r\n",
+            self.id
+        );
+        for (name, value) in headers {
+            let _ = write!(head, "{name}: {value}\r\n");
+        }
+        if let Some(length) = length {
+            let _ = write!(head, "Content-Length: {length}\r\n");
+        } else if !self.http10 {
+            head.extend_from_slice(b"Transfer-Encoding: chunked\r\n");
+        }
+        if !self.keep {
+            head.extend_from_slice(b"Connection: close\r\n");
+        }
+        head.extend_from_slice(b"\r\n");
+        head
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let result = match &mut self.out {
+            Out::Library(writer) => writer.write_all(bytes).and_then(|()| writer.flush()),
+            Out::Socket => (&*self.stream).write_all(bytes),
+        };
+        if result.is_err() {
+            self.broken.store(true, Ordering::Relaxed);
+        }
+        result
+    }
+}
+
+fn frame(bytes: &mut Vec<u8>, piece: &[u8], http10: bool) {
+    if http10 {
+        bytes.extend_from_slice(piece);
+    } else if !piece.is_empty() {
+        let _ = write!(bytes, "{:x}\r\n", piece.len());
+        bytes.extend_from_slice(piece);
+        bytes.extend_from_slice(b"\r\n");
+    }
+}
+
+/// An answer under way, in chunked coding (RFC 9112, section 7.1) or, for HTTP/1.0, until close.
+pub struct StreamWriter {
+    responder: Responder,
+    frame: Vec<u8>,
+    sent: u64,
+}
+
+impl StreamWriter {
+    /// Sends a piece at once, in one write. Errs when the client has gone or takes nothing.
+    pub fn write(&mut self, piece: &[u8]) -> io::Result<()> {
+        self.frame.clear();
+        frame(&mut self.frame, piece, self.responder.http10);
+        let frame = std::mem::take(&mut self.frame);
+        let result = self.responder.write(&frame);
+        self.frame = frame;
+        self.sent += piece.len() as u64;
+        result
+    }
+
+    /// Sends a last piece together with the end of the body. Returns the bytes of body sent in all.
+    pub fn finish(mut self, piece: &[u8]) -> io::Result<u64> {
+        self.frame.clear();
+        frame(&mut self.frame, piece, self.responder.http10);
+        if !self.responder.http10 {
+            self.frame.extend_from_slice(b"0\r\n\r\n");
+        }
+        let frame = std::mem::take(&mut self.frame);
+        self.responder.write(&frame).map(|()| self.sent + piece.len() as u64)
+    }
+
+    /// Ends the connection instead of the body, so that the client cannot take what it got for whole.
+    pub fn abort(self) {
+        self.responder.broken.store(true, Ordering::Relaxed);
+        let _ = self.responder.stream.shutdown(Shutdown::Both);
+    }
+
+    /// Bytes of body handed over so far.
+    pub fn sent(&self) -> u64 {
+        self.sent
+    }
+}

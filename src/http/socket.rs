@@ -1,0 +1,99 @@
+//! What the kernel knows of a client's socket and the HTTP library does not show: which descriptor it
+//! is, how much has been received on it. The only `unsafe` code of the program; knows no HTTP.
+//!
+//! Why this exists: the library's parser has no limits, and its connection type does not let go of the
+//! socket. A second descriptor for the same socket lets us look at what has arrived (`MSG_PEEK`)
+//! before the library reads it.
+
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+
+/// A second descriptor for the connection that was accepted last: `lowest` was the lowest free
+/// descriptor just before, `local` is the listener's address, and `known` tells which sockets (by
+/// their cookie, `SO_COOKIE`) were there already. `None` where it is not found.
+///
+/// The kernel hands out the lowest free number, so the first look finds it unless another thread
+/// opened something in between.
+pub fn adopt_accepted(lowest: RawFd, local: SocketAddr, known: impl Fn(u64) -> bool) -> Option<(TcpStream, u64)> {
+    // The library holds two descriptors of each connection, so the wanted one is not far away.
+    (lowest..lowest.saturating_add(65_536)).find_map(|number| {
+        // SAFETY: the number may be free, or belong to anything in this process. It is borrowed for the
+        // calls below alone, which fail on a free number and change nothing on a wrong one; the result
+        // owns a descriptor of its own.
+        let there = unsafe { BorrowedFd::borrow_raw(number) };
+        let copy = rustix::io::fcntl_dupfd_cloexec(there, 0).ok()?;
+        if rustix::net::sockopt::socket_acceptconn(&copy) != Ok(false) {
+            return None;
+        }
+        let stream = TcpStream::from(copy);
+        let ours = stream.local_addr().is_ok_and(|a| a.port() == local.port()) && stream.peer_addr().is_ok();
+        let cookie = rustix::net::sockopt::socket_cookie(&stream).ok().filter(|_| ours)?;
+        (!known(cookie)).then_some((stream, cookie))
+    })
+}
+
+/// Bytes received on this connection since it was made, read by anybody or not (`TCP_INFO`, tcp(7)).
+pub fn received(stream: &TcpStream) -> io::Result<u64> {
+    // SAFETY: tcp_info is plain numbers, for which all zeros is a value; the kernel writes at most
+    // `len` bytes into it.
+    let info = unsafe {
+        let mut info: libc::tcp_info = std::mem::zeroed();
+        let mut len = size_of::<libc::tcp_info>() as libc::socklen_t;
+        let place = (&raw mut info).cast();
+        if libc::getsockopt(stream.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, place, &raw mut len) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        info
+    };
+    // The peer's FIN takes a place in the sequence numbers and so in this count.
+    const CLOSE_WAIT: u8 = 8;
+    Ok(info.tcpi_bytes_received - u64::from(info.tcpi_state == CLOSE_WAIT))
+}
+
+/// Makes the socket readable only when at least `bytes` wait in it (`SO_RCVLOWAT`, socket(7)), so that
+/// waiting for more than has been looked at does not spin.
+pub fn readable_from(stream: &TcpStream, bytes: usize) -> io::Result<()> {
+    let bytes = bytes.min(libc::c_int::MAX as usize) as libc::c_int;
+    // SAFETY: the kernel reads one c_int at the given place.
+    let result = unsafe {
+        let (place, len) = ((&raw const bytes).cast(), size_of::<libc::c_int>() as libc::socklen_t);
+        libc::setsockopt(stream.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVLOWAT, place, len)
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+
+    #[test]
+    fn received_counts_bytes_read_and_unread_but_not_the_end() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
+        let mut client = TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
+        let (mut server, _) = listener.accept().expect("accepted");
+        client.write_all(b"12345").expect("sent");
+        server.read_exact(&mut [0; 2]).expect("read");
+        assert_eq!(received(&server).expect("TCP_INFO"), 5);
+        drop(client);
+        let mut rest = Vec::new();
+        server.read_to_end(&mut rest).expect("read");
+        assert_eq!(received(&server).expect("TCP_INFO"), 5);
+    }
+
+    #[test]
+    fn the_accepted_socket_is_found_among_others() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
+        let local = listener.local_addr().expect("bound");
+        let lowest = rustix::io::fcntl_dupfd_cloexec(&listener, 0).expect("a descriptor").as_raw_fd();
+        let _first = TcpStream::connect(local).expect("connected");
+        let (one, _) = listener.accept().expect("accepted");
+        let cookie = rustix::net::sockopt::socket_cookie(&one).expect("a cookie");
+        let second = TcpStream::connect(local).expect("connected");
+        let (_two, _) = listener.accept().expect("accepted");
+        let (found, _) = adopt_accepted(lowest.min(one.as_raw_fd()), local, |c| c == cookie).expect("found");
+        assert_eq!(found.peer_addr().ok(), second.local_addr().ok());
+    }
+}

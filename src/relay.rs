@@ -1,0 +1,293 @@
+//! One running stream: events from the upstream to the client, the answer put together on the way, the
+//! pair stored before the stream is called done. Stands on the three doors; knows no endpoint.
+
+use std::borrow::Cow;
+use std::io;
+use std::net::TcpStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::bounded;
+
+use crate::clock;
+use crate::config::MAX_ANSWER;
+use crate::error::{ApiError, Code};
+use crate::exchange::{Pair, Usage};
+use crate::http::{Responder, StreamWriter};
+use crate::openai;
+use crate::store::Store;
+use crate::upstream::{Events, Line};
+
+const HEADERS: &[(&str, Cow<str>)] = &[("Cache-Control", Cow::Borrowed("no-cache")), ("X-Accel-Buffering", Cow::Borrowed("no"))];
+
+/// The client's end of a stream, shared by the worker that relays and the connection's thread, which
+/// breaks the silence.
+pub struct ClientEnd {
+    state: Mutex<State>,
+    id: String,
+}
+
+struct State {
+    phase: Phase,
+    last_sent: Instant,
+}
+
+enum Phase {
+    /// Nothing went out: a failure can still become a status.
+    Unanswered(Responder),
+    Open(StreamWriter),
+    Over,
+}
+
+impl ClientEnd {
+    /// The end for a request nobody answered yet; `id` is the request's, for error events.
+    pub fn new(responder: Responder, id: String) -> ClientEnd {
+        ClientEnd { state: Mutex::new(State { phase: Phase::Unanswered(responder), last_sent: Instant::now() }), id }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends bytes of events, after the 200 where that is not out yet.
+    fn send(&self, bytes: &[u8]) -> io::Result<()> {
+        let mut state = self.lock();
+        state.last_sent = Instant::now();
+        state.send(bytes)
+    }
+
+    /// Sends the last bytes and ends the body. Returns the bytes of body sent in all.
+    fn finish(&self, bytes: &[u8]) -> io::Result<u64> {
+        let mut state = self.lock();
+        if matches!(state.phase, Phase::Unanswered(_)) {
+            state.send(b"")?;
+        }
+        match std::mem::replace(&mut state.phase, Phase::Over) {
+            Phase::Open(writer) => writer.finish(bytes),
+            _ => Err(io::ErrorKind::BrokenPipe.into()),
+        }
+    }
+
+    /// Gives the request back where nothing of an answer went out.
+    pub fn unanswered(&self) -> Option<Responder> {
+        let mut state = self.lock();
+        match std::mem::replace(&mut state.phase, Phase::Over) {
+            Phase::Unanswered(responder) => Some(responder),
+            other => {
+                state.phase = other;
+                None
+            }
+        }
+    }
+
+    /// Ends the connection where the stream is still open.
+    pub fn abort(&self) -> u64 {
+        match std::mem::replace(&mut self.lock().phase, Phase::Over) {
+            Phase::Open(writer) => {
+                let sent = writer.sent();
+                writer.abort();
+                sent
+            }
+            _ => 0,
+        }
+    }
+
+    fn is_unanswered(&self) -> bool {
+        matches!(self.lock().phase, Phase::Unanswered(_))
+    }
+
+    /// How long the silence may still last.
+    pub fn silence_left(&self, interval: Duration) -> Duration {
+        interval.saturating_sub(self.lock().last_sent.elapsed())
+    }
+
+    /// Sends a comment where nothing was sent for `interval`; gives up a client that does not take it.
+    pub fn break_silence(&self, interval: Duration) {
+        let mut state = self.lock();
+        if state.last_sent.elapsed() < interval || matches!(state.phase, Phase::Over) {
+            return;
+        }
+        state.last_sent = Instant::now();
+        if state.send(b": keep-alive\n\n").is_err() {
+            drop(state);
+            self.abort();
+        }
+    }
+}
+
+impl State {
+    fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match std::mem::replace(&mut self.phase, Phase::Over) {
+            Phase::Unanswered(responder) => {
+                let (writer, result) = responder.stream("text/event-stream; charset=utf-8", HEADERS, bytes);
+                self.phase = Phase::Open(writer);
+                result
+            }
+            Phase::Open(mut writer) => {
+                let result = writer.write(bytes);
+                self.phase = Phase::Open(writer);
+                result
+            }
+            Phase::Over => Err(io::ErrorKind::BrokenPipe.into()),
+        }
+    }
+}
+
+/// The pair as it grows.
+pub struct Draft {
+    pub key: Arc<str>,
+    pub question: String,
+    /// What was asked for, until the upstream says which model answers.
+    pub model: String,
+    pub started: Instant,
+    answer: String,
+    finish_reason: Option<String>,
+    usage: Option<Usage>,
+}
+
+impl Draft {
+    /// A pair without an answer yet; `started` is when the request came.
+    pub fn new(key: Arc<str>, question: String, model: String, started: Instant) -> Draft {
+        Draft { key, question, model, started, answer: String::new(), finish_reason: None, usage: None }
+    }
+
+    fn into_pair(self) -> Pair {
+        Pair {
+            key: self.key,
+            question: self.question,
+            answer: self.answer,
+            model: self.model,
+            finish_reason: self.finish_reason,
+            usage: self.usage,
+            latency_ms: self.started.elapsed().as_millis() as u64,
+            created_at: clock::now(),
+        }
+    }
+}
+
+/// What became of a stream whose 200 went out.
+pub struct Streamed {
+    pub bytes: u64,
+    pub model: String,
+    /// Why it was cut short, where it was.
+    pub failure: Option<Code>,
+}
+
+/// Asks the upstream and relays its events until the answer is complete or cannot become so. Errs
+/// where nothing went out, so that the error can be the answer.
+pub fn run(
+    line: &mut Line,
+    client: Arc<TcpStream>,
+    request: &[u8],
+    end: &ClientEnd,
+    store: &Store,
+    mut draft: Draft,
+) -> Result<Streamed, ApiError> {
+    let mut events = match line.stream(client, request) {
+        Ok(events) => events,
+        Err(e) => return cut_short(e, end, store, draft),
+    };
+    match pump(&mut events, end, &mut draft) {
+        Ok(done) => {
+            let model = draft.model.clone();
+            if let Err(e) = keep(store, draft) {
+                return Ok(fail(&e, end, model));
+            }
+            // Where the client left in this very moment, its answer is complete all the same.
+            let sent = end.finish(&done);
+            events.settle();
+            Ok(Streamed { bytes: sent.unwrap_or(0), model, failure: None })
+        }
+        Err(e) => cut_short(e, end, store, draft),
+    }
+}
+
+/// Passes events on until the answer is complete; returns the closing event.
+fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u8>, ApiError> {
+    let mut batch = Vec::new();
+    let mut out = Vec::new();
+    loop {
+        let more = events.next(&mut batch)?;
+        let mut done = None;
+        let mut failure = None;
+        for event in batch.drain(..) {
+            if event.data == b"[DONE]" {
+                done = Some([&event.lines[..], b"\n"].concat());
+                break;
+            }
+            match take_in(&event.data, draft) {
+                Ok(true) => {
+                    out.extend_from_slice(&event.lines);
+                    out.push(b'\n');
+                }
+                Ok(false) => {}
+                Err(why) => {
+                    let code = if end.is_unanswered() && out.is_empty() { Code::UpstreamBadAnswer } else { Code::UpstreamError };
+                    failure = Some(events.failed(code, &format!("the LLM failed: {why}")));
+                    break;
+                }
+            }
+        }
+        if !out.is_empty() {
+            end.send(&out).map_err(|_| ApiError::new(Code::ClientGone, "the client went away"))?;
+            out.clear();
+        }
+        if let Some(failure) = failure {
+            return Err(failure);
+        }
+        if let Some(done) = done {
+            return Ok(done);
+        }
+        if !more {
+            return match draft.finish_reason {
+                Some(_) => Ok(b"data: [DONE]\n\n".to_vec()),
+                None => Err(events.failed(Code::UpstreamBadAnswer, "the LLM's stream ended before its answer was complete")),
+            };
+        }
+    }
+}
+
+/// Adds what an event says to the draft; true when the event goes on to the client.
+fn take_in(data: &[u8], draft: &mut Draft) -> Result<bool, String> {
+    let chunk = openai::parse_chunk(data)?;
+    if draft.answer.len() + chunk.delta.len() > MAX_ANSWER {
+        return Err(format!("its answer is larger than {MAX_ANSWER} bytes"));
+    }
+    draft.answer.push_str(&chunk.delta);
+    if let Some(model) = chunk.model.filter(|model| !model.is_empty()) {
+        draft.model = model;
+    }
+    draft.finish_reason = chunk.finish_reason.or(draft.finish_reason.take());
+    draft.usage = chunk.usage.or(draft.usage);
+    Ok(!chunk.usage_only)
+}
+
+/// Ends a stream that did not come to its end; what had arrived is kept.
+fn cut_short(e: ApiError, end: &ClientEnd, store: &Store, mut draft: Draft) -> Result<Streamed, ApiError> {
+    let gone = e.code == Code::ClientGone;
+    if end.is_unanswered() && !gone {
+        return Err(e);
+    }
+    draft.finish_reason = Some(if gone { "client_gone" } else { "upstream_error" }.to_string());
+    let model = draft.model.clone();
+    if let Err(e) = keep(store, draft) {
+        log::warn!("a stream that was cut short is not in the history: {e}");
+    }
+    if gone {
+        return if end.is_unanswered() { Err(e) } else { Ok(Streamed { bytes: end.abort(), model, failure: Some(e.code) }) };
+    }
+    Ok(fail(&e, end, model))
+}
+
+fn fail(e: &ApiError, end: &ClientEnd, model: String) -> Streamed {
+    let event = format!("data: {}\n\n", e.to_json(&end.id));
+    Streamed { bytes: end.finish(event.as_bytes()).unwrap_or(0), model, failure: Some(e.code) }
+}
+
+/// Waits until the pair is committed.
+fn keep(store: &Store, draft: Draft) -> Result<(), ApiError> {
+    let (done, committed) = bounded(1);
+    store.append(draft.into_pair(), done);
+    let answer = committed.recv().unwrap_or_else(|_| Err(ApiError::new(Code::HistoryUnavailable, "the history is closed")));
+    answer.map(|_| ())
+}

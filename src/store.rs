@@ -1,0 +1,501 @@
+//! The door to the history, and the only file that names rusqlite: one thread writes, committing
+//! together what waits together; readers have connections of their own and never block it. Knows pairs
+//! and pages, nothing of HTTP or the LLM.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+use rusqlite::{Connection, OpenFlags, Row, params};
+
+use crate::config::{self, Config, Sync};
+use crate::error::{ApiError, Code, StartError};
+use crate::exchange::{Exchange, Pair, Usage};
+
+/// Numbered from 1; the database's `user_version` is the number of the last one applied.
+const MIGRATIONS: &[&str] = &[include_str!("../sql/migrations/0001_history.sql")];
+
+/// At most so many pairs in one transaction.
+const BATCH: usize = 1000;
+/// The writer does its housekeeping when nothing came for this long.
+const QUIET: Duration = Duration::from_millis(100);
+/// Housekeeping takes so many rows at a time, so that a new pair never waits long.
+const CHORE_ROWS: u64 = 500;
+/// Words of more rows than this are not left for quiet times.
+const MOST_UNINDEXED: u64 = 20_000;
+/// How often retention looks at the clock.
+const RETENTION_TICK: Duration = Duration::from_secs(60);
+/// Read connections kept open.
+const READERS: usize = 4;
+/// How long `/readyz` waits for the writer.
+const PROBE_WAIT: Duration = Duration::from_secs(1);
+
+enum Order {
+    Append(Pair, Sender<Result<Exchange, ApiError>>),
+    /// Show that writing works.
+    Probe(Sender<bool>),
+    /// Index all words, for a search that is about to be made.
+    Index(Sender<()>),
+    Close,
+}
+
+/// The history's front: cheap to share, safe to use from any thread.
+pub struct Store {
+    orders: Sender<Order>,
+    readers: Mutex<Vec<(u64, Connection)>>,
+    path: PathBuf,
+    state: Arc<State>,
+    writer: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What the writer tells about itself.
+#[derive(Default)]
+struct State {
+    failing: AtomicBool,
+    /// How often the database was opened: readers of an earlier opening are of no use.
+    opening: AtomicU64,
+}
+
+impl Store {
+    /// Opens and migrates the database and starts the writer. Errs with one line that says what to do.
+    pub fn open(config: &Config) -> Result<Store, StartError> {
+        let path = config.database_path.clone();
+        let failed = |text: String| StartError::machine(format!("history {}: {text}", path.display()));
+        if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+            fs::create_dir_all(folder).map_err(|e| failed(format!("its folder cannot be made: {e}; set DATABASE_PATH")))?;
+        }
+        let state = Arc::new(State::default());
+        let mut writer = Writer {
+            path: path.clone(),
+            sync: config.history_sync,
+            max_rows: config.history_max_rows,
+            max_days: config.history_max_days,
+            state: Arc::clone(&state),
+            open: None,
+            last_write: Instant::now(),
+            rows: 0,
+            next_retention: Instant::now(),
+        };
+        writer.ready().map_err(|e| failed(advice(&e)))?;
+        writer
+            .write(|connection| connection.execute_batch(include_str!("../sql/queries/probe.sql")))
+            .map_err(|e| failed(advice(&Trouble::Sql(e))))?;
+        let (orders, inbox) = unbounded();
+        let thread = std::thread::Builder::new().name("history".into()).spawn(move || writer.run(&inbox));
+        let thread = thread.map_err(|e| failed(format!("no thread for it: {e}")))?;
+        Ok(Store { orders, readers: Mutex::default(), path, state, writer: Mutex::new(Some(thread)) })
+    }
+
+    /// Hands a pair over; `done` hears of it when it is committed, or why it is not.
+    pub fn append(&self, pair: Pair, done: Sender<Result<Exchange, ApiError>>) {
+        if let Err(crossbeam_channel::SendError(Order::Append(_, done))) = self.orders.send(Order::Append(pair, done)) {
+            let _ = done.send(Err(ApiError::new(Code::HistoryUnavailable, "the history is closed")));
+        }
+    }
+
+    /// True when a write works: tried anew unless one just did. Waits at most a second.
+    pub fn writable(&self) -> bool {
+        let (done, answer) = bounded(1);
+        self.orders.send(Order::Probe(done)).is_ok() && answer.recv_timeout(PROBE_WAIT).unwrap_or(false)
+    }
+
+    /// Errs with `history_unavailable` where the last write failed and another try fails too, so that
+    /// nobody pays for an answer that cannot be kept.
+    pub fn check(&self) -> Result<(), ApiError> {
+        if self.state.failing.load(Ordering::Relaxed) && !self.writable() { Err(unavailable()) } else { Ok(()) }
+    }
+
+    /// A key's pairs with ids below `before`, newest first, at most `limit`.
+    pub fn page(&self, key: &str, before: i64, limit: u32) -> Result<Vec<Exchange>, ApiError> {
+        self.read(|connection| {
+            let mut page = connection.prepare_cached(include_str!("../sql/queries/page.sql"))?;
+            page.query_map(params![key, before, limit], exchange)?.collect()
+        })
+    }
+
+    /// A key's pairs that have all of `words` in question or answer, best match first.
+    pub fn search(&self, key: &str, words: &str, before: i64, limit: u32) -> Result<Vec<Exchange>, ApiError> {
+        let Some(query) = match_expression(key, words) else { return Ok(Vec::new()) };
+        let (done, indexed) = bounded(1);
+        if self.orders.send(Order::Index(done)).is_ok() {
+            // A writer in trouble must not keep what is indexed from being found.
+            let _ = indexed.recv_timeout(config::DATABASE_BUSY);
+        }
+        self.read(|connection| {
+            let mut search = connection.prepare_cached(include_str!("../sql/queries/search.sql"))?;
+            search.query_map(params![query, before, key, limit], exchange)?.collect()
+        })
+    }
+
+    /// Writes what was handed over, closes the database and ends the writer.
+    pub fn close(&self) {
+        self.readers.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        let _ = self.orders.send(Order::Close);
+        if let Some(writer) = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            let _ = writer.join();
+        }
+    }
+
+    fn read<T>(&self, query: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, ApiError> {
+        let opening = self.state.opening.load(Ordering::Relaxed);
+        let kept = self.readers.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let kept = kept.filter(|(of, _)| *of == opening).map(|(_, connection)| Ok(connection));
+        let result = kept.unwrap_or_else(|| reader(&self.path)).and_then(|connection| {
+            let found = query(&connection)?;
+            let mut readers = self.readers.lock().unwrap_or_else(PoisonError::into_inner);
+            if readers.len() < READERS {
+                readers.push((opening, connection));
+            }
+            Ok(found)
+        });
+        result.map_err(|e| {
+            log::error!("history cannot be read: {e}");
+            unavailable()
+        })
+    }
+}
+
+fn unavailable() -> ApiError {
+    ApiError::new(Code::HistoryUnavailable, "the history cannot be written or read at the moment; the server's log says why")
+}
+
+/// Any text as an FTS5 query for one key: its words in quotes, all of them needed; FTS5 itself splits
+/// them further. `None` where the text has no words
+/// (<https://sqlite.org/fts5.html#full_text_query_syntax>).
+fn match_expression(key: &str, text: &str) -> Option<String> {
+    let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|w| w.contains(char::is_alphanumeric));
+    let words: Vec<String> = words.map(|w| format!("\"{}\"", w.replace('"', "\"\""))).collect();
+    let key: String = key.bytes().map(|b| format!("{b:02X}")).collect();
+    (!words.is_empty()).then(|| format!("key : \"{key}\" AND {{question answer}} : ({})", words.join(" AND ")))
+}
+
+fn exchange(row: &Row) -> rusqlite::Result<Exchange> {
+    let count = |column| row.get::<_, Option<i64>>(column).map(|n| n.map(|n| n as u64));
+    let usage = match (count(6)?, count(7)?, count(8)?) {
+        (Some(prompt_tokens), Some(completion_tokens), Some(total_tokens)) => {
+            Some(Usage { prompt_tokens, completion_tokens, total_tokens })
+        }
+        _ => None,
+    };
+    Ok(Exchange {
+        id: row.get(0)?,
+        created_at: row.get(1)?,
+        question: row.get(2)?,
+        answer: row.get(3)?,
+        model: row.get(4)?,
+        finish_reason: row.get(5)?,
+        usage,
+        latency_ms: row.get::<_, i64>(9)? as u64,
+    })
+}
+
+fn reader(path: &Path) -> rusqlite::Result<Connection> {
+    let connection = connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+    connection.execute_batch("PRAGMA query_only = on; PRAGMA cache_size = -1024;")?;
+    Ok(connection)
+}
+
+fn connect(path: &Path, flags: OpenFlags) -> rusqlite::Result<Connection> {
+    let connection = Connection::open_with_flags(path, flags | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
+    connection.busy_timeout(config::DATABASE_BUSY)?;
+    Ok(connection)
+}
+
+/// Why the database is not ready.
+enum Trouble {
+    Sql(rusqlite::Error),
+    Newer(i64),
+}
+
+impl From<rusqlite::Error> for Trouble {
+    fn from(e: rusqlite::Error) -> Trouble {
+        Trouble::Sql(e)
+    }
+}
+
+/// The trouble in words, with what to do about it.
+fn advice(trouble: &Trouble) -> String {
+    use rusqlite::ErrorCode::{
+        CannotOpen, DatabaseBusy, DatabaseCorrupt, DatabaseLocked, DiskFull, NotADatabase, PermissionDenied, ReadOnly,
+        SystemIoFailure,
+    };
+    let e = match trouble {
+        Trouble::Newer(version) => {
+            return format!(
+                "it is of version {version}, made by a newer program than this one, which knows {}; run that program, or set DATABASE_PATH",
+                MIGRATIONS.len()
+            );
+        }
+        Trouble::Sql(e) => e,
+    };
+    let what = match e.sqlite_error_code() {
+        Some(CannotOpen | PermissionDenied | ReadOnly) => {
+            "it cannot be written; check the rights of file and folder, or set DATABASE_PATH"
+        }
+        Some(NotADatabase | DatabaseCorrupt) => {
+            "it is damaged or no SQLite database; move it away and start again, or restore a backup"
+        }
+        Some(DatabaseBusy | DatabaseLocked) => "another process holds its lock; end that process",
+        Some(DiskFull | SystemIoFailure) => "the disk is full or failing; make room",
+        _ => "it cannot be used",
+    };
+    format!("{what} ({e})")
+}
+
+struct Open {
+    connection: Connection,
+    inode: u64,
+}
+
+/// The one thread that writes.
+struct Writer {
+    path: PathBuf,
+    sync: Sync,
+    max_rows: u64,
+    max_days: u64,
+    state: Arc<State>,
+    /// `None` after a failure: what comes next opens the database anew.
+    open: Option<Open>,
+    last_write: Instant,
+    /// Rows in the table; kept only where their number is limited.
+    rows: u64,
+    next_retention: Instant,
+}
+
+impl Writer {
+    fn run(mut self, inbox: &Receiver<Order>) {
+        let mut chores = true;
+        loop {
+            let order = if chores { inbox.recv_timeout(QUIET) } else { inbox.recv_timeout(RETENTION_TICK) };
+            match order {
+                Ok(Order::Append(pair, done)) => {
+                    let mut batch = vec![(pair, done)];
+                    let mut next = None;
+                    while batch.len() < BATCH {
+                        match inbox.try_recv() {
+                            Ok(Order::Append(pair, done)) => batch.push((pair, done)),
+                            Ok(other) => {
+                                next = Some(other);
+                                break;
+                            }
+                            Err(_) => break,
+                        }
+                    }
+                    self.append(batch);
+                    chores = true;
+                    if next.is_some_and(|order| self.obey(order)) {
+                        return self.close();
+                    }
+                    if self.unindexed(MOST_UNINDEXED) >= MOST_UNINDEXED {
+                        self.index();
+                    }
+                }
+                Ok(order) => {
+                    if self.obey(order) {
+                        return self.close();
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => chores = self.index() | self.retain(),
+                Err(RecvTimeoutError::Disconnected) => return self.close(),
+            }
+        }
+    }
+
+    /// Does what is not an append; true when it was the last order.
+    fn obey(&mut self, order: Order) -> bool {
+        match order {
+            Order::Append(pair, done) => self.append(vec![(pair, done)]),
+            Order::Probe(done) => {
+                let fresh = !self.state.failing.load(Ordering::Relaxed) && self.last_write.elapsed() < PROBE_WAIT;
+                let probe = include_str!("../sql/queries/probe.sql");
+                let fine =
+                    fresh && self.is_in_place() || self.attempt("probed", |connection| connection.execute_batch(probe)).is_some();
+                let _ = done.send(fine);
+            }
+            Order::Index(done) => {
+                while self.index() {}
+                let _ = done.send(());
+            }
+            Order::Close => return true,
+        }
+        false
+    }
+
+    /// Commits the pairs together, then tells each one's waiting thread.
+    fn append(&mut self, batch: Vec<(Pair, Sender<Result<Exchange, ApiError>>)>) {
+        let ids = self.attempt("written", |connection| {
+            let mut append = connection.prepare_cached(include_str!("../sql/queries/append.sql"))?;
+            let mut ids = Vec::with_capacity(batch.len());
+            for (pair, _) in &batch {
+                let tokens = |count: fn(&Usage) -> u64| pair.usage.as_ref().map(|usage| count(usage).min(i64::MAX as u64) as i64);
+                ids.push(append.insert(params![
+                    pair.created_at,
+                    &*pair.key,
+                    pair.question,
+                    pair.answer,
+                    pair.model,
+                    pair.finish_reason,
+                    tokens(|u| u.prompt_tokens),
+                    tokens(|u| u.completion_tokens),
+                    tokens(|u| u.total_tokens),
+                    pair.latency_ms as i64,
+                ])?);
+            }
+            Ok(ids)
+        });
+        match ids {
+            Some(ids) => {
+                self.rows += ids.len() as u64;
+                for ((pair, done), id) in batch.into_iter().zip(ids) {
+                    let _ = done.send(Ok(Exchange::new(id, pair)));
+                }
+            }
+            None => batch.into_iter().for_each(|(_, done)| drop(done.send(Err(unavailable())))),
+        }
+    }
+
+    /// How many rows wait for their words to be indexed, counted up to `most`.
+    fn unindexed(&mut self, most: u64) -> u64 {
+        self.next_unindexed(most).map_or(0, |(_, count)| count)
+    }
+
+    fn next_unindexed(&mut self, most: u64) -> Option<(i64, u64)> {
+        let open = self.open.as_ref()?;
+        let mut next = open.connection.prepare_cached(include_str!("../sql/queries/unindexed.sql")).ok()?;
+        let (last, count): (Option<i64>, i64) = next.query_row([most as i64], |row| Ok((row.get(0)?, row.get(1)?))).ok()?;
+        Some((last?, count as u64))
+    }
+
+    /// Indexes the words of some rows; true when there may be more to do.
+    fn index(&mut self) -> bool {
+        let Some((last, _)) = self.next_unindexed(CHORE_ROWS) else { return false };
+        self.attempt("indexed", |connection| {
+            connection.prepare_cached(include_str!("../sql/queries/index_words.sql"))?.execute([last])?;
+            connection.prepare_cached(include_str!("../sql/queries/indexed_up_to.sql"))?.execute([last])
+        })
+        .is_some()
+    }
+
+    /// Deletes some of what retention says has to go; true when there may be more to do.
+    fn retain(&mut self) -> bool {
+        let too_many = if self.max_rows > 0 { self.rows.saturating_sub(self.max_rows).min(CHORE_ROWS) } else { 0 };
+        let look_at_age = self.max_days > 0 && Instant::now() >= self.next_retention;
+        if too_many == 0 && !look_at_age {
+            return false;
+        }
+        let max_days = self.max_days;
+        let forgotten = self.attempt("pruned", |connection| {
+            let mut last: Option<i64> = None;
+            if too_many > 0 {
+                last = connection
+                    .query_row(include_str!("../sql/queries/oldest_over_count.sql"), [too_many as i64], |row| row.get(0))?;
+            }
+            if look_at_age {
+                let query = include_str!("../sql/queries/oldest_over_age.sql");
+                let aged: Option<i64> = connection.query_row(query, [CHORE_ROWS as i64, max_days as i64], |row| row.get(0))?;
+                last = last.max(aged);
+            }
+            let Some(last) = last else { return Ok(0) };
+            connection.prepare_cached(include_str!("../sql/queries/forget_words.sql"))?.execute([last])?;
+            connection.prepare_cached(include_str!("../sql/queries/forget.sql"))?.execute([last])
+        });
+        let forgotten = forgotten.unwrap_or(0) as u64;
+        self.rows = self.rows.saturating_sub(forgotten);
+        if look_at_age && forgotten < CHORE_ROWS {
+            self.next_retention = Instant::now() + RETENTION_TICK;
+        }
+        forgotten > 0
+    }
+
+    /// Does `work` in one transaction. `None` where it failed, which is logged; the database is then
+    /// opened anew for the next.
+    fn attempt<T>(&mut self, what: &str, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Option<T> {
+        if !self.is_in_place() {
+            self.open = None;
+        }
+        let result = self.ready().and_then(|()| self.write(work).map_err(Trouble::Sql));
+        let failing = result.is_err();
+        if let Err(trouble) = &result {
+            log::error!("history cannot be {what}: {}", advice(trouble));
+            self.open = None;
+        }
+        if self.state.failing.swap(failing, Ordering::Relaxed) && !failing {
+            log::info!("history can be written again");
+        }
+        result.ok()
+    }
+
+    fn write<T>(&mut self, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
+        let Some(open) = &mut self.open else { return Err(rusqlite::Error::InvalidQuery) };
+        let transaction = open.connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+        let result = work(&transaction)?;
+        transaction.commit()?;
+        self.last_write = Instant::now();
+        Ok(result)
+    }
+
+    /// The open database is still the file at its path. What is written to a deleted file is lost.
+    fn is_in_place(&self) -> bool {
+        let inode = fs::metadata(&self.path).map(|file| file.ino()).ok();
+        self.open.as_ref().is_some_and(|open| Some(open.inode) == inode)
+    }
+
+    /// Opens and migrates the database where it is not open.
+    fn ready(&mut self) -> Result<(), Trouble> {
+        if self.open.is_some() {
+            return Ok(());
+        }
+        let mut connection = connect(&self.path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE)?;
+        let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+        if version > MIGRATIONS.len() as i64 {
+            return Err(Trouble::Newer(version));
+        }
+        connection.query_row("PRAGMA journal_mode = wal", [], |_| Ok(()))?;
+        let synchronous = match self.sync {
+            Sync::Full => "FULL",
+            Sync::Normal => "NORMAL",
+        };
+        connection.execute_batch(&format!(
+            "PRAGMA synchronous = {synchronous}; PRAGMA cache_size = -2048; PRAGMA journal_size_limit = 67108864;"
+        ))?;
+        for (number, migration) in (1..).zip(MIGRATIONS).skip(version as usize) {
+            let transaction = connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+            transaction.execute_batch(migration)?;
+            transaction.pragma_update(None, "user_version", number)?;
+            transaction.commit()?;
+        }
+        if self.max_rows > 0 {
+            self.rows = connection.query_row(include_str!("../sql/queries/count.sql"), [], |row| row.get::<_, i64>(0))? as u64;
+        }
+        let inode = fs::metadata(&self.path).map(|file| file.ino()).unwrap_or(0);
+        self.open = Some(Open { connection, inode });
+        self.state.opening.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn close(self) {
+        if let Some(open) = self.open {
+            let _ = open.connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)");
+            if let Err((_, e)) = open.connection.close() {
+                log::error!("history was not closed cleanly: {e}");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::match_expression;
+
+    #[test]
+    fn any_text_is_a_query_for_words() {
+        let query = match_expression("a", "\"x\" OR -z\0don't & 🦀");
+        assert_eq!(query.as_deref(), Some(r#"key : "61" AND {question answer} : ("""x""" AND "OR" AND "-z" AND "don't")"#));
+        assert_eq!(match_expression("a", " \"'*🦀"), None);
+    }
+}

@@ -1,0 +1,419 @@
+//! The door to the LLM, and the only place that names ureq: whole answers and streams, with time
+//! limits, retries, and the upstream's failures translated into ours. Mocks the LLM where there is
+//! none. Knows neither clients' HTTP nor the history.
+
+mod wire;
+
+use std::collections::VecDeque;
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::io::{self, Read};
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use ureq::http::{self, HeaderMap, HeaderValue, Method, Request, Response, Uri, header};
+use ureq::tls::TlsConfig;
+use ureq::unversioned::transport::{Connector, RustlsConnector};
+use ureq::{Agent, Body, BodyReader};
+
+use crate::config::{self, Config, Mode};
+use crate::error::{ApiError, Code, StartError};
+use crate::mock;
+use crate::openai::{self, Completion};
+use crate::sse::{Event, Splitter};
+use wire::{Ended, NoResolver, Watch, WireConnector};
+
+/// An error answer is read so far for its words.
+const MAX_ERROR_BODY: u64 = 64 * 1024;
+/// Comments and other noise of a stream between two events, in bytes.
+const MAX_NOISE: usize = 1 << 20;
+const FIRST_BACKOFF: Duration = Duration::from_millis(250);
+const LONGEST_BACKOFF: Duration = Duration::from_secs(8);
+
+/// How the LLM is reached; shared by all workers.
+pub struct Upstream {
+    mode: Mode,
+    mock_delay: Duration,
+    request: http::request::Parts,
+    timeout: Duration,
+    idle: Duration,
+    retries: u32,
+    /// What no message may repeat.
+    secrets: Vec<String>,
+}
+
+impl Upstream {
+    /// Errs where the base URL or the key cannot stand in a request.
+    pub fn new(config: &Config) -> Result<Upstream, StartError> {
+        let url = format!("{}/chat/completions", config.upstream.base);
+        let uri: Uri = url.parse().map_err(|e| StartError::usage(format!("OPENAI_BASE_URL: {url:?} is not a URL: {e}")))?;
+        let (mut request, ()) = Request::new(()).into_parts();
+        request.method = Method::POST;
+        request.uri = uri;
+        let mut key = HeaderValue::try_from(format!("Bearer {}", config.openai_api_key))
+            .map_err(|_| StartError::usage("OPENAI_API_KEY: the value given (not shown) cannot stand in a header"))?;
+        key.set_sensitive(true);
+        request.headers.insert(header::AUTHORIZATION, key);
+        request.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        let mut secrets = vec![config.openai_api_key.clone()];
+        if let Some(credentials) = &config.upstream.credentials {
+            secrets.push(credentials.clone());
+            secrets.extend(credentials.split_once(':').map(|(_, password)| password.to_string()));
+        }
+        secrets.retain(|secret| !secret.is_empty());
+        Ok(Upstream {
+            mode: config.mode,
+            mock_delay: config.mock_delay,
+            request,
+            timeout: config.upstream_timeout,
+            idle: config.upstream_idle,
+            retries: config.upstream_retries,
+            secrets,
+        })
+    }
+
+    fn redact(&self, text: &str) -> String {
+        self.secrets.iter().fold(text.to_string(), |text, secret| text.replace(secret, "***"))
+    }
+
+    fn failed(&self, code: Code, text: &str) -> ApiError {
+        ApiError::new(code, self.redact(text))
+    }
+
+    /// An attempt that ended without an answer's head.
+    fn unanswered(&self, error: &ureq::Error, ended: Option<Ended>) -> Failure {
+        let (code, text, retry) = match (ended, error) {
+            (Some(Ended::ClientGone), _) => (Code::ClientGone, "the client went away".to_string(), false),
+            (Some(Ended::TimedOut), _) => (
+                Code::UpstreamTimeout,
+                format!("the LLM did not answer within {} s (UPSTREAM_TIMEOUT_SECS)", self.timeout.as_secs()),
+                false,
+            ),
+            (None, ureq::Error::HostNotFound) => {
+                (Code::UpstreamUnavailable, "the LLM's host name cannot be resolved; check OPENAI_BASE_URL".to_string(), true)
+            }
+            (None, ureq::Error::Io(e)) => (Code::UpstreamUnavailable, format!("the LLM cannot be reached: {e}"), true),
+            (None, e @ (ureq::Error::Tls(_) | ureq::Error::Rustls(_))) => {
+                (Code::UpstreamUnavailable, format!("no secure connection to the LLM: {e}"), true)
+            }
+            (None, e) => (Code::UpstreamBadAnswer, format!("the LLM's answer is not HTTP as it should be: {e}"), false),
+        };
+        Failure { error: self.failed(code, &text), retry, wait: None }
+    }
+
+    /// An answer with a status that is not a success.
+    fn refused(&self, mut response: Response<Body>) -> Failure {
+        let status = response.status().as_u16();
+        let mut body = Vec::new();
+        // Words that cannot be read are words that are not there.
+        let _ = response.body_mut().as_reader().take(MAX_ERROR_BODY).read_to_end(&mut body);
+        let words = openai::error_text(&body);
+        let (code, text) = match status {
+            300..=399 => {
+                (Code::UpstreamError, format!("the LLM redirected ({status}), which is not followed; check OPENAI_BASE_URL"))
+            }
+            400 | 413 | 422 => (Code::UpstreamRejected, format!("the LLM rejected the request ({status}): {words}")),
+            401 | 403 => (Code::UpstreamError, format!("the LLM refused the server's key ({status}): {words}")),
+            408 => (Code::UpstreamTimeout, format!("the LLM was too slow ({status}): {words}")),
+            429 => (Code::UpstreamRateLimited, format!("the LLM limits the rate ({status}): {words}")),
+            503 | 529 => (Code::UpstreamUnavailable, format!("the LLM is not available ({status}): {words}")),
+            _ => (Code::UpstreamError, format!("the LLM failed ({status}): {words}")),
+        };
+        let mut error = self.failed(code, &text);
+        let retry_after = retry_after(response.headers());
+        if matches!(code.status(), 429 | 503) {
+            error.retry_after = retry_after.map(str::to_string).or(error.retry_after);
+        }
+        let retry = matches!(status, 408 | 429 | 500..=599);
+        Failure { error, retry, wait: retry_after.and_then(wait_of) }
+    }
+}
+
+/// Why an attempt failed, and whether another may do better.
+struct Failure {
+    error: ApiError,
+    retry: bool,
+    /// How long the upstream asked to be left alone.
+    wait: Option<Duration>,
+}
+
+/// The `Retry-After` as it came, where it can stand in our answer.
+fn retry_after(headers: &HeaderMap) -> Option<&str> {
+    let value = headers.get(header::RETRY_AFTER)?.to_str().ok()?;
+    (1..=64).contains(&value.len()).then_some(value)
+}
+
+/// `Retry-After` in either of its forms (RFC 9110, section 10.2.3); nonsense is none.
+fn wait_of(text: &str) -> Option<Duration> {
+    if let Ok(seconds) = text.trim().parse::<f64>() {
+        return Duration::try_from_secs_f64(seconds).ok();
+    }
+    let date = httpdate::parse_http_date(text).ok()?;
+    Some(date.duration_since(SystemTime::now()).unwrap_or_default())
+}
+
+/// One worker's line to the LLM: at most one connection, kept while it is used.
+pub struct Line {
+    upstream: Arc<Upstream>,
+    agent: Agent,
+    watch: Watch,
+}
+
+impl Line {
+    /// A line without a connection yet.
+    pub fn new(upstream: &Arc<Upstream>) -> Line {
+        let watch = Watch::default();
+        let agent = agent(&watch);
+        Line { upstream: Arc::clone(upstream), agent, watch }
+    }
+
+    /// Closes the connection kept from the last call.
+    pub fn hang_up(&mut self) {
+        self.agent = agent(&self.watch);
+    }
+
+    /// Sends a chat request and reads the whole answer, all within the upstream timeout. `client` is
+    /// watched: when it goes, so does the call, with `client_gone`.
+    pub fn complete(&mut self, client: Arc<TcpStream>, request: &[u8]) -> Result<Completion, ApiError> {
+        self.watch.begin(client, Instant::now() + self.upstream.timeout);
+        let result = match self.upstream.mode {
+            Mode::Upstream => self.call(request).and_then(|response| self.whole(response)),
+            _ => self.think(self.upstream.mock_delay).map(|()| mock::completion(request).into_bytes()),
+        };
+        self.watch.end();
+        let upstream = &self.upstream;
+        openai::parse_completion(&result?)
+            .map_err(|why| upstream.failed(Code::UpstreamBadAnswer, &format!("the LLM gave no answer: {why}")))
+    }
+
+    /// Sends a streaming chat request; returns when the upstream begins to answer, within its timeout.
+    pub fn stream(&mut self, client: Arc<TcpStream>, request: &[u8]) -> Result<Events<'_>, ApiError> {
+        self.watch.begin(client, Instant::now() + self.upstream.timeout);
+        let source = match self.upstream.mode {
+            Mode::Upstream => {
+                let response = self.call(request)?;
+                let json = response
+                    .headers()
+                    .get(header::CONTENT_TYPE)
+                    .and_then(|v| v.to_str().ok())
+                    .is_some_and(|v| v.starts_with("application/json"));
+                if json {
+                    let why = match openai::parse_completion(&self.whole(response)?) {
+                        Ok(_) => "a whole answer where a stream was asked for".to_string(),
+                        Err(why) => why,
+                    };
+                    return Err(self.upstream.failed(Code::UpstreamBadAnswer, &format!("the LLM did not stream: {why}")));
+                }
+                Source::Upstream {
+                    reader: response.into_body().into_reader(),
+                    splitter: Splitter::new(config::MAX_ANSWER, MAX_NOISE),
+                    buffer: vec![0; 4096],
+                }
+            }
+            _ => {
+                self.think(self.upstream.mock_delay)?;
+                let chunks = mock::chunks(request).into_iter().chain(["[DONE]".to_string()]);
+                Source::Mock { chunks: chunks.collect(), first: true }
+            }
+        };
+        self.watch.only_silence(self.upstream.idle);
+        Ok(Events { line: self, source })
+    }
+
+    fn think(&self, time: Duration) -> Result<(), ApiError> {
+        self.watch.sleep(time).map_err(|ended| self.upstream.unanswered(&ended.into(), Some(ended)).error)
+    }
+
+    /// The head of a successful answer, after as many attempts as are allowed and fit the time.
+    fn call(&mut self, request: &[u8]) -> Result<Response<Body>, ApiError> {
+        let mut retries = 0;
+        loop {
+            self.watch.forget_reuse();
+            let attempt = self.agent.run(Request::from_parts(self.upstream.request.clone(), request));
+            let failure = match attempt {
+                Ok(response) if response.status().is_success() => return Ok(response),
+                Ok(response) => self.upstream.refused(response),
+                Err(e) => {
+                    let ended = self.watch.ended();
+                    // A kept connection may have died while nobody looked; that costs nobody an attempt.
+                    if ended.is_none() && self.watch.reused() && matches!(e, ureq::Error::Io(_)) {
+                        self.hang_up();
+                        continue;
+                    }
+                    self.upstream.unanswered(&e, ended)
+                }
+            };
+            if !failure.retry || retries == self.upstream.retries {
+                return Err(failure.error);
+            }
+            let wait = failure.wait.unwrap_or_else(|| backoff(retries));
+            if self.watch.until().is_some_and(|until| Instant::now() + wait >= until) {
+                return Err(failure.error);
+            }
+            retries += 1;
+            log::debug!("attempt {retries} failed, next in {wait:?}: {}", failure.error);
+            self.think(wait)?;
+        }
+    }
+
+    fn whole(&self, mut response: Response<Body>) -> Result<Vec<u8>, ApiError> {
+        let mut body = Vec::new();
+        let result = response.body_mut().as_reader().take(config::MAX_ANSWER as u64 + 1).read_to_end(&mut body);
+        if body.len() > config::MAX_ANSWER {
+            let text = format!("the LLM's answer is larger than {} bytes", config::MAX_ANSWER);
+            return Err(self.upstream.failed(Code::UpstreamBadAnswer, &text));
+        }
+        match result {
+            Ok(_) => Ok(body),
+            Err(e) => Err(match self.watch.ended() {
+                Some(ended) => self.upstream.unanswered(&ended.into(), Some(ended)).error,
+                None => self.upstream.failed(Code::UpstreamBadAnswer, &format!("the LLM's answer broke off: {e}")),
+            }),
+        }
+    }
+}
+
+fn agent(watch: &Watch) -> Agent {
+    let config = ureq::config::Config::builder()
+        .http_status_as_error(false)
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .proxy(None)
+        .user_agent(concat!("ai-proxy/", env!("CARGO_PKG_VERSION")))
+        .accept_encoding("identity")
+        .tls_config(TlsConfig::default())
+        .input_buffer_size(8 * 1024)
+        .output_buffer_size(8 * 1024)
+        .max_response_header_size(64 * 1024)
+        .max_idle_connections(1)
+        .max_idle_connections_per_host(1)
+        .max_idle_age(config::UPSTREAM_KEEP_ALIVE)
+        .build();
+    Agent::with_parts(config, WireConnector(watch.clone()).chain(RustlsConnector::default()), NoResolver)
+}
+
+/// Exponential with full jitter, so that many clients' retries do not meet.
+fn backoff(retries: u32) -> Duration {
+    let most = FIRST_BACKOFF.saturating_mul(1 << retries.min(10)).min(LONGEST_BACKOFF);
+    // The standard library's only source of randomness.
+    let random = RandomState::new().build_hasher().finish();
+    most.mul_f64(0.5 + 0.5 * (random as f64 / u64::MAX as f64))
+}
+
+/// The events of a stream under way.
+pub struct Events<'a> {
+    line: &'a mut Line,
+    source: Source,
+}
+
+enum Source {
+    Upstream { reader: BodyReader<'static>, splitter: Splitter, buffer: Vec<u8> },
+    Mock { chunks: VecDeque<String>, first: bool },
+    Over,
+}
+
+impl Events<'_> {
+    /// Waits for the next events and appends them: those that arrived together. False: the stream
+    /// ended as HTTP has it. Errs when it broke off, was silent for too long, or the client has gone.
+    pub fn next(&mut self, events: &mut Vec<Event>) -> Result<bool, ApiError> {
+        let upstream = &self.line.upstream;
+        let before = events.len();
+        match &mut self.source {
+            Source::Over => return Ok(false),
+            Source::Mock { chunks, first } => {
+                if !std::mem::take(first) {
+                    // Slow enough that a person sees it stream.
+                    let gap = (upstream.mock_delay / 10).min(Duration::from_millis(50));
+                    self.line.watch.sleep(gap).map_err(|ended| upstream.unanswered(&ended.into(), Some(ended)).error)?;
+                }
+                let Some(data) = chunks.pop_front() else { return Ok(false) };
+                let lines = format!("data: {data}\n").into_bytes();
+                events.push(Event { lines, data: data.into_bytes() });
+            }
+            Source::Upstream { reader, splitter, buffer } => {
+                while events.len() == before {
+                    let read = match reader.read(buffer) {
+                        Ok(read) => read,
+                        Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                        Err(e) => {
+                            return Err(match self.line.watch.ended() {
+                                Some(Ended::TimedOut) => {
+                                    let text = format!(
+                                        "the LLM's stream was silent for {} s (UPSTREAM_IDLE_SECS)",
+                                        upstream.idle.as_secs()
+                                    );
+                                    upstream.failed(Code::UpstreamTimeout, &text)
+                                }
+                                Some(ended) => upstream.unanswered(&ended.into(), Some(ended)).error,
+                                None => upstream.failed(Code::UpstreamError, &format!("the LLM's stream broke off: {e}")),
+                            });
+                        }
+                    };
+                    if read == 0 {
+                        let Source::Upstream { splitter, .. } = std::mem::replace(&mut self.source, Source::Over) else {
+                            return Ok(false);
+                        };
+                        let last = splitter.finish();
+                        let any = last.is_some();
+                        events.extend(last);
+                        return Ok(any);
+                    }
+                    splitter.push(&buffer[..read], events).map_err(|_| {
+                        upstream.failed(
+                            Code::UpstreamBadAnswer,
+                            "an event of the LLM's stream is too long, or there are only comments",
+                        )
+                    })?;
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// After the last event: reads what is left, if it comes at once, so that the connection can be used
+    /// again.
+    pub fn settle(&mut self) {
+        if let Source::Upstream { reader, buffer, .. } = &mut self.source {
+            self.line.watch.only_silence(Duration::from_millis(20));
+            let mut left = 16;
+            while left > 0 && reader.read(buffer).is_ok_and(|read| read > 0) {
+                left -= 1;
+            }
+        }
+    }
+
+    /// A failure in the stream's own words, without secrets.
+    pub fn failed(&self, code: Code, text: &str) -> ApiError {
+        self.line.upstream.failed(code, text)
+    }
+}
+
+impl Drop for Events<'_> {
+    fn drop(&mut self) {
+        self.line.watch.end();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retry_after_is_a_number_a_date_or_nothing() {
+        assert_eq!(wait_of("3"), Some(Duration::from_secs(3)));
+        assert_eq!(wait_of("0.5"), Some(Duration::from_millis(500)));
+        assert_eq!(wait_of("Wed, 21 Oct 2015 07:28:00 GMT"), Some(Duration::ZERO));
+        for nonsense in ["soon", "-1", "NaN", "1e300", ""] {
+            assert_eq!(wait_of(nonsense), None, "{nonsense}");
+        }
+    }
+
+    #[test]
+    fn backoff_grows_and_stays_bounded() {
+        for retries in 0..40 {
+            let most = FIRST_BACKOFF.saturating_mul(1 << retries.min(10)).min(LONGEST_BACKOFF);
+            assert!(backoff(retries) <= most && backoff(retries) >= most / 2);
+        }
+    }
+}

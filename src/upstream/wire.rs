@@ -1,0 +1,279 @@
+//! The socket under ureq: while it waits for the upstream it also watches the client and the clock, so
+//! that one thread can do both and a client that hangs up ends the call at once. Knows sockets and
+//! time, nothing of HTTP or chat.
+
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, sockopt};
+use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
+use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, LazyBuffers, NextTimeout, Transport};
+
+use crate::config;
+
+/// Why waiting ended without what was waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    ClientGone,
+    TimedOut,
+}
+
+/// What the call under way is bound to, shared by its worker and the worker's connections.
+#[derive(Clone, Default)]
+pub struct Watch(Arc<Mutex<Bounds>>);
+
+#[derive(Default)]
+struct Bounds {
+    client: Option<Arc<TcpStream>>,
+    until: Option<Instant>,
+    silence: Option<Duration>,
+    ended: Option<Ended>,
+    reused: bool,
+}
+
+impl Watch {
+    fn lock(&self) -> MutexGuard<'_, Bounds> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins a call for this client that must end by `until`.
+    pub fn begin(&self, client: Arc<TcpStream>, until: Instant) {
+        *self.lock() = Bounds { client: Some(client), until: Some(until), ..Bounds::default() };
+    }
+
+    /// From now on only a silence of this length ends the call.
+    pub fn only_silence(&self, silence: Duration) {
+        let mut bounds = self.lock();
+        bounds.until = None;
+        bounds.silence = Some(silence);
+    }
+
+    /// Lets go of the client.
+    pub fn end(&self) {
+        *self.lock() = Bounds::default();
+    }
+
+    /// Why the call ended, where it was not the upstream's doing.
+    pub fn ended(&self) -> Option<Ended> {
+        self.lock().ended
+    }
+
+    /// Forgets that a connection from before was taken.
+    pub fn forget_reuse(&self) {
+        self.lock().reused = false;
+    }
+
+    /// The attempt under way runs on a connection from before, which may have died meanwhile.
+    pub fn reused(&self) -> bool {
+        self.lock().reused
+    }
+
+    /// When the call has to be over, where it has to.
+    pub fn until(&self) -> Option<Instant> {
+        self.lock().until
+    }
+
+    /// Waits for a time. Errs when the client goes first.
+    pub fn sleep(&self, time: Duration) -> Result<(), Ended> {
+        let wake = Instant::now() + time;
+        loop {
+            let until = self.until().map_or(wake, |until| until.min(wake));
+            match self.wait_until(None, Some(until)) {
+                Err(Ended::TimedOut) if Instant::now() >= wake => return Ok(()),
+                Err(ended) => return self.ended_by(ended),
+                Ok(()) => {}
+            }
+        }
+    }
+
+    /// Waits until `fd` is ready. Errs when the client goes or the time is over first.
+    fn wait(&self, fd: BorrowedFd, flags: PollFlags) -> Result<(), Ended> {
+        let (until, silence) = {
+            let bounds = self.lock();
+            (bounds.until, bounds.silence)
+        };
+        let silence = silence.map(|silence| Instant::now() + silence);
+        let until = [until, silence].into_iter().flatten().min();
+        self.wait_until(Some((fd, flags)), until).or_else(|ended| self.ended_by(ended))
+    }
+
+    fn ended_by(&self, ended: Ended) -> Result<(), Ended> {
+        self.lock().ended = Some(ended);
+        Err(ended)
+    }
+
+    fn wait_until(&self, fd: Option<(BorrowedFd, PollFlags)>, until: Option<Instant>) -> Result<(), Ended> {
+        let client = self.lock().client.clone();
+        loop {
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            let timeout = left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) });
+            // A descriptor that is not there is asked for nothing.
+            let mut fds = Vec::with_capacity(2);
+            fds.extend(fd.as_ref().map(|(fd, flags)| PollFd::new(fd, *flags)));
+            // RDHUP: as nginx does, a client's FIN counts as gone, for a closed socket looks the same.
+            fds.extend(client.as_ref().map(|client| PollFd::new(client, PollFlags::RDHUP)));
+            match poll(&mut fds, timeout.as_ref()) {
+                Ok(0) => return Err(Ended::TimedOut),
+                // Client first: an answer that nobody reads is not worth waiting for, even if it is there.
+                Ok(_) if client.is_some() && fds.last().is_some_and(|fd| !fd.revents().is_empty()) => {
+                    return Err(Ended::ClientGone);
+                }
+                Ok(_) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(_) => return Err(Ended::TimedOut),
+            }
+        }
+    }
+}
+
+impl From<Ended> for ureq::Error {
+    fn from(ended: Ended) -> ureq::Error {
+        match ended {
+            Ended::ClientGone => ureq::Error::Io(io::Error::other("the client went away")),
+            Ended::TimedOut => ureq::Error::Timeout(ureq::Timeout::Global),
+        }
+    }
+}
+
+/// Leaves looking up names to the connector: ureq resolves before it looks for an open connection.
+#[derive(Debug)]
+pub struct NoResolver;
+
+impl Resolver for NoResolver {
+    fn resolve(&self, _: &ureq::http::Uri, _: &ureq::config::Config, _: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
+        Ok(self.empty())
+    }
+}
+
+/// Makes connections that watch client and clock.
+pub struct WireConnector(pub Watch);
+
+impl Connector<()> for WireConnector {
+    type Out = Wire;
+
+    fn connect(&self, details: &ConnectionDetails, _: Option<()>) -> Result<Option<Wire>, ureq::Error> {
+        let host = details.uri.host().unwrap_or_default().trim_matches(['[', ']']).to_string();
+        let port = details.uri.port_u16().unwrap_or(if details.needs_tls() { 443 } else { 80 });
+        let mut failure = ureq::Error::HostNotFound;
+        for address in self.resolve(host, port)? {
+            match self.open(address) {
+                Ok(stream) => {
+                    let buffers = LazyBuffers::new(details.config.input_buffer_size(), details.config.output_buffer_size());
+                    return Ok(Some(Wire { stream, buffers, watch: self.0.clone() }));
+                }
+                Err(e) if self.0.ended().is_some() => return Err(e),
+                Err(e) => failure = e,
+            }
+        }
+        Err(failure)
+    }
+}
+
+impl WireConnector {
+    fn resolve(&self, host: String, port: u16) -> Result<Vec<SocketAddr>, ureq::Error> {
+        if let Ok(ip) = host.parse() {
+            return Ok(vec![SocketAddr::new(ip, port)]);
+        }
+        // The system's resolver can only be waited for, so a thread of its own does that.
+        let (done, lookup) = UnixStream::pair()?;
+        let (sender, found) = crossbeam_channel::bounded(1);
+        std::thread::Builder::new().name("resolve".into()).spawn(move || {
+            let addresses = (host.as_str(), port).to_socket_addrs().map(|a| a.collect::<Vec<_>>());
+            let _ = sender.send(addresses);
+            drop(lookup);
+        })?;
+        self.0.wait(done.as_fd(), PollFlags::IN)?;
+        let addresses = found.recv().map_err(|_| ureq::Error::HostNotFound)?;
+        addresses.ok().filter(|a| !a.is_empty()).ok_or(ureq::Error::HostNotFound)
+    }
+
+    fn open(&self, address: SocketAddr) -> Result<TcpStream, ureq::Error> {
+        let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None).map_err(io::Error::from)?;
+        sockopt::set_tcp_nodelay(&socket, true).map_err(io::Error::from)?;
+        match rustix::net::connect(&socket, &address) {
+            Ok(()) => {}
+            Err(Errno::INPROGRESS) => {
+                // One address that swallows packets must not use up the time of the others.
+                let mine = Instant::now() + config::UPSTREAM_CONNECT;
+                let until = self.0.until().map_or(mine, |until| until.min(mine));
+                match self.0.wait_until(Some((socket.as_fd(), PollFlags::OUT)), Some(until)) {
+                    Err(Ended::TimedOut) if until == mine => return Err(io::Error::from(io::ErrorKind::TimedOut).into()),
+                    Err(ended) => self.0.ended_by(ended)?,
+                    Ok(()) => {}
+                }
+                sockopt::socket_error(&socket).map_err(io::Error::from)?.map_err(io::Error::from)?;
+            }
+            Err(e) => return Err(io::Error::from(e).into()),
+        }
+        Ok(TcpStream::from(socket))
+    }
+}
+
+impl fmt::Debug for WireConnector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("WireConnector")
+    }
+}
+
+/// One connection to the upstream. Its socket does not block: every wait is the watch's.
+pub struct Wire {
+    stream: TcpStream,
+    buffers: LazyBuffers,
+    watch: Watch,
+}
+
+impl Transport for Wire {
+    fn buffers(&mut self) -> &mut dyn Buffers {
+        &mut self.buffers
+    }
+
+    fn transmit_output(&mut self, amount: usize, _: NextTimeout) -> Result<(), ureq::Error> {
+        let mut output = &self.buffers.output()[..amount];
+        while !output.is_empty() {
+            match (&self.stream).write(output) {
+                Ok(written) => output = &output[written..],
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.watch.wait(self.stream.as_fd(), PollFlags::OUT)?,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn await_input(&mut self, _: NextTimeout) -> Result<bool, ureq::Error> {
+        loop {
+            self.watch.wait(self.stream.as_fd(), PollFlags::IN)?;
+            match (&self.stream).read(self.buffers.input_append_buf()) {
+                Ok(amount) => {
+                    self.buffers.input_appended(amount);
+                    return Ok(amount > 0);
+                }
+                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
+    /// Open means: neither closed by the upstream nor with bytes that nobody asked for.
+    fn is_open(&mut self) -> bool {
+        let mut byte = [0];
+        let open = matches!(rustix::net::recv(&self.stream, &mut byte, RecvFlags::PEEK | RecvFlags::DONTWAIT), Err(Errno::AGAIN));
+        self.watch.lock().reused = open;
+        open
+    }
+}
+
+impl fmt::Debug for Wire {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Wire")
+    }
+}
