@@ -38,6 +38,9 @@ const SETTINGS: &[Setting] = &[
     Setting("OPENAI_API_KEY", "", "the upstream's key; without it the server mocks the LLM"),
     Setting("OPENAI_BASE_URL", "https://api.openai.com/v1", "the upstream: its URL up to /chat/completions"),
     Setting("OPENAI_MODEL", "gpt-4o-mini", "model for requests that name none"),
+    Setting("OPENAI_FALLBACK_MODELS", "", "models to try in this order when the one asked for fails, a,b,..."),
+    Setting("OPENROUTER_REFERER", "", "sent to the upstream as HTTP-Referer, by which OpenRouter knows your site"),
+    Setting("OPENROUTER_TITLE", "", "sent to the upstream as X-OpenRouter-Title, your site's name there"),
     Setting("SYSTEM_PROMPT", "", "system message for requests that bring none"),
     Setting("MOCK_MODE", "false", "true: answer without any upstream"),
     Setting("MOCK_DELAY_MS", "300", "how long the mock thinks, 0 to 600000"),
@@ -46,6 +49,7 @@ const SETTINGS: &[Setting] = &[
     Setting("MAX_CONNECTIONS", "4096", "open client connections, 1 to 100000; more wait in the backlog"),
     Setting("MAX_BODY_BYTES", "1048576", "request body, 1 to 1073741824 bytes"),
     Setting("MAX_QUESTION_CHARS", "100000", "question, 1 to 1000000000 characters"),
+    Setting("RATE_LIMIT_PER_MINUTE", "0", "questions a key may ask in a minute, up to 1000000; 0: as many as it likes"),
     Setting("HISTORY_LIMIT", "20", "pairs in one page of history when the client names no limit, 1 to 1000"),
     Setting("HISTORY_SYNC", "full", "full: a power cut loses nothing; normal: it may lose the last moments"),
     Setting("HISTORY_MAX_ROWS", "0", "pairs kept, the oldest go first; 0: all"),
@@ -109,6 +113,9 @@ pub struct Config {
     pub openai_api_key: String,
     pub upstream: UpstreamUrl,
     pub model: String,
+    pub fallback_models: Vec<String>,
+    pub openrouter_referer: String,
+    pub openrouter_title: String,
     pub system_prompt: Option<String>,
     pub mode: Mode,
     pub mock_delay: Duration,
@@ -117,6 +124,8 @@ pub struct Config {
     pub max_connections: usize,
     pub max_body_bytes: usize,
     pub max_question_chars: usize,
+    /// 0: no limit.
+    pub rate_limit_per_minute: u32,
     pub history_limit: u32,
     pub history_sync: Sync,
     pub history_max_rows: u64,
@@ -199,6 +208,15 @@ impl Config {
             openai_api_key,
             upstream: upstream_url(&given)?,
             model: given.text("OPENAI_MODEL"),
+            fallback_models: given
+                .text("OPENAI_FALLBACK_MODELS")
+                .split(',')
+                .map(str::trim)
+                .filter(|m| !m.is_empty())
+                .map(str::to_string)
+                .collect(),
+            openrouter_referer: given.header_text("OPENROUTER_REFERER")?,
+            openrouter_title: given.header_text("OPENROUTER_TITLE")?,
             system_prompt: Some(given.text("SYSTEM_PROMPT")).filter(|s| !s.is_empty()),
             mode,
             mock_delay: Duration::from_millis(given.number("MOCK_DELAY_MS", 0, 600_000)?),
@@ -207,6 +225,7 @@ impl Config {
             max_connections: given.number("MAX_CONNECTIONS", 1, 100_000)? as usize,
             max_body_bytes: given.number("MAX_BODY_BYTES", 1, 1 << 30)? as usize,
             max_question_chars: given.number("MAX_QUESTION_CHARS", 1, 1_000_000_000)? as usize,
+            rate_limit_per_minute: given.number("RATE_LIMIT_PER_MINUTE", 0, 1_000_000)? as u32,
             history_limit: given.number("HISTORY_LIMIT", 1, 1000)? as u32,
             history_sync: given.choice("HISTORY_SYNC", &[("full", Sync::Full), ("normal", Sync::Normal)])?,
             history_max_rows: given.number("HISTORY_MAX_ROWS", 0, i64::MAX as u64)?,
@@ -277,6 +296,12 @@ impl Given<'_> {
         number
             .filter(|n| (least..=most).contains(n))
             .ok_or_else(|| self.bad(name, &format!("a whole number from {least} to {most}")))
+    }
+
+    fn header_text(&self, name: &str) -> Result<String, StartError> {
+        let text = self.text(name);
+        let sane = text.bytes().all(|b| (0x20..0x7f).contains(&b));
+        if sane { Ok(text) } else { Err(self.bad(name, "printable ASCII, as it goes into a header")) }
     }
 
     fn seconds(&self, name: &str, least: u64, most: u64) -> Result<Duration, StartError> {

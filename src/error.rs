@@ -1,6 +1,8 @@
 //! What can go wrong, in the two audiences' words: `ApiError` for a client, `StartError` for whoever
-//! starts the program. Knows no module of this crate and nothing of HTTP beyond status numbers.
+//! starts the program. Knows no module of this crate and nothing of HTTP beyond status numbers and
+//! header fields.
 
+use std::borrow::Cow;
 use std::fmt;
 
 /// The cause of a refused or failed request, as listed in the README's error table.
@@ -19,6 +21,7 @@ pub enum Code {
     ExpectationFailed,
     InvalidRequest,
     HeadersTooLarge,
+    RateLimited,
     UpstreamRateLimited,
     ClientGone,
     Internal,
@@ -49,6 +52,7 @@ impl Code {
             Code::ExpectationFailed => ("expectation_failed", 417),
             Code::InvalidRequest => ("invalid_request", 422),
             Code::HeadersTooLarge => ("headers_too_large", 431),
+            Code::RateLimited => ("rate_limited", 429),
             Code::UpstreamRateLimited => ("upstream_rate_limited", 429),
             // Never sent, since nobody is there to read it: it stands in the log, as nginx has it.
             Code::ClientGone => ("client_gone", 499),
@@ -95,25 +99,40 @@ pub struct ApiError {
     pub param: Option<String>,
     /// The value of the `Retry-After` header, passed on as it came or in seconds.
     pub retry_after: Option<String>,
-    /// The value of the `Allow` header, for a 405 only.
-    pub allow: Option<&'static str>,
+    /// Further header fields of the answer.
+    pub headers: Vec<Header>,
 }
+
+/// A header field of an answer: name and value.
+pub type Header = (Cow<'static, str>, String);
 
 impl ApiError {
     /// An error of `code` with a text for people; every 503 gets `Retry-After: 1` here.
     pub fn new(code: Code, message: impl Into<String>) -> ApiError {
-        ApiError {
-            code,
-            message: message.into(),
-            param: None,
-            retry_after: (code.status() == 503).then(|| "1".to_string()),
-            allow: None,
-        }
+        let retry_after = (code.status() == 503).then(|| "1".to_string());
+        ApiError { code, message: message.into(), param: None, retry_after, headers: Vec::new() }
     }
 
     /// A 422 that names the field at fault.
     pub fn invalid(param: &str, message: impl Into<String>) -> ApiError {
         ApiError { param: Some(param.to_string()), ..ApiError::new(Code::InvalidRequest, message) }
+    }
+
+    /// The same error with one more header field.
+    pub fn with_header(mut self, name: &'static str, value: impl Into<String>) -> ApiError {
+        self.headers.push((Cow::Borrowed(name), value.into()));
+        self
+    }
+
+    /// The same error with more header fields, which stand in for those of the same name.
+    pub fn with_headers(mut self, headers: Vec<Header>) -> ApiError {
+        add_headers(&mut self.headers, headers);
+        self
+    }
+
+    /// The same error, telling SDKs that asking again is of no use (OpenAI's `x-should-retry`).
+    pub fn pointless_to_retry(self) -> ApiError {
+        self.with_header("x-should-retry", "false")
     }
 
     /// The JSON object of this error, `{"error": {...}}`, in the shape of
@@ -128,6 +147,13 @@ impl ApiError {
         }})
         .to_string()
     }
+}
+
+/// Adds header fields of ours; they stand in for those of the same name that are there, passed on from
+/// the upstream.
+pub fn add_headers(headers: &mut Vec<Header>, ours: Vec<Header>) {
+    headers.retain(|(name, _)| !ours.iter().any(|(our, _)| our.eq_ignore_ascii_case(name)));
+    headers.extend(ours);
 }
 
 impl fmt::Display for ApiError {

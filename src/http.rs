@@ -22,7 +22,7 @@ use rustix::net::{RecvFlags, sockopt};
 use tiny_http::{Request, Server, SslContextWrap};
 
 use crate::config::{self, Config};
-use crate::error::{ApiError, Code, StartError};
+use crate::error::{ApiError, Code, Header, StartError};
 use crate::head::{Framing, Head, MAX_HEAD};
 
 /// Bodies up to this size are read by the library together with the head, without asking us.
@@ -542,7 +542,7 @@ pub struct Reply {
     pub status: u16,
     pub content_type: &'static str,
     /// Further header fields.
-    pub headers: Vec<(&'static str, Cow<'static, str>)>,
+    pub headers: Vec<Header>,
     pub body: Cow<'static, [u8]>,
 }
 
@@ -588,12 +588,7 @@ impl Responder {
     }
 
     /// Begins an answer whose length is not known: `first` goes out together with the head.
-    pub fn stream(
-        mut self,
-        content_type: &'static str,
-        headers: &[(&'static str, Cow<'static, str>)],
-        first: &[u8],
-    ) -> (StreamWriter, io::Result<()>) {
+    pub fn stream(mut self, content_type: &'static str, headers: &[Header], first: &[u8]) -> (StreamWriter, io::Result<()>) {
         let mut bytes = self.head(200, content_type, headers, None);
         frame(&mut bytes, first, self.http10);
         let result = self.write(&bytes);
@@ -601,23 +596,17 @@ impl Responder {
         (writer, result)
     }
 
-    fn head(
-        &self,
-        status: u16,
-        content_type: &str,
-        headers: &[(&'static str, Cow<'static, str>)],
-        length: Option<usize>,
-    ) -> Vec<u8> {
+    fn head(&self, status: u16, content_type: &str, headers: &[Header], length: Option<usize>) -> Vec<u8> {
         let mut head = Vec::with_capacity(256 + length.unwrap_or(1024));
         let reason = tiny_http::StatusCode(status);
         let reason = reason.default_reason_phrase();
         let date = httpdate::fmt_http_date(SystemTime::now());
         // Writing to a Vec cannot fail.
-        let _ = write!(
-            head,
-            "HTTP/1.1 {status} {reason}\r\nDate: {date}\r\nContent-Type: {content_type}\r\nX-Request-Id: {}\r\n",
-            self.id
-        );
+        let _ = write!(head, "HTTP/1.1 {status} {reason}\r\nDate: {date}\r\nContent-Type: {content_type}\r\n");
+        // The upstream's own id stands in for ours where its answer is passed on.
+        if !headers.iter().any(|(name, _)| name.eq_ignore_ascii_case("x-request-id")) {
+            let _ = write!(head, "X-Request-Id: {}\r\n", self.id);
+        }
         for (name, value) in headers {
             let _ = write!(head, "{name}: {value}\r\n");
         }

@@ -10,6 +10,7 @@ mod http;
 mod mock;
 mod openai;
 mod pool;
+mod rate_limit;
 mod relay;
 mod server;
 mod sse;

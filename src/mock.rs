@@ -1,65 +1,173 @@
-//! The LLM that is not there: answers any chat request deterministically, in OpenAI's shape. Pure: the
-//! waiting is the upstream's.
+//! The LLM that is not there: answers any chat request deterministically, in OpenAI's shape: words, a
+//! tool call where one is demanded, JSON where a response format asks for it. Pure: the waiting is the
+//! upstream's.
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 /// Characters of a question that the answer repeats.
 const REPEATED: usize = 500;
+/// Nesting to which a JSON schema is followed.
+const DEEPEST: usize = 16;
 
-/// The body of a 200 for the chat request `request`, and the same answer as the data of stream
-/// events, word by word, the usage chunk last.
+/// The body of a 200 for a chat request.
 pub fn completion(request: &[u8]) -> String {
-    let Said { answer, model, usage, id } = say(request);
+    let said = say(request);
+    let (message, finish_reason) = match &said.tool {
+        Some(tool) => {
+            (json!({"role": "assistant", "content": null, "tool_calls": [tool.call(&said.id)], "refusal": null}), "tool_calls")
+        }
+        None => (json!({"role": "assistant", "content": said.answer, "refusal": null}), "stop"),
+    };
     json!({
-        "id": id, "object": "chat.completion", "created": 0, "model": model,
-        "choices": [{"index": 0, "message": {"role": "assistant", "content": answer}, "finish_reason": "stop"}],
-        "usage": usage,
+        "id": said.id, "object": "chat.completion", "created": 0, "model": said.model,
+        "choices": [{"index": 0, "message": message, "logprobs": null, "finish_reason": finish_reason}],
+        "usage": said.usage,
     })
     .to_string()
 }
 
 /// The same answer as the data of a stream's events, word by word; the usage comes last.
 pub fn chunks(request: &[u8]) -> Vec<String> {
-    let Said { answer, model, usage, id } = say(request);
+    let said = say(request);
     let chunk = |choices: Value, usage: &Value| {
-        json!({"id": id, "object": "chat.completion.chunk", "created": 0, "model": model,
+        json!({"id": said.id, "object": "chat.completion.chunk", "created": 0, "model": said.model,
                "choices": choices, "usage": usage})
         .to_string()
     };
-    let delta = |delta: Value, reason: Value| json!([{"index": 0, "delta": delta, "finish_reason": reason}]);
-    let mut chunks = vec![chunk(delta(json!({"role": "assistant", "content": ""}), Value::Null), &Value::Null)];
-    for word in answer.split_inclusive(' ') {
-        chunks.push(chunk(delta(json!({"content": word}), Value::Null), &Value::Null));
+    let delta = |delta: Value, reason: Value| chunk(json!([{"index": 0, "delta": delta, "finish_reason": reason}]), &Value::Null);
+    let mut chunks = vec![delta(json!({"role": "assistant", "content": ""}), Value::Null)];
+    if let Some(tool) = &said.tool {
+        let mut call = tool.call(&said.id);
+        call["index"] = json!(0);
+        chunks.push(delta(json!({"tool_calls": [call]}), Value::Null));
+        chunks.push(delta(json!({}), json!("tool_calls")));
+    } else {
+        chunks.extend(said.answer.split_inclusive(' ').map(|word| delta(json!({"content": word}), Value::Null)));
+        chunks.push(delta(json!({}), json!("stop")));
     }
-    chunks.push(chunk(delta(json!({}), json!("stop")), &Value::Null));
-    chunks.push(chunk(json!([]), &usage));
+    chunks.push(chunk(json!([]), &said.usage));
     chunks
+}
+
+/// The models of the mocked server, as `GET /models` lists them.
+pub fn models(names: &[String]) -> String {
+    let models: Vec<Value> = names.iter().map(|name| model(name)).collect();
+    json!({"object": "list", "data": models}).to_string()
+}
+
+/// One model, as `GET /models/{id}` shows it.
+pub fn model(name: &str) -> Value {
+    json!({"id": name, "object": "model", "created": 0, "owned_by": "mock"})
 }
 
 struct Said {
     answer: String,
+    tool: Option<Tool>,
     model: String,
     usage: Value,
     id: String,
+}
+
+/// A call of a tool that the request demanded.
+struct Tool {
+    name: String,
+    arguments: String,
+}
+
+impl Tool {
+    fn call(&self, id: &str) -> Value {
+        let id = id.replace("chatcmpl", "call");
+        json!({"id": id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}})
+    }
 }
 
 fn say(request: &[u8]) -> Said {
     let request: Value = serde_json::from_slice(request).unwrap_or_default();
     let empty = Vec::new();
     let messages = request["messages"].as_array().unwrap_or(&empty);
-    let question = messages.last().and_then(|m| m["content"].as_str()).unwrap_or_default();
-    let repeated: String = question.chars().take(REPEATED).collect();
-    let answer = format!("This is a mock answer to: {repeated}");
+    let asked = messages.iter().rev().find(|message| message["role"] == "user");
+    let question = asked.map(|message| text(&message["content"])).unwrap_or_default();
+    let tool = demanded_tool(&request);
+    let answer = match request["response_format"]["type"].as_str() {
+        Some("json_object") => json!({"mock": true, "question": repeated(&question)}).to_string(),
+        Some("json_schema") => {
+            let schema = &request["response_format"]["json_schema"]["schema"];
+            instance(schema, schema, 0).to_string()
+        }
+        _ => format!("This is a mock answer to: {}", repeated(&question)),
+    };
     let count = |text: &str| text.split_whitespace().count().max(1);
-    let prompt: usize = messages.iter().map(|m| count(m["content"].as_str().unwrap_or_default())).sum();
-    let completion = count(&answer);
+    let prompt: usize = messages.iter().map(|message| count(&text(&message["content"]))).sum();
+    let completion = count(tool.as_ref().map_or(&answer, |tool| &tool.arguments));
     // FNV-1a: the same question always has the same id.
     let hash = question.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
     Said {
         answer,
+        tool,
         model: request["model"].as_str().unwrap_or("mock").to_string(),
         usage: json!({"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}),
         id: format!("chatcmpl-mock-{hash:016x}"),
+    }
+}
+
+fn repeated(question: &str) -> String {
+    question.chars().take(REPEATED).collect()
+}
+
+fn text(content: &Value) -> String {
+    match content {
+        Value::String(text) => text.clone(),
+        Value::Array(parts) => parts.iter().filter_map(|part| part["text"].as_str()).collect(),
+        _ => String::new(),
+    }
+}
+
+/// The function that `tool_choice` names, or the first one where it says `required`.
+fn demanded_tool(request: &Value) -> Option<Tool> {
+    let tools = request["tools"].as_array()?;
+    let choice = &request["tool_choice"];
+    let tool = match choice["function"]["name"].as_str() {
+        Some(name) => tools.iter().find(|tool| tool["function"]["name"] == name)?,
+        None if choice == "required" => tools.first()?,
+        None => return None,
+    };
+    let schema = &tool["function"]["parameters"];
+    let arguments = instance(schema, schema, 0).to_string();
+    Some(Tool { name: tool["function"]["name"].as_str()?.to_string(), arguments })
+}
+
+/// A value that fits a JSON schema as it is used for structured output.
+fn instance(schema: &Value, root: &Value, depth: usize) -> Value {
+    if depth > DEEPEST {
+        return Value::Null;
+    }
+    if let Some(reference) = schema["$ref"].as_str().and_then(|reference| reference.strip_prefix('#')) {
+        return root.pointer(reference).map_or(Value::Null, |schema| instance(schema, root, depth + 1));
+    }
+    if let Some(constant) = schema.get("const").or(schema["enum"].get(0)) {
+        return constant.clone();
+    }
+    for choice in ["anyOf", "oneOf", "allOf"] {
+        if let Some(first) = schema[choice].get(0) {
+            return instance(first, root, depth + 1);
+        }
+    }
+    let kind = schema["type"].as_str().or(schema["type"][0].as_str()).unwrap_or("object");
+    match kind {
+        "string" => json!("mock"),
+        "integer" | "number" => schema.get("minimum").cloned().unwrap_or(json!(0)),
+        "boolean" => json!(true),
+        "null" => Value::Null,
+        "array" => {
+            let least = schema["minItems"].as_u64().unwrap_or(0).min(16);
+            (0..least).map(|_| instance(&schema["items"], root, depth + 1)).collect()
+        }
+        _ => {
+            let properties = schema["properties"].as_object().into_iter().flatten();
+            Value::Object(
+                properties.map(|(name, schema)| (name.clone(), instance(schema, root, depth + 1))).collect::<Map<_, _>>(),
+            )
+        }
     }
 }
 
@@ -77,5 +185,20 @@ mod tests {
         assert_eq!(streamed, whole.answer);
         assert!(streamed.ends_with("Привет, 🦀\0 world"));
         assert_eq!(chunks.last().and_then(|c| c.usage), whole.usage);
+    }
+
+    #[test]
+    fn a_demanded_tool_is_called_with_arguments_of_its_schema() {
+        let request = br##"{"messages":[{"role":"user","content":"q"}],"tool_choice":{"type":"function","function":{"name":"f"}},
+            "tools":[{"type":"function","function":{"name":"f","parameters":{"type":"object","properties":{"city":{"type":"string"},"n":{"$ref":"#/$defs/n"}},"$defs":{"n":{"type":"integer"}}}}}]}"##;
+        let whole = parse_completion(completion(request).as_bytes()).expect("an answer");
+        assert_eq!(whole.finish_reason.as_deref(), Some("tool_calls"));
+        assert!(whole.answer.contains(r#"{\"city\":\"mock\",\"n\":0}"#), "{}", whole.answer);
+    }
+
+    #[test]
+    fn a_schema_gets_what_it_asks_for() {
+        let schema = json!({"type":"object","properties":{"a":{"enum":["x"]},"b":{"type":"array","minItems":1,"items":{"type":"boolean"}},"c":{"anyOf":[{"type":"null"}]}}});
+        assert_eq!(instance(&schema, &schema, 0), json!({"a":"x","b":[true],"c":null}));
     }
 }

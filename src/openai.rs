@@ -8,8 +8,10 @@ use std::fmt;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use serde_json::value::RawValue;
 
-use crate::exchange::{Question, Usage};
+use crate::error::ApiError;
+use crate::exchange::{Question, Usage, parse_json};
 
 #[derive(Serialize)]
 struct Message<'a> {
@@ -36,22 +38,154 @@ struct StreamOptions {
     include_usage: bool,
 }
 
-/// The request body for a question: `model` and `system` are what a question that names none gets. A
-/// streaming request asks for the usage chunk.
-pub fn chat_request(asked: &Question, model: &str, system: Option<&str>, stream: bool) -> Vec<u8> {
-    let system = asked.system.as_deref().or(system);
-    let mut messages = Vec::with_capacity(2);
-    messages.extend(system.map(|content| Message { role: "system", content }));
-    messages.push(Message { role: "user", content: &asked.question });
-    let request = ChatRequest {
-        model: asked.model.as_deref().unwrap_or(model),
-        messages,
-        temperature: asked.temperature,
-        max_tokens: asked.max_tokens,
-        stream: stream.then_some(true),
-        stream_options: stream.then_some(StreamOptions { include_usage: true }),
-    };
-    serde_json::to_vec(&request).unwrap_or_default()
+/// A chat request ready for the upstream, and what history wants to know of it.
+#[derive(Debug)]
+pub struct Chat {
+    /// The JSON to send.
+    pub body: Vec<u8>,
+    pub model: String,
+    pub question: String,
+    pub stream: bool,
+    /// We asked for the usage chunk and the client did not.
+    pub added_usage: bool,
+}
+
+impl Chat {
+    /// The request for a question: `model` and `system` are what a question that names none gets.
+    pub fn from_question(asked: Question, model: &str, system: Option<&str>, stream: bool) -> Chat {
+        let system = asked.system.as_deref().or(system);
+        let mut messages = Vec::with_capacity(2);
+        messages.extend(system.map(|content| Message { role: "system", content }));
+        messages.push(Message { role: "user", content: &asked.question });
+        let request = ChatRequest {
+            model: asked.model.as_deref().unwrap_or(model),
+            messages,
+            temperature: asked.temperature,
+            max_tokens: asked.max_tokens,
+            stream: stream.then_some(true),
+            stream_options: stream.then_some(StreamOptions { include_usage: true }),
+        };
+        let body = serde_json::to_vec(&request).unwrap_or_default();
+        let model = request.model.to_string();
+        Chat { body, model, question: asked.question, stream, added_usage: stream }
+    }
+
+    /// A client's own request body, passed on as it is but for a `model` where it names none and the
+    /// usage chunk of a stream, which is always asked for. The question is its last user message, of at
+    /// most `max_chars` characters. Errs with `invalid_json` or `invalid_request`.
+    pub fn from_body(body: &[u8], model: &str, max_chars: usize) -> Result<Chat, ApiError> {
+        let fields: ChatFields = serde_json::from_slice(body).or_else(|_| {
+            let value = parse_json(body)?;
+            // It is JSON, so a field is of the wrong type, and serde's words say which.
+            match serde_json::from_value::<ChatFields>(value) {
+                Ok(fields) => Ok(fields),
+                Err(e) => Err(ApiError::invalid("body", format!("the body is not a chat request: {e}"))),
+            }
+        })?;
+        let messages = fields.messages.filter(|messages| !messages.is_empty());
+        let messages = messages.ok_or_else(|| ApiError::invalid("messages", "messages must be a list that is not empty"))?;
+        let asked = messages.into_iter().rev().find(|message| message.role == "user");
+        let question = asked.map(|message| message.content.0).unwrap_or_default();
+        if question.len() > max_chars && question.chars().count() > max_chars {
+            return Err(ApiError::invalid("messages", format!("the question is longer than {max_chars} characters")));
+        }
+        let stream = fields.stream.unwrap_or(false);
+        let wants_usage = fields.stream_options.is_some_and(|options| options.include_usage == Some(true));
+        let mut chat = Chat { body: body.to_vec(), model: String::new(), question, stream, added_usage: stream && !wants_usage };
+        match fields.model.filter(|model| !model.trim().is_empty()) {
+            Some(model) => chat.model = model,
+            None => chat.set_model(model),
+        }
+        if chat.added_usage {
+            chat.body = with_field(&chat.body, "stream_options", Some(r#"{"include_usage":true}"#));
+        }
+        Ok(chat)
+    }
+
+    /// Asks another model the same.
+    pub fn set_model(&mut self, model: &str) {
+        self.body = with_field(&self.body, "model", Some(&Value::from(model).to_string()));
+        self.model = model.to_string();
+    }
+
+    /// Takes the usage option out again, for a server that refuses it. False: it was not ours.
+    pub fn drop_usage(&mut self) -> bool {
+        let ours = std::mem::take(&mut self.added_usage);
+        if ours {
+            self.body = with_field(&self.body, "stream_options", None);
+        }
+        ours
+    }
+}
+
+#[derive(Deserialize)]
+struct ChatFields {
+    #[serde(default)]
+    model: Option<String>,
+    #[serde(default)]
+    messages: Option<Vec<Asked>>,
+    #[serde(default)]
+    stream: Option<bool>,
+    #[serde(default)]
+    stream_options: Option<UsageOption>,
+}
+
+#[derive(Deserialize)]
+struct Asked {
+    #[serde(default)]
+    role: String,
+    #[serde(default)]
+    content: Text,
+}
+
+#[derive(Deserialize)]
+struct UsageOption {
+    #[serde(default)]
+    include_usage: Option<bool>,
+}
+
+/// The JSON object `body` with one field set to `value` (JSON) or taken out; all other fields keep
+/// their place and their bytes.
+fn with_field(body: &[u8], name: &str, value: Option<&str>) -> Vec<u8> {
+    let Ok(Fields(fields)) = serde_json::from_slice::<Fields>(body) else { return body.to_vec() };
+    let mut edited = Vec::with_capacity(body.len() + 64);
+    edited.push(b'{');
+    let kept = fields.iter().filter(|(field, _)| field != name).map(|(field, value)| (field.as_str(), value.get()));
+    for (field, value) in kept.chain(value.map(|value| (name, value))) {
+        if edited.len() > 1 {
+            edited.push(b',');
+        }
+        edited.extend_from_slice(Value::from(field).to_string().as_bytes());
+        edited.push(b':');
+        edited.extend_from_slice(value.as_bytes());
+    }
+    edited.push(b'}');
+    edited
+}
+
+/// An object's fields in their order, with the bytes of their values.
+struct Fields<'a>(Vec<(String, &'a RawValue)>);
+
+impl<'de> Deserialize<'de> for Fields<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Fields<'de>, D::Error> {
+        struct FieldsVisitor;
+        impl<'de> Visitor<'de> for FieldsVisitor {
+            type Value = Fields<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields<'de>, A::Error> {
+                let mut fields = Vec::new();
+                while let Some((name, value)) = map.next_entry::<String, &RawValue>()? {
+                    fields.push((name, value));
+                }
+                Ok(Fields(fields))
+            }
+        }
+        deserializer.deserialize_map(FieldsVisitor)
+    }
 }
 
 /// What a whole answer says.
@@ -71,9 +205,11 @@ pub fn parse_completion(body: &[u8]) -> Result<Completion, String> {
         return Err(format!("it answered with an error: {}", error_words(&error)));
     }
     let choice = answer.choices.unwrap_or_default().into_iter().next().ok_or("its answer has no choices")?;
-    let message = choice.message.ok_or("its answer's first choice has no message")?;
+    let mut message = choice.message.ok_or("its answer's first choice has no message")?;
+    let mut text = message.text();
+    ToolCalls(message.tool_calls.unwrap_or_default()).append_to(&mut text);
     Ok(Completion {
-        answer: message.text(),
+        answer: text,
         model: answer.model.map(Cow::into_owned),
         finish_reason: choice.finish_reason.map(Cow::into_owned),
         usage: answer.usage.map(Usage::from),
@@ -85,6 +221,8 @@ pub fn parse_completion(body: &[u8]) -> Result<Completion, String> {
 pub struct Chunk {
     /// The piece of answer in it, often empty.
     pub delta: String,
+    /// The pieces of tool calls in it.
+    pub tool_calls: ToolCalls,
     pub model: Option<String>,
     pub finish_reason: Option<String>,
     pub usage: Option<Usage>,
@@ -105,8 +243,9 @@ pub fn parse_chunk(data: &[u8]) -> Result<Chunk, String> {
     chunk.usage_only = choices.is_empty() && usage.is_some();
     // Further choices (`n` > 1) reach the client, and history keeps the first.
     for choice in choices.into_iter().filter(|choice| choice.index == 0) {
-        if let Some(delta) = choice.delta {
+        if let Some(mut delta) = choice.delta {
             chunk.delta.push_str(&delta.text());
+            chunk.tool_calls.add(ToolCalls(delta.tool_calls.unwrap_or_default()));
         }
         chunk.finish_reason = choice.finish_reason.map(Cow::into_owned).or(chunk.finish_reason);
     }
@@ -164,11 +303,81 @@ struct Words {
     content: Text,
     #[serde(default)]
     refusal: Text,
+    #[serde(default)]
+    tool_calls: Option<Vec<ToolCall>>,
 }
 
 impl Words {
-    fn text(self) -> String {
-        if self.content.0.is_empty() { self.refusal.0 } else { self.content.0 }
+    fn text(&mut self) -> String {
+        let words = if self.content.0.is_empty() { &mut self.refusal } else { &mut self.content };
+        std::mem::take(&mut words.0)
+    }
+}
+
+/// A call of a tool, or in a stream a piece of one: pieces of the same index belong together.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+struct ToolCall {
+    #[serde(default)]
+    index: usize,
+    #[serde(default)]
+    id: Option<String>,
+    #[serde(default)]
+    function: Option<ToolFunction>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+struct ToolFunction {
+    #[serde(default)]
+    name: Option<String>,
+    #[serde(default)]
+    arguments: Option<String>,
+}
+
+/// The tool calls of an answer as they come together.
+#[derive(Debug, Default, PartialEq)]
+pub struct ToolCalls(Vec<ToolCall>);
+
+impl ToolCalls {
+    /// No model calls more tools at once; an index beyond is not believed.
+    const MOST: usize = 128;
+
+    /// Adds the pieces that a chunk brought.
+    pub fn add(&mut self, pieces: ToolCalls) {
+        for piece in pieces.0.into_iter().filter(|piece| piece.index < Self::MOST) {
+            if self.0.len() <= piece.index {
+                self.0.resize_with(piece.index + 1, ToolCall::default);
+            }
+            let call = &mut self.0[piece.index];
+            call.id = call.id.take().or(piece.id);
+            let Some(function) = piece.function else { continue };
+            let known = call.function.get_or_insert_default();
+            known.name = known.name.take().or(function.name);
+            known.arguments.get_or_insert_default().push_str(&function.arguments.unwrap_or_default());
+        }
+    }
+
+    /// Bytes of arguments so far.
+    pub fn len(&self) -> usize {
+        self.0.iter().filter_map(|call| call.function.as_ref()?.arguments.as_ref()).map(String::len).sum()
+    }
+
+    /// What history keeps: after the words of the answer a line of JSON, `{"tool_calls":[...]}`.
+    pub fn append_to(&self, answer: &mut String) {
+        if self.0.is_empty() {
+            return;
+        }
+        let calls: Vec<Value> = self.0.iter().map(ToolCall::to_json).collect();
+        if !answer.is_empty() {
+            answer.push('\n');
+        }
+        answer.push_str(&serde_json::json!({ "tool_calls": calls }).to_string());
+    }
+}
+
+impl ToolCall {
+    fn to_json(&self) -> Value {
+        let function = self.function.clone().unwrap_or_default();
+        serde_json::json!({"id": self.id, "name": function.name, "arguments": function.arguments})
     }
 }
 
@@ -245,11 +454,57 @@ mod tests {
     #[test]
     fn the_request_carries_what_was_asked_and_the_defaults() {
         let asked = Question { question: "q".into(), model: None, system: None, temperature: Some(0.2), max_tokens: None };
-        let body = String::from_utf8(chat_request(&asked, "m", Some("s"), true)).expect("UTF-8");
+        let chat = Chat::from_question(asked, "m", Some("s"), true);
         assert_eq!(
-            body,
+            String::from_utf8(chat.body).expect("UTF-8"),
             r#"{"model":"m","messages":[{"role":"system","content":"s"},{"role":"user","content":"q"}],"temperature":0.2,"stream":true,"stream_options":{"include_usage":true}}"#
         );
+    }
+
+    #[test]
+    fn a_clients_own_body_is_passed_on_as_it_is() {
+        let body = br#"{ "seed": 1.50, "messages":[{"role":"user","content":[{"type":"text","text":"a"},{"type":"image_url"},{"type":"text","text":"b"}]},{"role":"tool","content":"c"}],"model":"x" }"#;
+        let mut chat = Chat::from_body(body, "m", 10).expect("a chat request");
+        assert_eq!((chat.body.as_slice(), chat.question.as_str(), chat.model.as_str()), (&body[..], "ab", "x"));
+        chat.set_model("y");
+        assert!(String::from_utf8_lossy(&chat.body).starts_with(r#"{"seed":1.50,"messages":["#));
+        let mut chat =
+            Chat::from_body(br#"{"messages":[{"role":"user","content":"a"}],"stream":true}"#, "m", 10).expect("a chat request");
+        assert_eq!(
+            String::from_utf8_lossy(&chat.body),
+            r#"{"messages":[{"role":"user","content":"a"}],"stream":true,"model":"m","stream_options":{"include_usage":true}}"#
+        );
+        assert!(chat.drop_usage() && !chat.drop_usage());
+        assert!(!String::from_utf8_lossy(&chat.body).contains("stream_options"));
+    }
+
+    #[test]
+    fn what_is_no_chat_request_is_refused() {
+        for (body, status) in [
+            ("{", 400),
+            ("[]", 422),
+            ("{}", 422),
+            (r#"{"messages":[]}"#, 422),
+            (r#"{"messages":[{"role":"user"}],"stream":"yes"}"#, 422),
+            (r#"{"messages":[{"role":"user","content":"12345678901"}]}"#, 422),
+        ] {
+            assert_eq!(Chat::from_body(body.as_bytes(), "m", 10).expect_err("refused").code.status(), status, "{body}");
+        }
+    }
+
+    #[test]
+    fn tool_calls_come_together_from_their_pieces() {
+        let mut calls = ToolCalls::default();
+        for data in [
+            r#"{"choices":[{"delta":{"tool_calls":[{"index":0,"id":"c1","function":{"name":"f","arguments":""}}]}}]}"#,
+            r#"{"choices":[{"delta":{"tool_calls":[{"index":0,"function":{"arguments":"{\"a\""}}]}}]}"#,
+            r#"{"choices":[{"delta":{"tool_calls":[{"index":0,"function":{"arguments":":1}"}}]}}]}"#,
+        ] {
+            calls.add(parse_chunk(data.as_bytes()).expect("a chunk").tool_calls);
+        }
+        let mut answer = String::new();
+        calls.append_to(&mut answer);
+        assert_eq!(answer, r#"{"tool_calls":[{"arguments":"{\"a\":1}","id":"c1","name":"f"}]}"#);
     }
 
     #[test]
@@ -259,6 +514,10 @@ mod tests {
             (r#"{"content":[{"type":"text","text":"Pa"},{"type":"text","text":"ris"}]}"#, "Paris"),
             (r#"{"content":null,"refusal":"No."}"#, "No."),
             (r#"{"content":null,"tool_calls":[]}"#, ""),
+            (
+                r#"{"content":null,"tool_calls":[{"id":"c","function":{"name":"f","arguments":"{}"}}]}"#,
+                r#"{"tool_calls":[{"arguments":"{}","id":"c","name":"f"}]}"#,
+            ),
         ] {
             let body = format!(r#"{{"choices":[{{"message":{message},"finish_reason":"stop"}}],"error":null}}"#);
             assert_eq!(parse_completion(body.as_bytes()).expect("an answer").answer, answer);

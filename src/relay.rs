@@ -11,14 +11,18 @@ use crossbeam_channel::bounded;
 
 use crate::clock;
 use crate::config::MAX_ANSWER;
-use crate::error::{ApiError, Code};
+use crate::error::{ApiError, Code, Header};
 use crate::exchange::{Pair, Usage};
 use crate::http::{Responder, StreamWriter};
-use crate::openai;
+use crate::openai::{self, Chat, ToolCalls};
 use crate::store::Store;
 use crate::upstream::{Events, Line};
 
-const HEADERS: &[(&str, Cow<str>)] = &[("Cache-Control", Cow::Borrowed("no-cache")), ("X-Accel-Buffering", Cow::Borrowed("no"))];
+fn headers() -> Vec<Header> {
+    [("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no")]
+        .map(|(name, value)| (Cow::Borrowed(name), value.to_string()))
+        .to_vec()
+}
 
 /// The client's end of a stream, shared by the worker that relays and the connection's thread, which
 /// breaks the silence.
@@ -29,6 +33,8 @@ pub struct ClientEnd {
 
 struct State {
     phase: Phase,
+    /// For the head of the answer.
+    headers: Vec<Header>,
     last_sent: Instant,
 }
 
@@ -40,9 +46,12 @@ enum Phase {
 }
 
 impl ClientEnd {
-    /// The end for a request nobody answered yet; `id` is the request's, for error events.
-    pub fn new(responder: Responder, id: String) -> ClientEnd {
-        ClientEnd { state: Mutex::new(State { phase: Phase::Unanswered(responder), last_sent: Instant::now() }), id }
+    /// The end for a request nobody answered yet; `id` is the request's, for error events, and
+    /// `extra` stands in the head of the answer.
+    pub fn new(responder: Responder, id: String, extra: Vec<Header>) -> ClientEnd {
+        let mut headers = headers();
+        headers.extend(extra);
+        ClientEnd { state: Mutex::new(State { phase: Phase::Unanswered(responder), headers, last_sent: Instant::now() }), id }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -119,7 +128,7 @@ impl State {
     fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         match std::mem::replace(&mut self.phase, Phase::Over) {
             Phase::Unanswered(responder) => {
-                let (writer, result) = responder.stream("text/event-stream; charset=utf-8", HEADERS, bytes);
+                let (writer, result) = responder.stream("text/event-stream; charset=utf-8", &self.headers, bytes);
                 self.phase = Phase::Open(writer);
                 result
             }
@@ -140,18 +149,32 @@ pub struct Draft {
     /// What was asked for, until the upstream says which model answers.
     pub model: String,
     pub started: Instant,
+    /// The client asked for the usage chunk.
+    wants_usage: bool,
     answer: String,
+    tool_calls: ToolCalls,
     finish_reason: Option<String>,
     usage: Option<Usage>,
 }
 
 impl Draft {
     /// A pair without an answer yet; `started` is when the request came.
-    pub fn new(key: Arc<str>, question: String, model: String, started: Instant) -> Draft {
-        Draft { key, question, model, started, answer: String::new(), finish_reason: None, usage: None }
+    pub fn new(key: Arc<str>, chat: &Chat, wants_usage: bool, started: Instant) -> Draft {
+        Draft {
+            key,
+            question: chat.question.clone(),
+            model: chat.model.clone(),
+            started,
+            wants_usage,
+            answer: String::new(),
+            tool_calls: ToolCalls::default(),
+            finish_reason: None,
+            usage: None,
+        }
     }
 
-    fn into_pair(self) -> Pair {
+    fn into_pair(mut self) -> Pair {
+        self.tool_calls.append_to(&mut self.answer);
         Pair {
             key: self.key,
             question: self.question,
@@ -178,15 +201,17 @@ pub struct Streamed {
 pub fn run(
     line: &mut Line,
     client: Arc<TcpStream>,
-    request: &[u8],
+    chat: &mut Chat,
     end: &ClientEnd,
     store: &Store,
     mut draft: Draft,
 ) -> Result<Streamed, ApiError> {
-    let mut events = match line.stream(client, request) {
+    let mut events = match line.stream(client, chat) {
         Ok(events) => events,
         Err(e) => return cut_short(e, end, store, draft),
     };
+    draft.model.clone_from(&chat.model);
+    end.lock().headers.append(&mut events.headers);
     match pump(&mut events, end, &mut draft) {
         Ok(done) => {
             let model = draft.model.clone();
@@ -250,16 +275,17 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
 /// Adds what an event says to the draft; true when the event goes on to the client.
 fn take_in(data: &[u8], draft: &mut Draft) -> Result<bool, String> {
     let chunk = openai::parse_chunk(data)?;
-    if draft.answer.len() + chunk.delta.len() > MAX_ANSWER {
+    if draft.answer.len() + chunk.delta.len() + draft.tool_calls.len() > MAX_ANSWER {
         return Err(format!("its answer is larger than {MAX_ANSWER} bytes"));
     }
     draft.answer.push_str(&chunk.delta);
+    draft.tool_calls.add(chunk.tool_calls);
     if let Some(model) = chunk.model.filter(|model| !model.is_empty()) {
         draft.model = model;
     }
     draft.finish_reason = chunk.finish_reason.or(draft.finish_reason.take());
     draft.usage = chunk.usage.or(draft.usage);
-    Ok(!chunk.usage_only)
+    Ok(draft.wants_usage || !chunk.usage_only)
 }
 
 /// Ends a stream that did not come to its end; what had arrived is kept.
@@ -287,7 +313,7 @@ fn fail(e: &ApiError, end: &ClientEnd, model: String) -> Streamed {
 /// Waits until the pair is committed.
 fn keep(store: &Store, draft: Draft) -> Result<(), ApiError> {
     let (done, committed) = bounded(1);
-    store.append(draft.into_pair(), done);
+    store.append(draft.into_pair(), None, done);
     let answer = committed.recv().unwrap_or_else(|_| Err(ApiError::new(Code::HistoryUnavailable, "the history is closed")));
     answer.map(|_| ())
 }

@@ -18,7 +18,8 @@ use crate::error::{ApiError, Code, StartError};
 use crate::exchange::{Exchange, Pair, Usage};
 
 /// Numbered from 1; the database's `user_version` is the number of the last one applied.
-const MIGRATIONS: &[&str] = &[include_str!("../sql/migrations/0001_history.sql")];
+const MIGRATIONS: &[&str] =
+    &[include_str!("../sql/migrations/0001_history.sql"), include_str!("../sql/migrations/0002_idempotency.sql")];
 
 /// At most so many pairs in one transaction.
 const BATCH: usize = 1000;
@@ -35,8 +36,33 @@ const READERS: usize = 4;
 /// How long `/readyz` waits for the writer.
 const PROBE_WAIT: Duration = Duration::from_secs(1);
 
+/// A request that must not be asked twice: what to note beside its pair.
+pub struct Unique {
+    /// The client's `Idempotency-Key`.
+    pub key: String,
+    pub path: &'static str,
+    pub request: Vec<u8>,
+    /// The answer's body, where the pair does not say it all.
+    pub response: Option<Vec<u8>>,
+}
+
+/// What was noted of such a request, and the pair that answered it.
+pub struct Remembered {
+    pub path: String,
+    pub request: Vec<u8>,
+    pub response: Option<Vec<u8>>,
+    pub exchange: Exchange,
+}
+
+/// A pair on its way, and who waits for it.
+struct Arrival {
+    pair: Pair,
+    unique: Option<Unique>,
+    done: Sender<Result<Exchange, ApiError>>,
+}
+
 enum Order {
-    Append(Pair, Sender<Result<Exchange, ApiError>>),
+    Append(Box<Arrival>),
     /// Show that writing works.
     Probe(Sender<bool>),
     /// Index all words, for a search that is about to be made.
@@ -80,6 +106,7 @@ impl Store {
             last_write: Instant::now(),
             rows: 0,
             next_retention: Instant::now(),
+            next_forgetting: Instant::now(),
         };
         writer.ready().map_err(|e| failed(advice(&e)))?;
         writer
@@ -91,11 +118,27 @@ impl Store {
         Ok(Store { orders, readers: Mutex::default(), path, state, writer: Mutex::new(Some(thread)) })
     }
 
-    /// Hands a pair over; `done` hears of it when it is committed, or why it is not.
-    pub fn append(&self, pair: Pair, done: Sender<Result<Exchange, ApiError>>) {
-        if let Err(crossbeam_channel::SendError(Order::Append(_, done))) = self.orders.send(Order::Append(pair, done)) {
-            let _ = done.send(Err(ApiError::new(Code::HistoryUnavailable, "the history is closed")));
+    /// Hands a pair over, with what is to be noted of a request that must not be asked twice; `done`
+    /// hears of it when it is committed, or why it is not.
+    pub fn append(&self, pair: Pair, unique: Option<Unique>, done: Sender<Result<Exchange, ApiError>>) {
+        let arrival = Box::new(Arrival { pair, unique, done });
+        if let Err(crossbeam_channel::SendError(Order::Append(arrival))) = self.orders.send(Order::Append(arrival)) {
+            let _ = arrival.done.send(Err(unavailable()));
         }
+    }
+
+    /// What answered the request that this key sent with this `Idempotency-Key` within the last day.
+    pub fn remembered(&self, key: &str, idempotency_key: &str) -> Result<Option<Remembered>, ApiError> {
+        self.read(|connection| {
+            let mut remembered = connection.prepare_cached(include_str!("../sql/queries/remembered.sql"))?;
+            let found = remembered.query_row([key, idempotency_key], |row| {
+                Ok(Remembered { exchange: exchange(row)?, path: row.get(10)?, request: row.get(11)?, response: row.get(12)? })
+            });
+            match found {
+                Err(rusqlite::Error::QueryReturnedNoRows) => Ok(None),
+                found => found.map(Some),
+            }
+        })
     }
 
     /// True when a write works: tried anew unless one just did. Waits at most a second.
@@ -265,6 +308,7 @@ struct Writer {
     /// Rows in the table; kept only where their number is limited.
     rows: u64,
     next_retention: Instant,
+    next_forgetting: Instant,
 }
 
 impl Writer {
@@ -273,12 +317,12 @@ impl Writer {
         loop {
             let order = if chores { inbox.recv_timeout(QUIET) } else { inbox.recv_timeout(RETENTION_TICK) };
             match order {
-                Ok(Order::Append(pair, done)) => {
-                    let mut batch = vec![(pair, done)];
+                Ok(Order::Append(arrival)) => {
+                    let mut batch = vec![*arrival];
                     let mut next = None;
                     while batch.len() < BATCH {
                         match inbox.try_recv() {
-                            Ok(Order::Append(pair, done)) => batch.push((pair, done)),
+                            Ok(Order::Append(arrival)) => batch.push(*arrival),
                             Ok(other) => {
                                 next = Some(other);
                                 break;
@@ -300,7 +344,10 @@ impl Writer {
                         return self.close();
                     }
                 }
-                Err(RecvTimeoutError::Timeout) => chores = self.index() | self.retain(),
+                Err(RecvTimeoutError::Timeout) => {
+                    self.forget_remembered();
+                    chores = self.index() | self.retain();
+                }
                 Err(RecvTimeoutError::Disconnected) => return self.close(),
             }
         }
@@ -309,7 +356,7 @@ impl Writer {
     /// Does what is not an append; true when it was the last order.
     fn obey(&mut self, order: Order) -> bool {
         match order {
-            Order::Append(pair, done) => self.append(vec![(pair, done)]),
+            Order::Append(arrival) => self.append(vec![*arrival]),
             Order::Probe(done) => {
                 let fresh = !self.state.failing.load(Ordering::Relaxed) && self.last_write.elapsed() < PROBE_WAIT;
                 let probe = include_str!("../sql/queries/probe.sql");
@@ -327,13 +374,13 @@ impl Writer {
     }
 
     /// Commits the pairs together, then tells each one's waiting thread.
-    fn append(&mut self, batch: Vec<(Pair, Sender<Result<Exchange, ApiError>>)>) {
+    fn append(&mut self, batch: Vec<Arrival>) {
         let ids = self.attempt("written", |connection| {
             let mut append = connection.prepare_cached(include_str!("../sql/queries/append.sql"))?;
             let mut ids = Vec::with_capacity(batch.len());
-            for (pair, _) in &batch {
+            for Arrival { pair, unique, .. } in &batch {
                 let tokens = |count: fn(&Usage) -> u64| pair.usage.as_ref().map(|usage| count(usage).min(i64::MAX as u64) as i64);
-                ids.push(append.insert(params![
+                let id = append.insert(params![
                     pair.created_at,
                     &*pair.key,
                     pair.question,
@@ -344,18 +391,24 @@ impl Writer {
                     tokens(|u| u.completion_tokens),
                     tokens(|u| u.total_tokens),
                     pair.latency_ms as i64,
-                ])?);
+                ])?;
+                if let Some(Unique { key, path, request, response }) = unique {
+                    let mut remember = connection.prepare_cached(include_str!("../sql/queries/remember.sql"))?;
+                    remember.execute(params![&*pair.key, key, path, request, response, id])?;
+                }
+                ids.push(id);
             }
             Ok(ids)
         });
         match ids {
             Some(ids) => {
                 self.rows += ids.len() as u64;
-                for ((pair, done), id) in batch.into_iter().zip(ids) {
+                for (arrival, id) in batch.into_iter().zip(ids) {
+                    let Arrival { pair, done, .. } = arrival;
                     let _ = done.send(Ok(Exchange::new(id, pair)));
                 }
             }
-            None => batch.into_iter().for_each(|(_, done)| drop(done.send(Err(unavailable())))),
+            None => batch.into_iter().for_each(|arrival| drop(arrival.done.send(Err(unavailable())))),
         }
     }
 
@@ -410,6 +463,14 @@ impl Writer {
             self.next_retention = Instant::now() + RETENTION_TICK;
         }
         forgotten > 0
+    }
+
+    /// Drops old notes of requests that must not be asked twice.
+    fn forget_remembered(&mut self) {
+        if Instant::now() >= self.next_forgetting {
+            self.next_forgetting = Instant::now() + RETENTION_TICK;
+            self.attempt("pruned", |connection| connection.execute(include_str!("../sql/queries/forget_remembered.sql"), []));
+        }
     }
 
     /// Does `work` in one transaction. `None` where it failed, which is logged; the database is then

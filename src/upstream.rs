@@ -18,9 +18,9 @@ use ureq::unversioned::transport::{Connector, RustlsConnector};
 use ureq::{Agent, Body, BodyReader};
 
 use crate::config::{self, Config, Mode};
-use crate::error::{ApiError, Code, StartError};
+use crate::error::{ApiError, Code, Header, StartError};
 use crate::mock;
-use crate::openai::{self, Completion};
+use crate::openai::{self, Chat, Completion};
 use crate::sse::{Event, Splitter};
 use wire::{Ended, NoResolver, Watch, WireConnector};
 
@@ -31,11 +31,20 @@ const MAX_NOISE: usize = 1 << 20;
 const FIRST_BACKOFF: Duration = Duration::from_millis(250);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(8);
 
+fn no_model() -> ApiError {
+    ApiError::new(Code::NotFound, "there is no model of this name; GET /v1/models lists them")
+}
+
 /// How the LLM is reached; shared by all workers.
 pub struct Upstream {
     mode: Mode,
     mock_delay: Duration,
+    /// Without `/chat/completions`.
+    base: String,
     request: http::request::Parts,
+    /// The models of the mocked server: the default and the fallbacks.
+    models: Vec<String>,
+    fallbacks: Vec<String>,
     timeout: Duration,
     idle: Duration,
     retries: u32,
@@ -56,6 +65,14 @@ impl Upstream {
         key.set_sensitive(true);
         request.headers.insert(header::AUTHORIZATION, key);
         request.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        for (name, value) in [("http-referer", &config.openrouter_referer), ("x-openrouter-title", &config.openrouter_title)] {
+            if let (false, Ok(value)) = (value.is_empty(), HeaderValue::try_from(value)) {
+                request.headers.insert(name, value);
+            }
+        }
+        let fallbacks = config.fallback_models.clone();
+        let mut models = vec![config.model.clone()];
+        models.extend(fallbacks.iter().filter(|model| **model != config.model).cloned());
         let mut secrets = vec![config.openai_api_key.clone()];
         if let Some(credentials) = &config.upstream.credentials {
             secrets.push(credentials.clone());
@@ -65,7 +82,10 @@ impl Upstream {
         Ok(Upstream {
             mode: config.mode,
             mock_delay: config.mock_delay,
+            base: config.upstream.base.clone(),
             request,
+            models,
+            fallbacks,
             timeout: config.upstream_timeout,
             idle: config.upstream_idle,
             retries: config.upstream_retries,
@@ -99,7 +119,7 @@ impl Upstream {
             }
             (None, e) => (Code::UpstreamBadAnswer, format!("the LLM's answer is not HTTP as it should be: {e}"), false),
         };
-        Failure { error: self.failed(code, &text), retry, wait: None }
+        Failure { error: self.failed(code, &text), retry, wait: None, unknown_model: false }
     }
 
     /// An answer with a status that is not a success.
@@ -125,8 +145,15 @@ impl Upstream {
         if matches!(code.status(), 429 | 503) {
             error.retry_after = retry_after.map(str::to_string).or(error.retry_after);
         }
-        let retry = matches!(status, 408 | 429 | 500..=599);
-        Failure { error, retry, wait: retry_after.and_then(wait_of) }
+        error.headers.extend(passed_on(response.headers()).filter(|(name, _)| name.starts_with("x-ratelimit-")));
+        // OpenAI's word for an account without money, which no waiting fills.
+        let quota = status == 429 && body.windows(18).any(|w| w == b"insufficient_quota");
+        let wait = retry_after.and_then(wait_of);
+        if quota || matches!(status, 300..=407 | 409..=428) {
+            error = error.pointless_to_retry();
+        }
+        let retry = matches!(status, 408 | 429 | 500..=599) && !quota;
+        Failure { error, retry, wait, unknown_model: status == 404 }
     }
 }
 
@@ -136,6 +163,24 @@ struct Failure {
     retry: bool,
     /// How long the upstream asked to be left alone.
     wait: Option<Duration>,
+    /// A 404: another model may be there.
+    unknown_model: bool,
+}
+
+/// The fields of the upstream's head that mean something to its clients.
+fn passed_on(headers: &HeaderMap) -> impl Iterator<Item = Header> {
+    let wanted = |name: &str| matches!(name, "x-request-id" | "openai-processing-ms") || name.starts_with("x-ratelimit-");
+    let fields = headers.iter().filter(move |(name, _)| wanted(name.as_str()));
+    fields.filter_map(|(name, value)| Some((name.as_str().to_string().into(), value.to_str().ok()?.to_string())))
+}
+
+/// A whole answer.
+pub struct Whole {
+    /// The answer's bytes as they came.
+    pub body: Vec<u8>,
+    pub completion: Completion,
+    /// Fields of its head that clients understand.
+    pub headers: Vec<Header>,
 }
 
 /// The `Retry-After` as it came, where it can stand in our answer.
@@ -173,65 +218,123 @@ impl Line {
         self.agent = agent(&self.watch);
     }
 
-    /// Sends a chat request and reads the whole answer, all within the upstream timeout. `client` is
-    /// watched: when it goes, so does the call, with `client_gone`.
-    pub fn complete(&mut self, client: Arc<TcpStream>, request: &[u8]) -> Result<Completion, ApiError> {
+    /// Sends a chat request and reads the whole answer, all within the upstream timeout; tries the
+    /// fallback models where that may help, and then `chat` says so. `client` is watched: when it goes, so
+    /// does the call, with `client_gone`.
+    pub fn complete(&mut self, client: Arc<TcpStream>, chat: &mut Chat) -> Result<Whole, ApiError> {
         self.watch.begin(client, Instant::now() + self.upstream.timeout);
         let result = match self.upstream.mode {
-            Mode::Upstream => self.call(request).and_then(|response| self.whole(response)),
-            _ => self.think(self.upstream.mock_delay).map(|()| mock::completion(request).into_bytes()),
+            Mode::Upstream => self.call(chat).and_then(|response| {
+                let headers = passed_on(response.headers()).collect();
+                self.whole(response).map(|body| (body, headers))
+            }),
+            _ => self.think(self.upstream.mock_delay).map(|()| (mock::completion(&chat.body).into_bytes(), Vec::new())),
         };
         self.watch.end();
-        let upstream = &self.upstream;
-        openai::parse_completion(&result?)
-            .map_err(|why| upstream.failed(Code::UpstreamBadAnswer, &format!("the LLM gave no answer: {why}")))
+        let (body, headers) = result?;
+        match openai::parse_completion(&body) {
+            Ok(completion) => Ok(Whole { body, completion, headers }),
+            Err(why) => Err(self.upstream.failed(Code::UpstreamBadAnswer, &format!("the LLM gave no answer: {why}"))),
+        }
     }
 
     /// Sends a streaming chat request; returns when the upstream begins to answer, within its timeout.
-    pub fn stream(&mut self, client: Arc<TcpStream>, request: &[u8]) -> Result<Events<'_>, ApiError> {
+    pub fn stream(&mut self, client: Arc<TcpStream>, chat: &mut Chat) -> Result<Events<'_>, ApiError> {
         self.watch.begin(client, Instant::now() + self.upstream.timeout);
+        let mut headers = Vec::new();
         let source = match self.upstream.mode {
             Mode::Upstream => {
-                let response = self.call(request)?;
-                let json = response
-                    .headers()
-                    .get(header::CONTENT_TYPE)
-                    .and_then(|v| v.to_str().ok())
-                    .is_some_and(|v| v.starts_with("application/json"));
-                if json {
+                let response = self.call(chat)?;
+                let content_type = response.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+                if content_type.is_some_and(|value| value.starts_with("application/json")) {
                     let why = match openai::parse_completion(&self.whole(response)?) {
                         Ok(_) => "a whole answer where a stream was asked for".to_string(),
                         Err(why) => why,
                     };
                     return Err(self.upstream.failed(Code::UpstreamBadAnswer, &format!("the LLM did not stream: {why}")));
                 }
-                Source::Upstream {
-                    reader: response.into_body().into_reader(),
-                    splitter: Splitter::new(config::MAX_ANSWER, MAX_NOISE),
-                    buffer: vec![0; 4096],
-                }
+                headers.extend(passed_on(response.headers()));
+                let splitter = Splitter::new(config::MAX_ANSWER, MAX_NOISE);
+                Source::Upstream { reader: response.into_body().into_reader(), splitter, buffer: vec![0; 4096] }
             }
             _ => {
                 self.think(self.upstream.mock_delay)?;
-                let chunks = mock::chunks(request).into_iter().chain(["[DONE]".to_string()]);
+                let chunks = mock::chunks(&chat.body).into_iter().chain(["[DONE]".to_string()]);
                 Source::Mock { chunks: chunks.collect(), first: true }
             }
         };
         self.watch.only_silence(self.upstream.idle);
-        Ok(Events { line: self, source })
+        Ok(Events { line: self, source, headers })
+    }
+
+    /// The list of models (`path` empty) or one of them (`/NAME`), as JSON.
+    pub fn models(&mut self, client: Arc<TcpStream>, path: &str) -> Result<Vec<u8>, ApiError> {
+        if self.upstream.mode != Mode::Upstream {
+            let names = &self.upstream.models;
+            return match path.strip_prefix('/') {
+                None => Ok(mock::models(names).into_bytes()),
+                Some(name) if names.iter().any(|known| known == name) => Ok(mock::model(name).to_string().into_bytes()),
+                Some(_) => Err(no_model()),
+            };
+        }
+        self.watch.begin(client, Instant::now() + self.upstream.timeout);
+        let mut request = self.upstream.request.clone();
+        request.method = Method::GET;
+        request.headers.remove(header::CONTENT_TYPE);
+        let url = format!("{}/models{path}", self.upstream.base);
+        request.uri = url.parse().map_err(|_| no_model())?;
+        let result = match self.attempts(&request, b"") {
+            Ok(response) => self.whole(response),
+            Err(failure) if failure.unknown_model => Err(no_model()),
+            Err(failure) => Err(failure.error),
+        };
+        self.watch.end();
+        result
     }
 
     fn think(&self, time: Duration) -> Result<(), ApiError> {
         self.watch.sleep(time).map_err(|ended| self.upstream.unanswered(&ended.into(), Some(ended)).error)
     }
 
+    /// The head of a successful answer, from the model asked for or the first fallback that gives one.
+    fn call(&mut self, chat: &mut Chat) -> Result<Response<Body>, ApiError> {
+        let request = self.upstream.request.clone();
+        let mut fallbacks = self.upstream.fallbacks.clone().into_iter().filter({
+            let asked = chat.model.clone();
+            move |model| *model != asked
+        });
+        loop {
+            let failure = match self.attempts(&request, &chat.body) {
+                Ok(response) => return Ok(response),
+                Err(failure) => failure,
+            };
+            // Some servers do not know the option by which a stream tells its usage.
+            if failure.error.code == Code::UpstreamRejected
+                && failure.error.message.contains("stream_options")
+                && chat.drop_usage()
+            {
+                continue;
+            }
+            match fallbacks.next() {
+                Some(model) if failure.retry || failure.unknown_model => {
+                    log::warn!("{} failed, trying {model}: {}", chat.model, failure.error.code.name());
+                    chat.set_model(&model);
+                }
+                _ => return Err(failure.error),
+            }
+        }
+    }
+
     /// The head of a successful answer, after as many attempts as are allowed and fit the time.
-    fn call(&mut self, request: &[u8]) -> Result<Response<Body>, ApiError> {
+    fn attempts(&mut self, request: &http::request::Parts, body: &[u8]) -> Result<Response<Body>, Box<Failure>> {
         let mut retries = 0;
         loop {
             self.watch.forget_reuse();
-            let attempt = self.agent.run(Request::from_parts(self.upstream.request.clone(), request));
-            let failure = match attempt {
+            let attempt = match request.method {
+                Method::GET => self.agent.run(Request::from_parts(request.clone(), ())),
+                _ => self.agent.run(Request::from_parts(request.clone(), body)),
+            };
+            let mut failure = match attempt {
                 Ok(response) if response.status().is_success() => return Ok(response),
                 Ok(response) => self.upstream.refused(response),
                 Err(e) => {
@@ -244,16 +347,20 @@ impl Line {
                     self.upstream.unanswered(&e, ended)
                 }
             };
-            if !failure.retry || retries == self.upstream.retries {
-                return Err(failure.error);
-            }
             let wait = failure.wait.unwrap_or_else(|| backoff(retries));
-            if self.watch.until().is_some_and(|until| Instant::now() + wait >= until) {
-                return Err(failure.error);
+            let too_late = self.watch.until().is_some_and(|until| Instant::now() + wait >= until);
+            if !failure.retry || too_late || retries == self.upstream.retries {
+                // A client that also tries again multiplies our attempts; a rate limit says when it may.
+                if retries > 0 && failure.error.code != Code::UpstreamRateLimited {
+                    failure.error = failure.error.pointless_to_retry();
+                }
+                return Err(Box::new(failure));
             }
             retries += 1;
             log::debug!("attempt {retries} failed, next in {wait:?}: {}", failure.error);
-            self.think(wait)?;
+            if let Err(error) = self.think(wait) {
+                return Err(Box::new(Failure { error, retry: false, wait: None, unknown_model: false }));
+            }
         }
     }
 
@@ -305,6 +412,8 @@ fn backoff(retries: u32) -> Duration {
 pub struct Events<'a> {
     line: &'a mut Line,
     source: Source,
+    /// Fields of the answer's head that clients understand.
+    pub headers: Vec<Header>,
 }
 
 enum Source {

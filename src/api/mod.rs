@@ -2,7 +2,9 @@
 //! the doors through what they offer; HTTP's bytes, ureq and SQL are theirs.
 
 mod ask;
+mod completions;
 mod history;
+mod once;
 mod route;
 mod streaming;
 mod system;
@@ -17,12 +19,14 @@ use std::time::Instant;
 use subtle::ConstantTimeEq;
 
 use crate::config::{ApiKey, Config};
-use crate::error::{ApiError, Code};
+use crate::error::{ApiError, Code, Header, add_headers};
 use crate::head::Head;
 use crate::http::{Call, Connections, Reply, Responder, Site};
 use crate::pool::Pool;
+use crate::rate_limit::RateLimit;
 use crate::store::Store;
 use crate::upstream::Line;
+use once::Once;
 use route::Endpoint;
 
 /// Everything a request needs.
@@ -31,6 +35,8 @@ pub struct Api {
     store: Arc<Store>,
     pool: Pool<Line>,
     connections: Connections,
+    rate_limit: RateLimit,
+    once: Once,
     draining: AtomicBool,
     in_flight: AtomicUsize,
     ids: (RandomState, AtomicU64),
@@ -57,6 +63,8 @@ impl Api {
     /// The service on these doors.
     pub fn new(config: Config, store: Arc<Store>, pool: Pool<Line>, connections: Connections) -> Api {
         Api {
+            rate_limit: RateLimit::new(config.rate_limit_per_minute),
+            once: Once::default(),
             config,
             store,
             pool,
@@ -93,23 +101,40 @@ impl Api {
             Some((scheme, secret)) if scheme.eq_ignore_ascii_case("bearer") => secret.trim_start(),
             _ => given,
         };
-        find_key(&self.config.api_keys, secret).ok_or_else(|| {
-            ApiError::new(Code::Unauthorized, "wrong key; send Authorization: Bearer KEY with one of the server's API_KEYS")
-        })
+        find_key(&self.config.api_keys, secret).ok_or_else(|| unauthorized("wrong key"))
     }
 
     fn respond(&self, endpoint: Endpoint, request: &Request, responder: Responder) -> Done {
-        let reply = match endpoint {
-            Endpoint::Ask => ask::ask(self, request, &responder),
-            Endpoint::Streaming => return streaming::stream(self, request, responder),
-            Endpoint::History => history::history(self, request).map(|reply| (reply, None)),
-            Endpoint::Livez => Ok((system::livez(), None)),
-            Endpoint::Readyz => Ok((system::readyz(self), None)),
+        let headers = match endpoint.asks() {
+            true => self.rate_limit.take(request.key, Instant::now()),
+            false => Ok(Vec::new()),
         };
-        match reply {
-            Ok((reply, model)) => send(responder, &reply, model, None),
-            Err(e) => refuse(responder, e, request.id),
-        }
+        let headers = match headers {
+            Ok(headers) => headers,
+            Err(e) => return refuse(responder, e, request.id),
+        };
+        let answered = match endpoint {
+            Endpoint::Ask => ask::ask(self, request, &responder),
+            Endpoint::Streaming => return streaming::stream(self, request, responder, headers),
+            Endpoint::ChatCompletions => return completions::chat(self, request, responder, headers),
+            Endpoint::Models => completions::models(self, request, &responder),
+            Endpoint::History => history::history(self, request).map(Answered::from),
+            Endpoint::Livez => Ok(system::livez().into()),
+            Endpoint::Readyz => Ok(system::readyz(self).into()),
+        };
+        send_answered(responder, answered, headers, request.id)
+    }
+}
+
+/// A whole answer, and the model in it for the log.
+struct Answered {
+    reply: Reply,
+    model: Option<String>,
+}
+
+impl From<Reply> for Answered {
+    fn from(reply: Reply) -> Answered {
+        Answered { reply, model: None }
     }
 }
 
@@ -117,7 +142,9 @@ impl Api {
 struct Request<'a> {
     id: &'a str,
     key: &'a Arc<str>,
+    path: &'a str,
     query: &'a str,
+    idempotency_key: Option<&'a str>,
     body: &'a [u8],
     started: Instant,
 }
@@ -134,7 +161,7 @@ impl Site for Api {
         if self.draining.load(Ordering::SeqCst) {
             return Err(ApiError::new(Code::ShuttingDown, "the server is shutting down; try again, on a new connection"));
         }
-        if endpoint.takes_json() && !head.field("content-type").is_none_or(is_json) {
+        if endpoint.asks() && !head.field("content-type").is_none_or(is_json) {
             return Err(ApiError::new(Code::UnsupportedMediaType, "the body must be JSON: send Content-Type: application/json"));
         }
         Ok(Admitted { endpoint, key })
@@ -144,7 +171,15 @@ impl Site for Api {
         let _running = Running::new(&self.in_flight);
         let (key, done) = match (call.admitted, &call.head) {
             (Ok((Admitted { endpoint, key }, body)), Some(head)) => {
-                let request = Request { id: &call.id, key: &key, query: head.query(), body: &body, started: call.started };
+                let request = Request {
+                    id: &call.id,
+                    key: &key,
+                    path: head.path(),
+                    query: head.query(),
+                    idempotency_key: head.field("idempotency-key"),
+                    body: &body,
+                    started: call.started,
+                };
                 let done = self.respond(endpoint, &request, responder);
                 (Some(key).filter(|_| !endpoint.is_public()), done)
             }
@@ -190,6 +225,11 @@ impl Drop for Running<'_> {
     }
 }
 
+fn unauthorized(what: &str) -> ApiError {
+    let text = format!("{what}; send Authorization: Bearer KEY with one of the server's API_KEYS");
+    ApiError::new(Code::Unauthorized, text).with_header("WWW-Authenticate", "Bearer")
+}
+
 /// Compares with every key, each over the same length, so that time tells nothing about any.
 fn find_key(keys: &[ApiKey], secret: &str) -> Option<Arc<str>> {
     let padded = |text: &str| {
@@ -230,16 +270,23 @@ fn send(responder: Responder, reply: &Reply, model: Option<String>, code: Option
     }
 }
 
+fn send_answered(responder: Responder, answered: Result<Answered, ApiError>, headers: Vec<Header>, id: &str) -> Done {
+    match answered {
+        Ok(Answered { mut reply, model }) => {
+            add_headers(&mut reply.headers, headers);
+            send(responder, &reply, model, None)
+        }
+        Err(e) => refuse(responder, e.with_headers(headers), id),
+    }
+}
+
 fn refuse(responder: Responder, e: ApiError, id: &str) -> Done {
     if e.code == Code::ClientGone {
         return Done { status: e.code.status(), code: Some(e.code), ..Done::default() };
     }
     let mut reply = Reply::json(e.code.status(), e.to_json(id));
-    if e.code == Code::Unauthorized {
-        reply.headers.push(("WWW-Authenticate", Cow::Borrowed("Bearer")));
-    }
-    reply.headers.extend(e.allow.map(|allow| ("Allow", Cow::Borrowed(allow))));
-    reply.headers.extend(e.retry_after.clone().map(|wait| ("Retry-After", Cow::Owned(wait))));
+    reply.headers.extend(e.retry_after.map(|wait| (Cow::Borrowed("Retry-After"), wait)));
+    reply.headers.extend(e.headers);
     send(responder, &reply, None, Some(e.code))
 }
 

@@ -8,6 +8,8 @@ pub enum Endpoint {
     Ask,
     Streaming,
     History,
+    ChatCompletions,
+    Models,
     Livez,
     Readyz,
 }
@@ -18,9 +20,9 @@ impl Endpoint {
         matches!(self, Endpoint::Livez | Endpoint::Readyz)
     }
 
-    /// Reads a JSON body.
-    pub fn takes_json(self) -> bool {
-        matches!(self, Endpoint::Ask | Endpoint::Streaming)
+    /// Asks the LLM a question, in a JSON body.
+    pub fn asks(self) -> bool {
+        matches!(self, Endpoint::Ask | Endpoint::Streaming | Endpoint::ChatCompletions)
     }
 }
 
@@ -32,6 +34,9 @@ pub fn route(method: &str, path: &str) -> Result<Endpoint, ApiError> {
         "/api/ask" => (Endpoint::Ask, POST),
         "/api/streaming" => (Endpoint::Streaming, POST),
         "/api/history" => (Endpoint::History, GET),
+        "/v1/chat/completions" => (Endpoint::ChatCompletions, POST),
+        "/v1/models" => (Endpoint::Models, GET),
+        _ if path.strip_prefix("/v1/models/").is_some_and(is_model) => (Endpoint::Models, GET),
         "/livez" => (Endpoint::Livez, GET),
         "/readyz" => (Endpoint::Readyz, GET),
         _ => {
@@ -44,9 +49,17 @@ pub fn route(method: &str, path: &str) -> Result<Endpoint, ApiError> {
     if allow.split(", ").any(|allowed| allowed == method) {
         return Ok(endpoint);
     }
-    let mut e = ApiError::new(Code::MethodNotAllowed, format!("this path takes {allow}"));
-    e.allow = Some(allow);
-    Err(e)
+    Err(ApiError::new(Code::MethodNotAllowed, format!("this path takes {allow}")).with_header("Allow", allow))
+}
+
+/// A model's name as it stands in a path; OpenRouter's have a slash.
+fn is_model(name: &str) -> bool {
+    let sane = |b: u8| b.is_ascii_alphanumeric() || b"._-:@/%~".contains(&b);
+    (1..=200).contains(&name.len())
+        && name.bytes().all(sane)
+        && !name.contains("..")
+        && !name.starts_with('/')
+        && !name.ends_with('/')
 }
 
 #[cfg(test)]
@@ -57,9 +70,12 @@ mod tests {
     fn paths_and_methods_are_exact() {
         assert_eq!(route("POST", "/api/ask").ok(), Some(Endpoint::Ask));
         assert_eq!(route("HEAD", "/livez").ok(), Some(Endpoint::Livez));
-        let status = |method, path| route(method, path).err().map(|e| (e.code.status(), e.allow));
+        assert_eq!(route("GET", "/v1/models/openai/gpt-4o:free").ok(), Some(Endpoint::Models));
+        let status = |method, path| route(method, path).err().map(|e| (e.code.status(), e.headers.first().map(|h| h.1.clone())));
         assert_eq!(status("POST", "/api/ask/"), Some((404, None)));
-        assert_eq!(status("GET", "/api/ask"), Some((405, Some("POST"))));
-        assert_eq!(status("get", "/livez"), Some((405, Some("GET, HEAD"))));
+        assert_eq!(status("GET", "/v1/models/"), Some((404, None)));
+        assert_eq!(status("GET", "/v1/models/../x"), Some((404, None)));
+        assert_eq!(status("GET", "/api/ask"), Some((405, Some("POST".to_string()))));
+        assert_eq!(status("get", "/livez"), Some((405, Some("GET, HEAD".to_string()))));
     }
 }

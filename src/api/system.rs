@@ -32,7 +32,7 @@ pub fn readyz(api: &Api) -> Reply {
     });
     let mut reply = Reply::json(if ready { 200 } else { 503 }, body.to_string());
     if !ready {
-        reply.headers.push(("Retry-After", Cow::Borrowed("1")));
+        reply.headers.push((Cow::Borrowed("Retry-After"), "1".to_string()));
     }
     reply
 }

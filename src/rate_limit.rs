@@ -1,0 +1,80 @@
+//! A token bucket for each key. Pure but for its own counts: the time is told to it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::error::{ApiError, Code, Header};
+
+/// Buckets of as many questions as a key may ask in a minute, which fill evenly.
+pub struct RateLimit {
+    per_minute: u32,
+    buckets: Mutex<HashMap<Arc<str>, Bucket>>,
+}
+
+struct Bucket {
+    questions: f64,
+    at: Instant,
+}
+
+impl RateLimit {
+    /// Full buckets of `per_minute` questions; 0: no limit.
+    pub fn new(per_minute: u32) -> RateLimit {
+        RateLimit { per_minute, buckets: Mutex::default() }
+    }
+
+    /// Takes one question of the key's. Returns what its answer says about the limit: nothing without
+    /// one. Errs with 429 and when to come back.
+    pub fn take(&self, key: &Arc<str>, now: Instant) -> Result<Vec<Header>, ApiError> {
+        if self.per_minute == 0 {
+            return Ok(Vec::new());
+        }
+        let size = f64::from(self.per_minute);
+        let per_second = size / 60.0;
+        let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        let bucket = buckets.entry(Arc::clone(key)).or_insert(Bucket { questions: size, at: now });
+        bucket.questions = (bucket.questions + now.saturating_duration_since(bucket.at).as_secs_f64() * per_second).min(size);
+        bucket.at = now;
+        let allowed = bucket.questions >= 1.0;
+        if allowed {
+            bucket.questions -= 1.0;
+        }
+        let reset = Duration::from_secs_f64((size - bucket.questions) / per_second);
+        // The names and forms of https://platform.openai.com/docs/guides/rate-limits
+        let headers: Vec<Header> = vec![
+            ("x-ratelimit-limit-requests".into(), self.per_minute.to_string()),
+            ("x-ratelimit-remaining-requests".into(), (bucket.questions as u64).to_string()),
+            ("x-ratelimit-reset-requests".into(), format!("{}ms", reset.as_millis())),
+        ];
+        if allowed {
+            return Ok(headers);
+        }
+        let wait = ((1.0 - bucket.questions) / per_second).ceil().max(1.0) as u64;
+        let mut error = ApiError::new(
+            Code::RateLimited,
+            format!("this key may ask {} questions a minute; the next in {wait} s", self.per_minute),
+        );
+        error.retry_after = Some(wait.to_string());
+        error.headers = headers;
+        Err(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bucket_empties_and_fills_and_is_one_keys_own() {
+        let limit = RateLimit::new(2);
+        let (alice, bob): (Arc<str>, Arc<str>) = ("alice".into(), "bob".into());
+        let start = Instant::now();
+        assert_eq!(limit.take(&alice, start).expect("allowed")[1].1, "1");
+        assert!(limit.take(&alice, start).is_ok());
+        let refused = limit.take(&alice, start + Duration::from_secs(10)).expect_err("refused");
+        assert_eq!((refused.code.name(), refused.retry_after.as_deref()), ("rate_limited", Some("20")));
+        assert!(limit.take(&bob, start).is_ok());
+        assert!(limit.take(&alice, start + Duration::from_secs(30)).is_ok());
+        assert!(RateLimit::new(0).take(&alice, start).expect("allowed").is_empty());
+    }
+}
