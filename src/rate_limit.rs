@@ -49,7 +49,9 @@ impl RateLimit {
         if allowed {
             return Ok(headers);
         }
-        let wait = ((1.0 - bucket.questions) / per_second).ceil().max(1.0) as u64;
+        // Rounded to a millisecond first, or 20 s would become 21.
+        let millis = ((1.0 - bucket.questions) / per_second * 1000.0).round() as u64;
+        let wait = millis.div_ceil(1000).max(1);
         let mut error = ApiError::new(
             Code::RateLimited,
             format!("this key may ask {} questions a minute; the next in {wait} s", self.per_minute),
