@@ -146,17 +146,23 @@ impl Config {
         match dotenvy::from_path_iter(".env") {
             Ok(lines) => {
                 for line in lines {
-                    let (name, value) = line.map_err(|e| StartError::usage(format!(".env: {e}; each line is NAME=VALUE")))?;
+                    let (name, value) = line.map_err(|e| StartError::usage(env_file_trouble(&e)))?;
                     file.insert(name, value);
                 }
             }
             Err(e) if e.not_found() => {}
             Err(e) => return Err(StartError::usage(format!(".env cannot be read: {e}"))),
         }
-        Config::from_lookup(|name| match std::env::var_os(name) {
-            Some(value) => Some(value.to_string_lossy().into_owned()),
-            None => file.get(name).cloned(),
-        })
+        let mut environment = HashMap::new();
+        for Setting(name, ..) in SETTINGS {
+            if let Some(value) = std::env::var_os(name) {
+                let value = value.into_string();
+                let value =
+                    value.map_err(|_| StartError::usage(format!("{name}: the value given is not UTF-8; it must be text")))?;
+                environment.insert(*name, value);
+            }
+        }
+        Config::from_lookup(|name| environment.get(name).or_else(|| file.get(name)).cloned())
     }
 
     fn from_lookup(lookup: impl Fn(&str) -> Option<String>) -> Result<Config, StartError> {
@@ -263,6 +269,20 @@ impl Config {
             text.push_str(&format!("  {name:<22} {what} [{default}]\n"));
         }
         text
+    }
+}
+
+/// What is wrong with `.env`, without repeating any of it, since secrets stand there.
+fn env_file_trouble(e: &dotenvy::Error) -> String {
+    match e {
+        dotenvy::Error::LineParse(line, _) => {
+            let text = std::fs::read_to_string(".env").unwrap_or_default();
+            let start = line.lines().next().unwrap_or_default();
+            let number = text.lines().position(|line| line == start).map_or(String::new(), |at| format!(" {}", at + 1));
+            format!(".env: line{number} cannot be read; a line is NAME=VALUE, and quotes are closed")
+        }
+        dotenvy::Error::Io(e) => format!(".env cannot be read: {e}"),
+        _ => ".env cannot be read; each line is NAME=VALUE".to_string(),
     }
 }
 

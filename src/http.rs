@@ -136,9 +136,9 @@ impl Listener {
             Err(e) => return Err(e),
         };
         let mut live = self.live.lock();
-        let found = socket::adopt_accepted(lowest, self.local, |cookie| live.contains(&cookie));
-        let Some((stream, cookie)) = found else {
-            return Err(io::Error::other("the accepted socket was not found; the connection is dropped"));
+        let Some((stream, cookie)) = socket::adopt_accepted(lowest, self.local, |cookie| live.contains(&cookie)) else {
+            log::error!("bug: an accepted socket was not found; its connection is dropped");
+            return Ok(None);
         };
         live.insert(cookie);
         drop(live);
@@ -233,16 +233,18 @@ pub struct Call<A> {
     pub id: String,
     /// `None` where the head broke a rule.
     pub head: Option<Head>,
+    /// `None` where nothing is known.
+    pub admitted: Option<A>,
     /// The whole body, or why there is no use in going on.
-    pub admitted: Result<(A, Vec<u8>), ApiError>,
+    pub body: Result<Vec<u8>, ApiError>,
 }
 
 /// What the layer above decides about requests.
 pub trait Site {
     /// What is known of a request that was admitted.
     type Admitted;
-    /// Refuses a request by its head, before its body is read.
-    fn admit(&self, head: &Head) -> Result<Self::Admitted, ApiError>;
+    /// Judges a request by its head, before its body is read: what is known of it, and whether it is let in.
+    fn admit(&self, head: &Head) -> (Option<Self::Admitted>, Result<(), ApiError>);
     /// Answers the request; returns when the answer is out.
     fn answer(&self, call: Call<Self::Admitted>, responder: Responder);
     /// An id for a request that brought none.
@@ -272,48 +274,58 @@ impl Connection {
         let head = match self.next_head(started + config::HEADER_TIMEOUT) {
             Next::Head(head) => head,
             Next::Refused(e) => {
-                self.refuse(site, started, None, e);
+                let responder = self.responder(site, Out::Socket, None, false);
+                let id = responder.id.clone();
+                site.answer(Call { started, peer: self.peer, id, head: None, admitted: None, body: Err(e) }, responder);
                 return false;
             }
             Next::Over => return false,
         };
-        let admitted = match self.admit(site, &head) {
-            Ok(admitted) => admitted,
-            Err(e) => {
-                self.refuse(site, started, Some(head), e);
-                return false;
-            }
-        };
+        let (admitted, verdict) = site.admit(&head);
+        let mut body = verdict.and_then(|()| self.await_body(&head)).map(|()| Vec::new());
+        if body.is_err() && !self.is_at_hand(&head) {
+            // The library need not see a request whose body will not be read.
+            let responder = self.responder(site, Out::Socket, Some(&head), false);
+            site.answer(Call { started, peer: self.peer, id: responder.id.clone(), head: Some(head), admitted, body }, responder);
+            return false;
+        }
         let Some(Some(mut request)) = self.client.as_mut().and_then(Iterator::next) else {
             log::error!("the HTTP library did not read a head that broke no rule; the connection is closed");
             return false;
         };
-        let mut body = Ok(Vec::new());
-        if head.framing != Framing::Length(0) {
+        if body.is_ok() && head.framing != Framing::Length(0) {
             body = self.read_body(&head, request.as_reader());
+            if body.is_err() {
+                // What is left of the body will not be read; without this the library would.
+                let _ = self.stream.shutdown(Shutdown::Read);
+            }
         }
-        let mut keep = !head.close && body.is_ok() && head.framing != Framing::Chunked;
-        keep = keep && self.settle(&head);
-        if body.is_err() {
-            // What is left of the body will not be read; without this the library would.
-            let _ = self.stream.shutdown(Shutdown::Read);
-        }
-        let responder = Responder {
-            out: Out::Library(request.into_writer()),
-            stream: Arc::clone(&self.stream),
-            http10: head.http10,
-            head_only: head.method() == "HEAD",
-            keep,
-            id: request_id(&head).unwrap_or_else(|| site.new_id()),
-            broken: Arc::new(AtomicBool::new(false)),
-        };
+        let whole = body.is_ok() || self.is_at_hand(&head);
+        let keep = !head.close && whole && self.settle(&head);
+        let responder = self.responder(site, Out::Library(request.into_writer()), Some(&head), keep);
         let broken = Arc::clone(&responder.broken);
-        let id = responder.id.clone();
-        site.answer(
-            Call { started, peer: self.peer, id, head: Some(head), admitted: body.map(|body| (admitted, body)) },
-            responder,
-        );
+        site.answer(Call { started, peer: self.peer, id: responder.id.clone(), head: Some(head), admitted, body }, responder);
         keep && !broken.load(Ordering::Relaxed)
+    }
+
+    /// The body is small and all of it has been looked at, so the library reads it with the head.
+    fn is_at_hand(&self, head: &Head) -> bool {
+        match head.framing {
+            Framing::Length(length) if is_eager(head, length) => self.window.len() >= head.len() + length as usize,
+            _ => false,
+        }
+    }
+
+    fn responder<S: Site>(&self, site: &S, out: Out, head: Option<&Head>, keep: bool) -> Responder {
+        Responder {
+            out,
+            stream: Arc::clone(&self.stream),
+            http10: head.is_some_and(|head| head.http10),
+            head_only: head.is_some_and(|head| head.method() == "HEAD"),
+            keep,
+            id: head.and_then(request_id).unwrap_or_else(|| site.new_id()),
+            broken: Arc::default(),
+        }
     }
 
     /// Looks at the bytes that have arrived until they are a whole head, without taking them away.
@@ -341,23 +353,17 @@ impl Connection {
         }
     }
 
-    /// What can be said about a request before its body is read.
-    fn admit<S: Site>(&mut self, site: &S, head: &Head) -> Result<S::Admitted, ApiError> {
-        let admitted = site.admit(head)?;
-        let Framing::Length(length) = head.framing else { return Ok(admitted) };
+    /// Refuses a body that is too large by its own word, and waits until a small one is there: the
+    /// library reads it with the head and would answer by itself where it is late.
+    fn await_body(&mut self, head: &Head) -> Result<(), ApiError> {
+        let Framing::Length(length) = head.framing else { return Ok(()) };
         if length > self.max_body as u64 {
             return Err(too_large(self.max_body));
         }
-        if length as usize <= EAGER_BODY && !head.expects_continue && !head.upgrade {
-            self.await_eager_body(head.len() + length as usize)?;
+        if !is_eager(head, length) {
+            return Ok(());
         }
-        Ok(admitted)
-    }
-
-    /// Waits until a small body is there: the library reads it with the head and would answer by itself
-    /// where it is late.
-    fn await_eager_body(&mut self, end: usize) -> Result<(), ApiError> {
-        while self.window.len() < end {
+        while self.window.len() < head.len() + length as usize {
             match self.await_more(Instant::now() + config::CLIENT_STALL) {
                 Ok(true) => {}
                 Ok(false) => return Err(stalled()),
@@ -480,21 +486,6 @@ impl Connection {
         self.window.drain(..size);
         true
     }
-
-    /// Answers a request that the library will never see, and leaves the connection to be closed.
-    fn refuse<S: Site>(&mut self, site: &S, started: Instant, head: Option<Head>, error: ApiError) {
-        let responder = Responder {
-            out: Out::Socket,
-            stream: Arc::clone(&self.stream),
-            http10: head.as_ref().is_some_and(|h| h.http10),
-            head_only: head.as_ref().is_some_and(|h| h.method() == "HEAD"),
-            keep: false,
-            id: head.as_ref().and_then(request_id).unwrap_or_else(|| site.new_id()),
-            broken: Arc::default(),
-        };
-        let id = responder.id.clone();
-        site.answer(Call { started, peer: self.peer, id, head, admitted: Err(error) }, responder);
-    }
 }
 
 impl Drop for Connection {
@@ -516,6 +507,11 @@ impl Drop for Connection {
         }
         drop(self.client.take());
     }
+}
+
+/// The library reads the body together with the head.
+fn is_eager(head: &Head, length: u64) -> bool {
+    length <= EAGER_BODY as u64 && !head.expects_continue && !head.upgrade
 }
 
 fn too_large(limit: usize) -> ApiError {

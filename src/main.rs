@@ -5,6 +5,7 @@ mod clock;
 mod config;
 mod error;
 mod exchange;
+mod handoff;
 mod head;
 mod http;
 mod mock;

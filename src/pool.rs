@@ -8,7 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use crate::handoff::{Giver, Nothing, handoff};
 
 /// What a worker, with its own `W`, is to do.
 pub type Job<W> = Box<dyn FnOnce(&mut W) + Send>;
@@ -38,8 +38,8 @@ struct Shared<W> {
 }
 
 struct State<W> {
-    /// The doors of idle workers, the last one to become idle at the end.
-    idle: Vec<Sender<Job<W>>>,
+    /// Ways to idle workers, the last one to become idle at the end.
+    idle: Vec<Giver<Job<W>>>,
     queue: VecDeque<Job<W>>,
     started: usize,
 }
@@ -60,18 +60,16 @@ impl<W: 'static> Pool<W> {
     /// Gives the job to an idle worker, a new one, or the queue.
     pub fn submit(&self, job: Job<W>) -> Result<(), Full> {
         let mut state = self.shared.lock();
-        if let Some(door) = state.idle.pop() {
+        if let Some(idle) = state.idle.pop() {
             drop(state);
-            // An idle worker waits at its door, so this neither blocks nor fails.
-            let _ = door.send(job);
+            // An idle worker never goes away, so it takes the job.
+            let _ = idle.give(job);
             return Ok(());
         }
         if state.started < self.shared.size {
             let shared = Arc::clone(&self.shared);
-            let (door, jobs) = bounded(1);
             let name = format!("worker-{}", state.started + 1);
-            let started =
-                std::thread::Builder::new().name(name).stack_size(256 * 1024).spawn(move || shared.work(job, &door, &jobs));
+            let started = std::thread::Builder::new().name(name).stack_size(256 * 1024).spawn(move || shared.work(job));
             return match started {
                 Ok(_) => {
                     state.started += 1;
@@ -102,7 +100,7 @@ impl<W> Shared<W> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn work(&self, first: Job<W>, door: &Sender<Job<W>>, jobs: &Receiver<Job<W>>) {
+    fn work(&self, first: Job<W>) {
         let mut own = (self.make)();
         let mut next = Some(first);
         while let Some(job) = next {
@@ -110,25 +108,27 @@ impl<W> Shared<W> {
             if catch_unwind(AssertUnwindSafe(|| job(&mut own))).is_err() {
                 own = (self.make)();
             }
-            next = self.next(&mut own, door, jobs);
+            next = self.next(&mut own);
         }
     }
 
-    fn next(&self, own: &mut W, door: &Sender<Job<W>>, jobs: &Receiver<Job<W>>) -> Option<Job<W>> {
-        {
+    fn next(&self, own: &mut W) -> Option<Job<W>> {
+        let coming = {
             let mut state = self.lock();
             if let Some(job) = state.queue.pop_front() {
                 return Some(job);
             }
-            state.idle.push(door.clone());
-        }
-        match jobs.recv_timeout(self.rest.0) {
+            let (giver, coming) = handoff();
+            state.idle.push(giver);
+            coming
+        };
+        match coming.take_within(self.rest.0) {
             Ok(job) => Some(job),
-            Err(RecvTimeoutError::Timeout) => {
+            Err(Nothing::Yet) => {
                 (self.rest.1)(own);
-                jobs.recv().ok()
+                coming.take()
             }
-            Err(RecvTimeoutError::Disconnected) => None,
+            Err(Nothing::Ever) => None,
         }
     }
 }

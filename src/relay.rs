@@ -7,12 +7,11 @@ use std::net::TcpStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::bounded;
-
 use crate::clock;
 use crate::config::MAX_ANSWER;
 use crate::error::{ApiError, Code, Header};
 use crate::exchange::{Pair, Usage};
+use crate::handoff::handoff;
 use crate::http::{Responder, StreamWriter};
 use crate::openai::{self, Chat, ToolCalls};
 use crate::store::Store;
@@ -231,6 +230,7 @@ pub fn run(
 fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u8>, ApiError> {
     let mut batch = Vec::new();
     let mut out = Vec::new();
+    let mut began = false;
     loop {
         let more = events.next(&mut batch)?;
         let mut done = None;
@@ -242,6 +242,7 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
             }
             match take_in(&event.data, draft) {
                 Ok(true) => {
+                    began = true;
                     out.extend_from_slice(&event.lines);
                     out.push(b'\n');
                 }
@@ -260,13 +261,14 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
         if let Some(failure) = failure {
             return Err(failure);
         }
-        if let Some(done) = done {
+        let over = !more || done.is_some();
+        if let Some(done) = done.filter(|_| began) {
             return Ok(done);
         }
-        if !more {
+        if over {
             return match draft.finish_reason {
-                Some(_) => Ok(b"data: [DONE]\n\n".to_vec()),
-                None => Err(events.failed(Code::UpstreamBadAnswer, "the LLM's stream ended before its answer was complete")),
+                Some(_) if began => Ok(b"data: [DONE]\n\n".to_vec()),
+                _ => Err(events.failed(Code::UpstreamBadAnswer, "the LLM's stream ended before its answer was complete")),
             };
         }
     }
@@ -312,8 +314,8 @@ fn fail(e: &ApiError, end: &ClientEnd, model: String) -> Streamed {
 
 /// Waits until the pair is committed.
 fn keep(store: &Store, draft: Draft) -> Result<(), ApiError> {
-    let (done, committed) = bounded(1);
+    let (done, committed) = handoff();
     store.append(draft.into_pair(), None, done);
-    let answer = committed.recv().unwrap_or_else(|_| Err(ApiError::new(Code::HistoryUnavailable, "the history is closed")));
+    let answer = committed.take().unwrap_or_else(|| Err(ApiError::new(Code::HistoryUnavailable, "the history is closed")));
     answer.map(|_| ())
 }

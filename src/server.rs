@@ -17,8 +17,9 @@ use crate::pool::Pool;
 use crate::store::Store;
 use crate::upstream::{Line, Upstream};
 
-/// A connection's thread parses a head and JSON of bounded depth.
-const CONNECTION_STACK: usize = 128 * 1024;
+/// A connection's thread parses JSON 128 levels deep, which takes this much in a debug build. Only what is
+/// used of it takes memory.
+const CONNECTION_STACK: usize = 512 * 1024;
 /// How long the accept loop waits when descriptors or threads ran out.
 const EXHAUSTED: Duration = Duration::from_millis(50);
 

@@ -7,15 +7,16 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+use crossbeam_channel::{Receiver, Sender, TryRecvError, unbounded};
 use rusqlite::{Connection, OpenFlags, Row, params};
 
 use crate::config::{self, Config, Sync};
 use crate::error::{ApiError, Code, StartError};
 use crate::exchange::{Exchange, Pair, Usage};
+use crate::handoff::{Giver, handoff};
 
 /// Numbered from 1; the database's `user_version` is the number of the last one applied.
 const MIGRATIONS: &[&str] =
@@ -26,9 +27,9 @@ const BATCH: usize = 1000;
 /// The writer does its housekeeping when nothing came for this long.
 const QUIET: Duration = Duration::from_millis(100);
 /// Housekeeping takes so many rows at a time, so that a new pair never waits long.
-const CHORE_ROWS: u64 = 500;
+const CHORE_ROWS: i64 = 500;
 /// Words of more rows than this are not left for quiet times.
-const MOST_UNINDEXED: u64 = 20_000;
+const MOST_UNINDEXED: i64 = 20_000;
 /// How often retention looks at the clock.
 const RETENTION_TICK: Duration = Duration::from_secs(60);
 /// Read connections kept open.
@@ -58,21 +59,23 @@ pub struct Remembered {
 struct Arrival {
     pair: Pair,
     unique: Option<Unique>,
-    done: Sender<Result<Exchange, ApiError>>,
+    done: Giver<Result<Exchange, ApiError>>,
 }
 
 enum Order {
     Append(Box<Arrival>),
     /// Show that writing works.
-    Probe(Sender<bool>),
+    Probe(Giver<bool>),
     /// Index all words, for a search that is about to be made.
-    Index(Sender<()>),
+    Index(Giver<()>),
     Close,
 }
 
 /// The history's front: cheap to share, safe to use from any thread.
 pub struct Store {
     orders: Sender<Order>,
+    /// The writer sleeps where its inbox is empty; whoever fills it wakes it.
+    wake: Thread,
     readers: Mutex<Vec<(u64, Connection)>>,
     path: PathBuf,
     state: Arc<State>,
@@ -105,6 +108,8 @@ impl Store {
             open: None,
             last_write: Instant::now(),
             rows: 0,
+            last_id: 0,
+            indexed: 0,
             next_retention: Instant::now(),
             next_forgetting: Instant::now(),
         };
@@ -115,16 +120,16 @@ impl Store {
         let (orders, inbox) = unbounded();
         let thread = std::thread::Builder::new().name("history".into()).spawn(move || writer.run(&inbox));
         let thread = thread.map_err(|e| failed(format!("no thread for it: {e}")))?;
-        Ok(Store { orders, readers: Mutex::default(), path, state, writer: Mutex::new(Some(thread)) })
+        let wake = thread.thread().clone();
+        Ok(Store { orders, wake, readers: Mutex::default(), path, state, writer: Mutex::new(Some(thread)) })
     }
 
     /// Hands a pair over, with what is to be noted of a request that must not be asked twice; `done`
     /// hears of it when it is committed, or why it is not.
-    pub fn append(&self, pair: Pair, unique: Option<Unique>, done: Sender<Result<Exchange, ApiError>>) {
+    pub fn append(&self, pair: Pair, unique: Option<Unique>, done: Giver<Result<Exchange, ApiError>>) {
         let arrival = Box::new(Arrival { pair, unique, done });
-        if let Err(crossbeam_channel::SendError(Order::Append(arrival))) = self.orders.send(Order::Append(arrival)) {
-            let _ = arrival.done.send(Err(unavailable()));
-        }
+        // Where the writer has ended, dropping the arrival tells whoever waits.
+        self.order(Order::Append(arrival));
     }
 
     /// What answered the request that this key sent with this `Idempotency-Key` within the last day.
@@ -143,8 +148,9 @@ impl Store {
 
     /// True when a write works: tried anew unless one just did. Waits at most a second.
     pub fn writable(&self) -> bool {
-        let (done, answer) = bounded(1);
-        self.orders.send(Order::Probe(done)).is_ok() && answer.recv_timeout(PROBE_WAIT).unwrap_or(false)
+        let (done, answer) = handoff();
+        self.order(Order::Probe(done));
+        answer.take_within(PROBE_WAIT).unwrap_or(false)
     }
 
     /// Errs with `history_unavailable` where the last write failed and another try fails too, so that
@@ -164,11 +170,10 @@ impl Store {
     /// A key's pairs that have all of `words` in question or answer, best match first.
     pub fn search(&self, key: &str, words: &str, before: i64, limit: u32) -> Result<Vec<Exchange>, ApiError> {
         let Some(query) = match_expression(key, words) else { return Ok(Vec::new()) };
-        let (done, indexed) = bounded(1);
-        if self.orders.send(Order::Index(done)).is_ok() {
-            // A writer in trouble must not keep what is indexed from being found.
-            let _ = indexed.recv_timeout(config::DATABASE_BUSY);
-        }
+        let (done, indexed) = handoff();
+        self.order(Order::Index(done));
+        // A writer in trouble must not keep what is indexed from being found.
+        let _ = indexed.take_within(config::DATABASE_BUSY);
         self.read(|connection| {
             let mut search = connection.prepare_cached(include_str!("../sql/queries/search.sql"))?;
             search.query_map(params![query, before, key, limit], exchange)?.collect()
@@ -178,10 +183,15 @@ impl Store {
     /// Writes what was handed over, closes the database and ends the writer.
     pub fn close(&self) {
         self.readers.lock().unwrap_or_else(PoisonError::into_inner).clear();
-        let _ = self.orders.send(Order::Close);
+        self.order(Order::Close);
         if let Some(writer) = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take() {
             let _ = writer.join();
         }
+    }
+
+    fn order(&self, order: Order) {
+        let _ = self.orders.send(order);
+        self.wake.unpark();
     }
 
     fn read<T>(&self, query: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, ApiError> {
@@ -307,50 +317,55 @@ struct Writer {
     last_write: Instant,
     /// Rows in the table; kept only where their number is limited.
     rows: u64,
+    /// The newest row's id, and the last one whose words are indexed.
+    last_id: i64,
+    indexed: i64,
     next_retention: Instant,
     next_forgetting: Instant,
 }
 
 impl Writer {
     fn run(mut self, inbox: &Receiver<Order>) {
-        let mut chores = true;
+        let mut batch = Vec::new();
+        let mut quiet_since = Instant::now();
         loop {
-            let order = if chores { inbox.recv_timeout(QUIET) } else { inbox.recv_timeout(RETENTION_TICK) };
-            match order {
+            let order = match inbox.try_recv() {
                 Ok(Order::Append(arrival)) => {
-                    let mut batch = vec![*arrival];
-                    let mut next = None;
-                    while batch.len() < BATCH {
-                        match inbox.try_recv() {
-                            Ok(Order::Append(arrival)) => batch.push(*arrival),
-                            Ok(other) => {
-                                next = Some(other);
-                                break;
-                            }
-                            Err(_) => break,
-                        }
+                    batch.push(*arrival);
+                    if batch.len() < BATCH {
+                        continue;
                     }
-                    self.append(batch);
-                    chores = true;
-                    if next.is_some_and(|order| self.obey(order)) {
-                        return self.close();
-                    }
-                    if self.unindexed(MOST_UNINDEXED) >= MOST_UNINDEXED {
-                        self.index();
-                    }
+                    None
                 }
-                Ok(order) => {
-                    if self.obey(order) {
-                        return self.close();
-                    }
+                Ok(order) => Some(order),
+                Err(TryRecvError::Empty) => None,
+                Err(TryRecvError::Disconnected) => Some(Order::Close),
+            };
+            if !batch.is_empty() {
+                self.append(std::mem::take(&mut batch));
+                if self.last_id - self.indexed > MOST_UNINDEXED {
+                    self.index();
                 }
-                Err(RecvTimeoutError::Timeout) => {
-                    self.forget_remembered();
-                    chores = self.index() | self.retain();
+                // Retention that waited for quiet would never come under a steady load.
+                self.retain();
+                quiet_since = Instant::now();
+            } else if order.is_none() {
+                if quiet_since.elapsed() < QUIET {
+                    std::thread::park_timeout(QUIET);
+                } else if !self.chores() {
+                    std::thread::park_timeout(RETENTION_TICK);
                 }
-                Err(RecvTimeoutError::Disconnected) => return self.close(),
+            }
+            if order.is_some_and(|order| self.obey(order)) {
+                return self.close();
             }
         }
+    }
+
+    /// What waits for a quiet moment; true when there may be more to do.
+    fn chores(&mut self) -> bool {
+        self.forget_remembered();
+        self.index() | self.retain()
     }
 
     /// Does what is not an append; true when it was the last order.
@@ -362,11 +377,11 @@ impl Writer {
                 let probe = include_str!("../sql/queries/probe.sql");
                 let fine =
                     fresh && self.is_in_place() || self.attempt("probed", |connection| connection.execute_batch(probe)).is_some();
-                let _ = done.send(fine);
+                let _ = done.give(fine);
             }
             Order::Index(done) => {
                 while self.index() {}
-                let _ = done.send(());
+                let _ = done.give(());
             }
             Order::Close => return true,
         }
@@ -403,40 +418,35 @@ impl Writer {
         match ids {
             Some(ids) => {
                 self.rows += ids.len() as u64;
+                self.last_id = ids.last().copied().unwrap_or(self.last_id);
                 for (arrival, id) in batch.into_iter().zip(ids) {
                     let Arrival { pair, done, .. } = arrival;
-                    let _ = done.send(Ok(Exchange::new(id, pair)));
+                    let _ = done.give(Ok(Exchange::new(id, pair)));
                 }
             }
-            None => batch.into_iter().for_each(|arrival| drop(arrival.done.send(Err(unavailable())))),
+            None => batch.into_iter().for_each(|arrival| drop(arrival.done.give(Err(unavailable())))),
         }
-    }
-
-    /// How many rows wait for their words to be indexed, counted up to `most`.
-    fn unindexed(&mut self, most: u64) -> u64 {
-        self.next_unindexed(most).map_or(0, |(_, count)| count)
-    }
-
-    fn next_unindexed(&mut self, most: u64) -> Option<(i64, u64)> {
-        let open = self.open.as_ref()?;
-        let mut next = open.connection.prepare_cached(include_str!("../sql/queries/unindexed.sql")).ok()?;
-        let (last, count): (Option<i64>, i64) = next.query_row([most as i64], |row| Ok((row.get(0)?, row.get(1)?))).ok()?;
-        Some((last?, count as u64))
     }
 
     /// Indexes the words of some rows; true when there may be more to do.
     fn index(&mut self) -> bool {
-        let Some((last, _)) = self.next_unindexed(CHORE_ROWS) else { return false };
-        self.attempt("indexed", |connection| {
-            connection.prepare_cached(include_str!("../sql/queries/index_words.sql"))?.execute([last])?;
-            connection.prepare_cached(include_str!("../sql/queries/indexed_up_to.sql"))?.execute([last])
-        })
-        .is_some()
+        if self.indexed >= self.last_id {
+            return false;
+        }
+        let up_to = (self.indexed + CHORE_ROWS).min(self.last_id);
+        let done = self.attempt("indexed", |connection| {
+            connection.prepare_cached(include_str!("../sql/queries/index_words.sql"))?.execute([up_to])?;
+            connection.prepare_cached(include_str!("../sql/queries/indexed_up_to.sql"))?.execute([up_to])
+        });
+        if done.is_some() {
+            self.indexed = up_to;
+        }
+        done.is_some()
     }
 
     /// Deletes some of what retention says has to go; true when there may be more to do.
     fn retain(&mut self) -> bool {
-        let too_many = if self.max_rows > 0 { self.rows.saturating_sub(self.max_rows).min(CHORE_ROWS) } else { 0 };
+        let too_many = if self.max_rows > 0 { self.rows.saturating_sub(self.max_rows).min(CHORE_ROWS as u64) } else { 0 };
         let look_at_age = self.max_days > 0 && Instant::now() >= self.next_retention;
         if too_many == 0 && !look_at_age {
             return false;
@@ -450,7 +460,7 @@ impl Writer {
             }
             if look_at_age {
                 let query = include_str!("../sql/queries/oldest_over_age.sql");
-                let aged: Option<i64> = connection.query_row(query, [CHORE_ROWS as i64, max_days as i64], |row| row.get(0))?;
+                let aged: Option<i64> = connection.query_row(query, [CHORE_ROWS, max_days as i64], |row| row.get(0))?;
                 last = last.max(aged);
             }
             let Some(last) = last else { return Ok(0) };
@@ -459,7 +469,7 @@ impl Writer {
         });
         let forgotten = forgotten.unwrap_or(0) as u64;
         self.rows = self.rows.saturating_sub(forgotten);
-        if look_at_age && forgotten < CHORE_ROWS {
+        if look_at_age && forgotten < CHORE_ROWS as u64 {
             self.next_retention = Instant::now() + RETENTION_TICK;
         }
         forgotten > 0
@@ -533,6 +543,8 @@ impl Writer {
         if self.max_rows > 0 {
             self.rows = connection.query_row(include_str!("../sql/queries/count.sql"), [], |row| row.get::<_, i64>(0))? as u64;
         }
+        let progress = include_str!("../sql/queries/progress.sql");
+        (self.last_id, self.indexed) = connection.query_row(progress, [], |row| Ok((row.get(0)?, row.get(1)?)))?;
         let inode = fs::metadata(&self.path).map(|file| file.ino()).unwrap_or(0);
         self.open = Some(Open { connection, inode });
         self.state.opening.fetch_add(1, Ordering::Relaxed);

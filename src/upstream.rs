@@ -241,8 +241,20 @@ impl Line {
     /// Sends a streaming chat request; returns when the upstream begins to answer, within its timeout.
     pub fn stream(&mut self, client: Arc<TcpStream>, chat: &mut Chat) -> Result<Events<'_>, ApiError> {
         self.watch.begin(client, Instant::now() + self.upstream.timeout);
-        let mut headers = Vec::new();
-        let source = match self.upstream.mode {
+        match self.source(chat) {
+            Ok((source, headers)) => {
+                self.watch.only_silence(self.upstream.idle);
+                Ok(Events { line: self, source, began: false, headers })
+            }
+            Err(e) => {
+                self.watch.end();
+                Err(e)
+            }
+        }
+    }
+
+    fn source(&mut self, chat: &mut Chat) -> Result<(Source, Vec<Header>), ApiError> {
+        Ok(match self.upstream.mode {
             Mode::Upstream => {
                 let response = self.call(chat)?;
                 let content_type = response.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
@@ -253,18 +265,16 @@ impl Line {
                     };
                     return Err(self.upstream.failed(Code::UpstreamBadAnswer, &format!("the LLM did not stream: {why}")));
                 }
-                headers.extend(passed_on(response.headers()));
+                let headers = passed_on(response.headers()).collect();
                 let splitter = Splitter::new(config::MAX_ANSWER, MAX_NOISE);
-                Source::Upstream { reader: response.into_body().into_reader(), splitter, buffer: vec![0; 4096] }
+                (Source::Upstream { reader: response.into_body().into_reader(), splitter, buffer: vec![0; 4096] }, headers)
             }
             _ => {
                 self.think(self.upstream.mock_delay)?;
                 let chunks = mock::chunks(&chat.body).into_iter().chain(["[DONE]".to_string()]);
-                Source::Mock { chunks: chunks.collect(), first: true }
+                (Source::Mock { chunks: chunks.collect(), first: true }, Vec::new())
             }
-        };
-        self.watch.only_silence(self.upstream.idle);
-        Ok(Events { line: self, source, headers })
+        })
     }
 
     /// The list of models (`path` empty) or one of them (`/NAME`), as JSON.
@@ -412,6 +422,8 @@ fn backoff(retries: u32) -> Duration {
 pub struct Events<'a> {
     line: &'a mut Line,
     source: Source,
+    /// There was an event.
+    began: bool,
     /// Fields of the answer's head that clients understand.
     pub headers: Vec<Header>,
 }
@@ -455,6 +467,8 @@ impl Events<'_> {
                                     upstream.failed(Code::UpstreamTimeout, &text)
                                 }
                                 Some(ended) => upstream.unanswered(&ended.into(), Some(ended)).error,
+                                None if !self.began => upstream
+                                    .failed(Code::UpstreamBadAnswer, &format!("the LLM's answer broke off before it began: {e}")),
                                 None => upstream.failed(Code::UpstreamError, &format!("the LLM's stream broke off: {e}")),
                             });
                         }
@@ -477,6 +491,7 @@ impl Events<'_> {
                 }
             }
         }
+        self.began = true;
         Ok(true)
     }
 

@@ -3,13 +3,12 @@
 
 use std::sync::Arc;
 
-use crossbeam_channel::bounded;
-
 use super::once::Turn;
 use super::{Answered, Api, Request, lost, overloaded};
 use crate::clock;
 use crate::error::{ApiError, Header};
 use crate::exchange::{Exchange, Pair, Question};
+use crate::handoff::handoff;
 use crate::http::{Reply, Responder};
 use crate::openai::Chat;
 use crate::store::Unique;
@@ -66,11 +65,11 @@ fn complete(
 ) -> Result<(Exchange, Vec<u8>, Vec<Header>), ApiError> {
     api.store.check()?;
     let (client, key, store) = (responder.client(), Arc::clone(request.key), Arc::clone(&api.store));
-    let (started, (done, answer), (pass, passed)) = (request.started, bounded(1), bounded(1));
+    let (started, (done, answer), (pass, passed)) = (request.started, handoff(), handoff());
     let job = move |line: &mut Line| {
         let whole = match line.complete(client, &mut chat) {
             Ok(whole) => whole,
-            Err(e) => return drop(done.send(Err(e))),
+            Err(e) => return drop(done.give(Err(e))),
         };
         let completion = whole.completion;
         let pair = Pair {
@@ -86,12 +85,12 @@ fn complete(
         if let (Some(unique), true) = (&mut unique, as_it_came) {
             unique.response = Some(whole.body.clone());
         }
-        let _ = pass.send((whole.body, whole.headers));
+        let _ = pass.give((whole.body, whole.headers));
         // The worker is free while the pair is being committed; the history answers in its stead.
         store.append(pair, unique, done);
     };
     api.pool.submit(Box::new(job)).map_err(|_| overloaded(&api.config))?;
-    let exchange = answer.recv().unwrap_or_else(|_| Err(lost()))?;
-    let (body, headers) = passed.recv().map_err(|_| lost())?;
+    let exchange = answer.take().unwrap_or_else(|| Err(lost()))?;
+    let (body, headers) = passed.take().ok_or_else(lost)?;
     Ok((exchange, body, headers))
 }

@@ -92,10 +92,7 @@ impl Api {
             return Ok(Arc::clone(&self.anonymous));
         }
         let Some(given) = head.field("authorization") else {
-            return Err(ApiError::new(
-                Code::Unauthorized,
-                "no key given; send Authorization: Bearer KEY with one of the server's API_KEYS",
-            ));
+            return Err(unauthorized("no key given"));
         };
         let secret = match given.split_once(' ') {
             Some((scheme, secret)) if scheme.eq_ignore_ascii_case("bearer") => secret.trim_start(),
@@ -152,48 +149,54 @@ struct Request<'a> {
 impl Site for Api {
     type Admitted = Admitted;
 
-    fn admit(&self, head: &Head) -> Result<Admitted, ApiError> {
-        let endpoint = route::route(head.method(), head.path())?;
-        if endpoint.is_public() {
-            return Ok(Admitted { endpoint, key: Arc::clone(&self.anonymous) });
-        }
-        let key = self.authenticate(head)?;
-        if self.draining.load(Ordering::SeqCst) {
-            return Err(ApiError::new(Code::ShuttingDown, "the server is shutting down; try again, on a new connection"));
-        }
-        if endpoint.asks() && !head.field("content-type").is_none_or(is_json) {
-            return Err(ApiError::new(Code::UnsupportedMediaType, "the body must be JSON: send Content-Type: application/json"));
-        }
-        Ok(Admitted { endpoint, key })
+    fn admit(&self, head: &Head) -> (Option<Admitted>, Result<(), ApiError>) {
+        let endpoint = match route::route(head.method(), head.path()) {
+            Ok(endpoint) if endpoint.is_public() => {
+                return (Some(Admitted { endpoint, key: Arc::clone(&self.anonymous) }), Ok(()));
+            }
+            Ok(endpoint) => endpoint,
+            Err(e) => return (None, Err(e)),
+        };
+        let key = match self.authenticate(head) {
+            Ok(key) => key,
+            Err(e) => return (None, Err(e)),
+        };
+        let verdict = if self.draining.load(Ordering::SeqCst) {
+            Err(ApiError::new(Code::ShuttingDown, "the server is shutting down; try again, on a new connection"))
+        } else if endpoint.asks() && !head.field("content-type").is_none_or(is_json) {
+            Err(ApiError::new(Code::UnsupportedMediaType, "the body must be JSON: send Content-Type: application/json"))
+        } else {
+            Ok(())
+        };
+        (Some(Admitted { endpoint, key }), verdict)
     }
 
     fn answer(&self, call: Call<Admitted>, responder: Responder) {
         let _running = Running::new(&self.in_flight);
-        let (key, done) = match (call.admitted, &call.head) {
-            (Ok((Admitted { endpoint, key }, body)), Some(head)) => {
+        let (admitted, head) = (call.admitted.as_ref(), call.head.as_ref());
+        let done = match (admitted, head, call.body) {
+            (Some(admitted), Some(head), Ok(body)) => {
                 let request = Request {
                     id: &call.id,
-                    key: &key,
+                    key: &admitted.key,
                     path: head.path(),
                     query: head.query(),
                     idempotency_key: head.field("idempotency-key"),
                     body: &body,
                     started: call.started,
                 };
-                let done = self.respond(endpoint, &request, responder);
-                (Some(key).filter(|_| !endpoint.is_public()), done)
+                self.respond(admitted.endpoint, &request, responder)
             }
-            (Err(e), _) => (None, refuse(responder, e, &call.id)),
-            (Ok(_), None) => {
-                (None, refuse(responder, ApiError::new(Code::Internal, "a request without a head was let in"), &call.id))
-            }
+            (_, _, Err(e)) => refuse(responder, e, &call.id),
+            _ => refuse(responder, ApiError::new(Code::Internal, "a request was answered that was not let in"), &call.id),
         };
-        let (method, path) = call.head.as_ref().map_or(("-", "-"), |head| (head.method(), head.path()));
+        let key = admitted.filter(|admitted| !admitted.endpoint.is_public()).map(|admitted| &*admitted.key);
+        let (method, path) = head.map_or(("-", "-"), |head| (head.method(), head.path()));
         log::info!(
             "request id={} client={} key={} method={method} path={path:.200} status={} ms={:.1} bytes={} model={} code={}",
             call.id,
             call.peer,
-            key.as_deref().unwrap_or("-"),
+            key.unwrap_or("-"),
             done.status,
             call.started.elapsed().as_secs_f64() * 1000.0,
             done.bytes,

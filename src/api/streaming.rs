@@ -2,11 +2,10 @@
 
 use std::sync::Arc;
 
-use crossbeam_channel::{RecvTimeoutError, bounded};
-
 use super::{Api, Done, Request, lost, overloaded, refuse};
 use crate::error::{ApiError, Header};
 use crate::exchange::Question;
+use crate::handoff::{Nothing, handoff};
 use crate::http::Responder;
 use crate::openai::Chat;
 use crate::relay::{self, ClientEnd, Draft};
@@ -32,18 +31,18 @@ pub fn relay(api: &Api, request: &Request, responder: Responder, headers: Vec<He
     let draft = Draft::new(Arc::clone(request.key), &chat, !chat.added_usage, request.started);
     let client = responder.client();
     let end = Arc::new(ClientEnd::new(responder, request.id.to_string(), headers.clone()));
-    let (done, outcome) = bounded(1);
+    let (done, outcome) = handoff();
     let (relayed, store) = (Arc::clone(&end), Arc::clone(&api.store));
     let job = move |line: &mut Line| {
-        let _ = done.send(relay::run(line, client, &mut chat, &relayed, &store, draft));
+        let _ = done.give(relay::run(line, client, &mut chat, &relayed, &store, draft));
     };
     let outcome = match api.pool.submit(Box::new(job)) {
         Err(_) => Err(overloaded(&api.config)),
         Ok(()) => loop {
-            match outcome.recv_timeout(end.silence_left(api.config.stream_heartbeat)) {
+            match outcome.take_within(end.silence_left(api.config.stream_heartbeat)) {
                 Ok(outcome) => break outcome,
-                Err(RecvTimeoutError::Timeout) => end.break_silence(api.config.stream_heartbeat),
-                Err(RecvTimeoutError::Disconnected) => break Err(lost()),
+                Err(Nothing::Yet) => end.break_silence(api.config.stream_heartbeat),
+                Err(Nothing::Ever) => break Err(lost()),
             }
         },
     };

@@ -13,24 +13,31 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 /// descriptor just before, `local` is the listener's address, and `known` tells which sockets (by
 /// their cookie, `SO_COOKIE`) were there already. `None` where it is not found.
 ///
-/// The kernel hands out the lowest free number, so the first look finds it unless another thread
-/// opened something in between.
+/// The kernel hands out the lowest free number, so the first look finds it, unless another thread took
+/// that number or freed a lower one in between; then all numbers are looked at.
 pub fn adopt_accepted(lowest: RawFd, local: SocketAddr, known: impl Fn(u64) -> bool) -> Option<(TcpStream, u64)> {
-    // The library holds two descriptors of each connection, so the wanted one is not far away.
-    (lowest..lowest.saturating_add(65_536)).find_map(|number| {
-        // SAFETY: the number may be free, or belong to anything in this process. It is borrowed for the
-        // calls below alone, which fail on a free number and change nothing on a wrong one; the result
-        // owns a descriptor of its own.
-        let there = unsafe { BorrowedFd::borrow_raw(number) };
-        let copy = rustix::io::fcntl_dupfd_cloexec(there, 0).ok()?;
-        if rustix::net::sockopt::socket_acceptconn(&copy) != Ok(false) {
-            return None;
-        }
-        let stream = TcpStream::from(copy);
-        let ours = stream.local_addr().is_ok_and(|a| a.port() == local.port()) && stream.peer_addr().is_ok();
-        let cookie = rustix::net::sockopt::socket_cookie(&stream).ok().filter(|_| ours)?;
-        (!known(cookie)).then_some((stream, cookie))
-    })
+    let near = lowest..lowest.saturating_add(64);
+    let all = std::fs::read_dir("/proc/self/fd")
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    near.chain(all).find_map(|number| adopt(number, local, &known))
+}
+
+fn adopt(number: RawFd, local: SocketAddr, known: &impl Fn(u64) -> bool) -> Option<(TcpStream, u64)> {
+    // SAFETY: the number may be free, or belong to anything in this process. It is borrowed for this
+    // call alone, which fails on a free number and changes nothing on a wrong one; the result owns a
+    // descriptor of its own.
+    let there = unsafe { BorrowedFd::borrow_raw(number) };
+    let copy = rustix::io::fcntl_dupfd_cloexec(there, 0).ok()?;
+    if rustix::net::sockopt::socket_acceptconn(&copy) != Ok(false) {
+        return None;
+    }
+    let stream = TcpStream::from(copy);
+    // Not asked for: the peer, since a client that reset the connection has none any more.
+    let ours = stream.local_addr().is_ok_and(|address| address.port() == local.port());
+    let cookie = rustix::net::sockopt::socket_cookie(&stream).ok().filter(|_| ours)?;
+    (!known(cookie)).then_some((stream, cookie))
 }
 
 /// Bytes received on this connection since it was made, read by anybody or not (`TCP_INFO`, tcp(7)).

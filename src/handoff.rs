@@ -1,0 +1,135 @@
+//! One value from one thread to another that waits for it. Unlike a channel's, this wait goes to sleep
+//! at once: on two cores the channel's spinning and yielding cost a fifth of a request's CPU time.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+enum State<T> {
+    Empty,
+    Full(T),
+    /// The giver or the taker is gone.
+    Closed,
+}
+
+struct Place<T> {
+    state: Mutex<State<T>>,
+    changed: Condvar,
+}
+
+impl<T> Place<T> {
+    fn lock(&self) -> MutexGuard<'_, State<T>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The end that gives, once.
+pub struct Giver<T>(Arc<Place<T>>);
+
+/// The end that waits.
+pub struct Taker<T>(Arc<Place<T>>);
+
+/// Why nothing was taken.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Nothing {
+    /// The time came first.
+    Yet,
+    /// The giver is gone and nothing will come.
+    Ever,
+}
+
+/// The two ends of a handoff.
+pub fn handoff<T>() -> (Giver<T>, Taker<T>) {
+    let place = Arc::new(Place { state: Mutex::new(State::Empty), changed: Condvar::new() });
+    (Giver(Arc::clone(&place)), Taker(place))
+}
+
+impl<T> Giver<T> {
+    /// Gives the value; gets it back where nobody can take it any more.
+    pub fn give(self, value: T) -> Result<(), T> {
+        let mut state = self.0.lock();
+        if matches!(*state, State::Closed) {
+            return Err(value);
+        }
+        *state = State::Full(value);
+        drop(state);
+        self.0.changed.notify_one();
+        Ok(())
+    }
+}
+
+impl<T> Drop for Giver<T> {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        if matches!(*state, State::Empty) {
+            *state = State::Closed;
+            drop(state);
+            self.0.changed.notify_one();
+        }
+    }
+}
+
+impl<T> Taker<T> {
+    /// Waits for the value; `None` where the giver went without giving.
+    pub fn take(&self) -> Option<T> {
+        self.wait(None).ok()
+    }
+
+    /// Waits for the value at most so long.
+    pub fn take_within(&self, time: Duration) -> Result<T, Nothing> {
+        self.wait(Some(Instant::now() + time))
+    }
+
+    fn wait(&self, until: Option<Instant>) -> Result<T, Nothing> {
+        let mut state = self.0.lock();
+        loop {
+            match std::mem::replace(&mut *state, State::Closed) {
+                State::Full(value) => return Ok(value),
+                State::Closed => return Err(Nothing::Ever),
+                State::Empty => *state = State::Empty,
+            }
+            state = match until {
+                None => self.0.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Some(until) => {
+                    let left = until.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return Err(Nothing::Yet);
+                    }
+                    self.0.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+    }
+}
+
+impl<T> Drop for Taker<T> {
+    fn drop(&mut self) {
+        // What nobody will take is dropped here, not when the giver's thread ends.
+        let left = std::mem::replace(&mut *self.0.lock(), State::Closed);
+        drop(left);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_value_crosses_threads_once() {
+        let (giver, taker) = handoff();
+        let thread = std::thread::spawn(move || giver.give(7));
+        assert_eq!(taker.take(), Some(7));
+        assert_eq!(taker.take(), None);
+        assert_eq!(thread.join().expect("no panic"), Ok(()));
+    }
+
+    #[test]
+    fn nothing_comes_from_who_is_gone() {
+        let (giver, taker) = handoff::<u8>();
+        assert_eq!(taker.take_within(Duration::ZERO), Err(Nothing::Yet));
+        drop(giver);
+        assert_eq!(taker.take_within(Duration::from_secs(60)), Err(Nothing::Ever));
+        let (giver, taker) = handoff();
+        drop(taker);
+        assert_eq!(giver.give(1), Err(1));
+    }
+}

@@ -1,0 +1,396 @@
+//! `GET /api/history`: limit, before, search, and who sees what.
+
+use crate::support::client::{get, post, streaming};
+use crate::support::eventually;
+use crate::support::proxy::{Proxy, Setup};
+use crate::support::upstream::{FakeUpstream, answer};
+use serde_json::{Value, json};
+
+/// A proxy whose answers say nothing but what the question says after `->`.
+fn echoing() -> (FakeUpstream, Proxy) {
+    let upstream = FakeUpstream::answering(|request| {
+        let question = request.question();
+        answer(question.split_once("->").map_or("ok", |(_, told)| told))
+    });
+    let proxy = Proxy::facing(&upstream).start();
+    (upstream, proxy)
+}
+
+fn ask_all(proxy: &Proxy, questions: &[&str]) {
+    for question in questions {
+        proxy.answer(question);
+    }
+}
+
+/// Percent-encodes everything, so that any text is a query.
+fn encoded(text: &str) -> String {
+    text.bytes().map(|byte| format!("%{byte:02x}")).collect()
+}
+
+fn questions(page: &Value) -> Vec<&str> {
+    let items = page["items"].as_array().expect("items");
+    items.iter().map(|pair| pair["question"].as_str().expect("a question")).collect()
+}
+
+#[track_caller]
+fn page(proxy: &Proxy, query: &str) -> Value {
+    let response = proxy.get(&format!("/api/history{query}"));
+    assert_eq!(response.status, 200, "{query}: {response:?}");
+    let page = response.json();
+    let mut fields: Vec<&str> = page.as_object().expect("an object").keys().map(String::as_str).collect();
+    fields.sort_unstable();
+    assert_eq!(fields, ["items", "next_before"], "{page}");
+    page
+}
+
+#[test]
+fn an_empty_history_is_an_empty_page() {
+    assert_eq!(page(&Proxy::start(), ""), json!({"items": [], "next_before": null}));
+}
+
+#[test]
+fn a_pair_is_the_object_that_ask_answered_newest_first() {
+    let proxy = Proxy::start();
+    let pairs: Vec<Value> = (0..3).map(|number| proxy.answer(&format!("Question {number}?"))).collect();
+    let expected: Vec<Value> = pairs.into_iter().rev().collect();
+    assert_eq!(page(&proxy, "")["items"], json!(expected));
+}
+
+#[test]
+fn the_limit_is_the_setting_unless_the_caller_says_another() {
+    let proxy = Proxy::with(&[("HISTORY_LIMIT", "2")]).start();
+    ask_all(&proxy, &["one", "two", "three", "four"]);
+    assert_eq!(questions(&page(&proxy, "")), ["four", "three"]);
+    assert_eq!(questions(&page(&proxy, "?limit=3")), ["four", "three", "two"]);
+    assert_eq!(questions(&page(&proxy, "?limit=1000")), ["four", "three", "two", "one"]);
+    assert_eq!(questions(&page(&proxy, "?limit=1&unknown=parameter")), ["four"]);
+}
+
+#[test]
+fn the_limit_is_20_by_default() {
+    let proxy = Proxy::start();
+    (0..25).for_each(|number| drop(proxy.answer(&format!("Question {number}?"))));
+    assert_eq!(questions(&page(&proxy, "")).len(), 20);
+}
+
+#[test]
+fn next_before_leads_through_all_pairs_and_is_null_at_the_end() {
+    let proxy = Proxy::start();
+    let asked: Vec<String> = (0..6).map(|number| format!("Question {number}?")).collect();
+    asked.iter().for_each(|question| drop(proxy.answer(question)));
+    for limit in 1..=7 {
+        let mut seen: Vec<String> = Vec::new();
+        let mut query = format!("?limit={limit}");
+        loop {
+            let page = page(&proxy, &query);
+            seen.extend(questions(&page).iter().map(|question| question.to_string()));
+            assert!(seen.len() <= asked.len(), "{seen:?}");
+            if page["next_before"].is_null() {
+                break;
+            }
+            assert_eq!(questions(&page).len(), limit, "a page before the last one is full");
+            query = format!("?limit={limit}&before={}", page["next_before"]);
+        }
+        seen.reverse();
+        assert_eq!(seen, asked, "limit {limit}");
+    }
+    assert_eq!(page(&proxy, "?limit=6")["next_before"], Value::Null, "no empty last page");
+}
+
+#[test]
+fn before_gives_only_older_pairs() {
+    let proxy = Proxy::start();
+    let pairs: Vec<Value> = (0..3).map(|number| proxy.answer(&format!("Question {number}?"))).collect();
+    let older = page(&proxy, &format!("?before={}", pairs[1]["id"]));
+    assert_eq!(older, json!({"items": [pairs[0]], "next_before": null}));
+    assert_eq!(page(&proxy, &format!("?before={}", pairs[0]["id"]))["items"], json!([]));
+    assert_eq!(page(&proxy, "?before=9223372036854775807")["items"].as_array().map(Vec::len), Some(3));
+}
+
+#[test]
+fn a_bad_number_is_422_and_param_names_it() {
+    let proxy = Proxy::start();
+    for limit in ["0", "1001", "-1", "abc", "1.5", "99999999999999999999", "1e2", "%00", "0x10"] {
+        let error = proxy.get(&format!("/api/history?limit={limit}")).expect_error(422, "invalid_request");
+        assert_eq!(error["param"], "limit", "{limit}");
+    }
+    for before in ["abc", "1.5", "99999999999999999999", "1;drop", "%27"] {
+        let error = proxy.get(&format!("/api/history?before={before}")).expect_error(422, "invalid_request");
+        assert_eq!(error["param"], "before", "{before}");
+    }
+}
+
+#[test]
+fn q_finds_words_in_questions_and_in_answers() {
+    let (_upstream, proxy) = echoing();
+    ask_all(&proxy, &["the capital of France->Paris", "the largest city->Tokyo", "a Paris of the east->Beirut"]);
+    let found = |words: &str| {
+        let page = page(&proxy, &format!("?q={}", encoded(words)));
+        assert_eq!(page["next_before"], Value::Null);
+        let mut found: Vec<String> = questions(&page).iter().map(|question| question.to_string()).collect();
+        found.sort_unstable();
+        found
+    };
+    assert_eq!(found("Paris"), ["a Paris of the east->Beirut", "the capital of France->Paris"]);
+    assert_eq!(found("paris"), found("PARIS"));
+    assert_eq!(found("tokyo"), ["the largest city->Tokyo"]);
+    assert_eq!(found("capital France"), ["the capital of France->Paris"]);
+    assert_eq!(found("nothing_like_it"), Vec::<String>::new());
+}
+
+#[test]
+fn q_gives_the_best_match_first() {
+    let (_upstream, proxy) = echoing();
+    let best = "whale whale whale";
+    let weak = format!("whale {}", "and many other words ".repeat(50));
+    ask_all(&proxy, &["nothing", best, &weak, "nothing again"]);
+    assert_eq!(questions(&page(&proxy, "?q=whale")), [best, &weak]);
+    assert_eq!(questions(&page(&proxy, "?q=whale&limit=1")), [best]);
+}
+
+#[test]
+fn q_speaks_other_scripts_and_is_decoded_as_a_form_is() {
+    let (_upstream, proxy) = echoing();
+    ask_all(&proxy, &["Столица Франции->Париж", "an ascii one"]);
+    for query in [format!("?q={}", encoded("париж")), format!("?q={}", encoded("ФРАНЦИИ")), "?q=ascii+one".into()] {
+        assert_eq!(questions(&page(&proxy, &query)).len(), 1, "{query}");
+    }
+}
+
+#[test]
+fn any_text_is_a_legal_query() {
+    let (_upstream, proxy) = echoing();
+    ask_all(&proxy, &["plain words", "it's \"quoted\" -- AND (more) OR less* NEAR ^start"]);
+    for text in [
+        "\"",
+        "'",
+        "\"\"",
+        "\"unclosed",
+        "'; DROP TABLE history; --",
+        "AND",
+        "OR",
+        "NOT",
+        "NEAR",
+        "AND OR",
+        "NEAR(",
+        "a AND",
+        "NOT a",
+        "(",
+        ")",
+        "((",
+        "*",
+        "a*",
+        "^",
+        "^a",
+        "-",
+        "-a",
+        "+",
+        "a+b",
+        ":",
+        "question:",
+        "question:plain",
+        "key_name:alice",
+        "{a b}: c",
+        "%",
+        "_",
+        "\\",
+        "/",
+        "[",
+        "]",
+        "{",
+        "}",
+        "|",
+        "&",
+        "&&",
+        "=",
+        "?",
+        "#",
+        ";",
+        ",",
+        ".",
+        "...",
+        "\0",
+        "a\0b",
+        "\n",
+        "\t",
+        "\u{1}",
+        "\u{7f}",
+        "🙂",
+        "👩‍🦰",
+        "日本語",
+        "é",
+        "e\u{301}",
+        "\u{202e}",
+        "\u{feff}",
+        "\u{fffd}",
+        "\u{10ffff}",
+        " ",
+        "  a  ",
+    ] {
+        page(&proxy, &format!("?q={}", encoded(text)));
+    }
+    let long = "word ".repeat(500);
+    page(&proxy, &format!("?q={}", encoded(&long)));
+    let quoted = page(&proxy, &format!("?q={}", encoded("it's \"quoted\"")));
+    assert_eq!(questions(&quoted).len(), 1, "the words in it are found: {quoted}");
+}
+
+#[test]
+fn a_query_that_is_no_text_is_no_fault_of_ours() {
+    let proxy = Proxy::start();
+    for query in ["%ff", "%", "%zz", "%c3", "%ed%a0%80"] {
+        let response = proxy.get(&format!("/api/history?q={query}"));
+        assert!(response.status < 500, "{query}: {response:?}");
+    }
+}
+
+#[test]
+fn an_empty_q_is_like_none() {
+    let proxy = Proxy::start();
+    ask_all(&proxy, &["one", "two", "three"]);
+    assert_eq!(page(&proxy, "?q=&limit=2"), page(&proxy, "?limit=2"));
+    assert_eq!(page(&proxy, "?q&limit=2"), page(&proxy, "?limit=2"));
+}
+
+#[test]
+fn each_key_sees_its_own_pairs_only() {
+    let proxy = Proxy::with(&[("API_KEYS", "alice:secret1,bob:secret2")]).start();
+    let ask = |secret: &str, question: &str| {
+        let request = post("/api/ask", &json!({"question": question})).key(secret);
+        let response = proxy.call(&request);
+        assert_eq!(response.status, 200);
+        response.json()["id"].as_i64().expect("an id")
+    };
+    ask("secret1", "shared words of alice");
+    let of_bob = ask("secret2", "shared words of bob");
+    ask("secret1", "more shared words of alice");
+    let streamed = proxy.call(&streaming("streamed words of bob").key("secret2"));
+    assert_eq!(streamed.status, 200);
+    let seen = |secret: &str, query: &str| {
+        let response = proxy.call(&get(&format!("/api/history{query}")).key(secret));
+        assert_eq!(response.status, 200);
+        response.json()
+    };
+    let alices = ["more shared words of alice", "shared words of alice"];
+    let bobs = ["streamed words of bob", "shared words of bob"];
+    assert_eq!(questions(&seen("secret1", "")), alices);
+    assert_eq!(questions(&seen("secret2", "")), bobs);
+    assert_eq!(questions(&seen("secret1", "?limit=1000&before=1000")), alices);
+    assert_eq!(questions(&seen("secret1", &format!("?before={of_bob}"))), ["shared words of alice"]);
+    for query in ["?q=shared", "?q=words", "?q=bob", "?q=bob%20OR%20alice", "?q=key_name:bob"] {
+        let page = seen("secret1", query);
+        assert!(questions(&page).iter().all(|question| question.ends_with("alice")), "{query}: {page}");
+    }
+    assert_eq!(questions(&seen("secret2", "?q=shared")), ["shared words of bob"]);
+    let last = seen("secret1", "?limit=2");
+    assert_eq!(last["next_before"], Value::Null, "the pairs of others do not count: {last}");
+}
+
+#[test]
+fn the_table_can_be_read_while_the_server_runs() {
+    let upstream = FakeUpstream::always(answer("Paris"));
+    let proxy = Proxy::facing(&upstream).set("API_KEYS", "alice:secret1,bare2").start();
+    let database = proxy.database();
+    let ask = |secret: &str| {
+        let response = proxy.call(&post("/api/ask", &json!({"question": "Where?"})).key(secret));
+        response.json()
+    };
+    for (secret, name) in [("secret1", "alice"), ("bare2", "default")] {
+        let pair = ask(secret);
+        let sql = "SELECT created_at, key_name, question, answer, model, finish_reason,
+                   prompt_tokens, completion_tokens, total_tokens, latency_ms FROM history WHERE id = ?1";
+        let row = database.query_row(sql, [pair["id"].as_i64()], |row| {
+            assert_eq!(row.get::<_, String>(1)?, name);
+            Ok(json!({
+                "id": pair["id"], "created_at": row.get::<_, String>(0)?, "question": row.get::<_, String>(2)?,
+                "answer": row.get::<_, String>(3)?, "model": row.get::<_, String>(4)?,
+                "finish_reason": row.get::<_, String>(5)?, "latency_ms": row.get::<_, i64>(9)?,
+                "usage": {"prompt_tokens": row.get::<_, i64>(6)?, "completion_tokens": row.get::<_, i64>(7)?,
+                          "total_tokens": row.get::<_, i64>(8)?},
+            }))
+        });
+        assert_eq!(row.expect("the row is committed"), pair);
+    }
+    let dump: String = database
+        .query_row("SELECT group_concat(key_name || question || answer) FROM history", [], |row| row.get(0))
+        .expect("a dump");
+    assert!(!dump.contains("secret1") && !dump.contains("bare2"), "{dump}");
+}
+
+#[test]
+fn without_keys_the_caller_is_anonymous() {
+    let proxy = Proxy::start();
+    proxy.answer("Who am I?");
+    let name: String = proxy.database().query_row("SELECT key_name FROM history", [], |row| row.get(0)).expect("a row");
+    assert_eq!(name, "anonymous");
+}
+
+#[test]
+fn a_reader_in_the_middle_of_a_transaction_blocks_nobody() {
+    let proxy = Proxy::start();
+    proxy.answer("Before?");
+    let reader = proxy.database();
+    reader.execute_batch("BEGIN").expect("a transaction");
+    let count = |reader: &rusqlite::Connection| -> i64 {
+        reader.query_row("SELECT count(*) FROM history", [], |row| row.get(0)).expect("readable")
+    };
+    assert_eq!(count(&reader), 1);
+    proxy.answer("Meanwhile?");
+    assert_eq!(count(&reader), 1, "the reader has its own view");
+    reader.execute_batch("COMMIT").expect("the end");
+    assert_eq!(count(&reader), 2);
+}
+
+#[test]
+fn no_more_than_history_max_rows_are_kept() {
+    let proxy = Proxy::with(&[("HISTORY_MAX_ROWS", "3")]).start();
+    ask_all(&proxy, &["first", "second", "third", "fourth", "fifth"]);
+    eventually("the oldest are gone", || proxy.count_rows() <= 3);
+    assert_eq!(questions(&page(&proxy, "")), ["fifth", "fourth", "third"]);
+    assert!(questions(&page(&proxy, "?q=first")).is_empty());
+    assert_eq!(questions(&page(&proxy, "?q=third")), ["third"]);
+}
+
+#[test]
+fn history_max_rows_holds_under_a_load_that_never_pauses() {
+    let proxy = Proxy::with(&[("HISTORY_MAX_ROWS", "3")]).start();
+    let mut connection = proxy.connect();
+    let mut asked = 0;
+    eventually("the oldest are gone while new ones come", || {
+        for _ in 0..20 {
+            let question = json!({"question": format!("question {asked}")});
+            assert_eq!(connection.exchange(&post("/api/ask", &question)).status, 200);
+            asked += 1;
+        }
+        asked >= 200 && proxy.count_rows() < asked / 2
+    });
+}
+
+#[test]
+fn nothing_older_than_history_max_days_is_kept() {
+    let mut proxy = Proxy::start();
+    ask_all(&proxy, &["ancient", "recent"]);
+    proxy.stop();
+    let database = proxy.database();
+    let aged = database.execute("UPDATE history SET created_at = '2020-01-01T00:00:00.000Z' WHERE question = 'ancient'", []);
+    assert_eq!(aged.expect("the row is there"), 1);
+    drop(database);
+    let proxy = proxy.setup().set("HISTORY_MAX_DAYS", "30").start();
+    eventually("the ancient pair is gone", || proxy.count_rows() == 1);
+    assert_eq!(questions(&page(&proxy, "")), ["recent"]);
+    assert_eq!(questions(&page(&proxy, "?q=ancient")).len(), 0);
+}
+
+#[test]
+fn everything_is_kept_by_default() {
+    let proxy = Setup::new().set("HISTORY_MAX_ROWS", "0").set("HISTORY_MAX_DAYS", "0").start();
+    (0..30).for_each(|number| drop(proxy.answer(&format!("Question {number}?"))));
+    assert_eq!(proxy.history().len(), 30);
+}
+
+#[test]
+fn history_sync_normal_serves_as_well() {
+    let proxy = Proxy::with(&[("HISTORY_SYNC", "normal")]).start();
+    proxy.answer("Well?");
+    assert_eq!(proxy.count_rows(), 1);
+}

@@ -1,0 +1,182 @@
+//! The log: one line a request, and no word of what was asked, answered or secret.
+
+use crate::support::client::{get, post, streaming};
+use crate::support::eventually;
+use crate::support::proxy::{Proxy, UPSTREAM_KEY};
+use crate::support::upstream::{
+    FakeUpstream, Step, answer, completion, delta, event, refusal, reply_json, stream_head, streamed,
+};
+use serde_json::json;
+
+/// The one line about the request with this id, once it is written.
+#[track_caller]
+fn line_of(proxy: &Proxy, id: &str) -> String {
+    let line = proxy.wait_for_line(|line| line.contains(id));
+    let count = proxy.log().iter().filter(|line| line.contains(id)).count();
+    assert_eq!(count, 1, "one line a request: {:#?}", proxy.log());
+    line
+}
+
+#[track_caller]
+fn expect_in(line: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(line.contains(part), "{part}: {line}");
+    }
+}
+
+/// `2026-11-22T21:34:00` and what belongs to it, then the level.
+fn has_time_and_level(line: &str) -> bool {
+    let mut words = line.split_whitespace();
+    let time = words.next().unwrap_or_default();
+    let digits =
+        |range: std::ops::Range<usize>| time.get(range).is_some_and(|part| part.bytes().all(|byte| byte.is_ascii_digit()));
+    let dated = digits(0..4) && digits(5..7) && digits(8..10) && digits(11..13) && digits(14..16) && digits(17..19);
+    let zoned = time.ends_with('Z') || time.get(19..).is_some_and(|rest| rest.contains(['+', '-']));
+    let level = words.next().unwrap_or_default().trim_matches(['[', ']', ':']);
+    dated && zoned && time.get(10..11) == Some("T") && ["ERROR", "WARN", "INFO", "DEBUG", "TRACE"].contains(&level)
+}
+
+#[test]
+fn every_line_has_a_time_and_a_level_and_stderr_is_silent() {
+    let proxy = Proxy::start();
+    proxy.answer("Well?");
+    proxy.get("/nowhere");
+    proxy.wait_for_line(|line| line.contains("/nowhere"));
+    for line in proxy.log() {
+        assert!(has_time_and_level(&line), "{line}");
+    }
+    assert_eq!(proxy.stderr(), Vec::<String>::new());
+}
+
+#[test]
+fn the_first_lines_say_the_address_the_mode_and_the_database() {
+    let proxy = Proxy::start();
+    let address = format!("listening on http://{}", proxy.address);
+    proxy.wait_for_line(|line| line.contains(&address));
+    proxy.wait_for_line(|line| line.contains("mock"));
+    proxy.wait_for_line(|line| line.contains("history.db"));
+}
+
+#[test]
+fn an_answered_request_is_one_line_with_everything_in_it() {
+    let upstream = FakeUpstream::answering(|request| match request.is_streaming() {
+        true => streamed(&["an answer"]),
+        false => answer("an answer"),
+    });
+    let proxy = Proxy::facing(&upstream).set("API_KEYS", "alice:secret1").start();
+    for (id, path) in [("id-of-ask", "/api/ask"), ("id-of-stream", "/api/streaming")] {
+        let request = post(path, &json!({"question": "a question"})).key("secret1").header("X-Request-Id", id);
+        let response = proxy.call(&request);
+        assert_eq!(response.status, 200);
+        let line = line_of(&proxy, id);
+        assert!(path != "/api/ask" || line.contains(&response.body.len().to_string()), "the bytes: {line}");
+        expect_in(&line, &["INFO", "127.0.0.1", "alice", "POST", path, "200", "ms"]);
+        assert!(line.contains("fake-model-1") || line.contains("gpt-4o-mini"), "the model: {line}");
+    }
+    let read = get("/api/history?q=secret_words").key("secret1").header("X-Request-Id", "id-of-history");
+    proxy.call(&read);
+    let line = line_of(&proxy, "id-of-history");
+    expect_in(&line, &["alice", "GET", "/api/history", "200"]);
+    assert!(!line.contains("secret_words"), "what is searched for is a question too: {line}");
+}
+
+#[test]
+fn a_refused_request_is_one_line_with_its_error_code() {
+    let upstream = FakeUpstream::always(refusal(500, "words of the upstream"));
+    let proxy = Proxy::facing(&upstream).set("API_KEYS", "alice:secret1").set("MAX_BODY_BYTES", "1000").start();
+    let ask = post("/api/ask", &json!({"question": "a question"})).key("secret1");
+    for (id, request, parts) in [
+        ("id-1", ask.clone(), ["alice", "POST", "/api/ask", "502", "upstream_error"]),
+        ("id-2", ask.clone().key("wrong"), ["127.0.0.1", "POST", "/api/ask", "401", "unauthorized"]),
+        ("id-3", get("/nowhere"), ["127.0.0.1", "GET", "/nowhere", "404", "not_found"]),
+        ("id-4", get("/api/ask"), ["127.0.0.1", "GET", "/api/ask", "405", "method_not_allowed"]),
+        ("id-5", ask.clone().header("Content-Length", "2000"), ["alice", "POST", "/api/ask", "413", "body_too_large"]),
+        ("id-6", ask.clone().header("Content-Type", "a/b"), ["alice", "POST", "/api/ask", "415", "unsupported_media_type"]),
+        ("id-7", post("/api/ask", &json!({})).key("secret1"), ["alice", "POST", "/api/ask", "422", "invalid_request"]),
+    ] {
+        proxy.call(&request.header("X-Request-Id", id));
+        expect_in(&line_of(&proxy, id), &parts);
+    }
+}
+
+#[test]
+fn a_stream_that_breaks_or_is_left_is_one_line_too() {
+    let upstream = FakeUpstream::script(vec![
+        vec![stream_head(), event(&delta("Half")), Step::Close],
+        vec![stream_head(), event(&delta("Half")), Step::Silence],
+    ]);
+    let proxy = Proxy::facing(&upstream).set("STREAM_HEARTBEAT_SECS", "1").start();
+    proxy.call(&streaming("a question").header("X-Request-Id", "id-broken"));
+    let line = line_of(&proxy, "id-broken");
+    expect_in(&line, &["/api/streaming", "200", "upstream_"]);
+    let mut stream = proxy.connect().stream(&streaming("a question").header("X-Request-Id", "id-left"));
+    stream.expect_event(&delta("Half"));
+    drop(stream);
+    let line = line_of(&proxy, "id-left");
+    expect_in(&line, &["/api/streaming", "200"]);
+}
+
+#[test]
+fn no_question_answer_header_or_secret_is_in_any_line_at_any_level() {
+    for level in ["info", "debug", "trace"] {
+        let upstream = FakeUpstream::answering(|request| {
+            let echo = format!("said the upstream: {UPSTREAM_KEY} url-password");
+            match (request.question().as_str(), request.is_streaming()) {
+                ("word-of-refusal", _) => refusal(401, &echo),
+                ("word-of-bad-answer", _) => reply_json(200, &json!({"error": {"message": echo}})),
+                (_, true) => streamed(&["word-of-the-answer"]),
+                (_, false) => {
+                    let mut said = completion("word-of-the-answer");
+                    said["choices"][0]["message"]["note"] = json!("word-of-the-note");
+                    reply_json(200, &said)
+                }
+            }
+        });
+        let url = format!("http://url-user:url-password@{}/v1", upstream.address());
+        let setup = Proxy::facing(&upstream).set("OPENAI_BASE_URL", url).set("LOG_LEVEL", level);
+        let mut proxy = setup.set("API_KEYS", "alice:secret-of-alice").set("SYSTEM_PROMPT", "word-of-the-system").start();
+        for path in ["/api/ask", "/api/streaming"] {
+            for question in ["word-of-the-question", "word-of-refusal", "word-of-bad-answer"] {
+                let request = post(path, &json!({"question": question}));
+                proxy.call(&request.clone().key("secret-of-alice").header("X-Word", "word-of-a-header"));
+                proxy.call(&request.key("word-of-a-wrong-key"));
+            }
+            let unknown = json!({"question": "word-of-the-question", "word-of-a-field": "word-of-a-value"});
+            proxy.call(&post(path, &unknown).key("secret-of-alice"));
+        }
+        proxy.call(&get("/api/history?q=word-of-the-query").key("secret-of-alice"));
+        proxy.call(&get("/livez").header("Cookie", "word-of-a-cookie"));
+        proxy.connect().send_bytes("GET /livez HTTP/1.1\r\nword-of-a-malformed-header\r\n\r\n");
+        proxy.stop();
+        let lines = [proxy.log(), proxy.stderr()].concat();
+        assert!(lines.iter().any(|line| line.contains("/api/ask")), "it did log: {lines:#?}");
+        for line in lines {
+            for secret in [UPSTREAM_KEY, "secret-of-alice", "url-password", "word-of-"] {
+                assert!(!line.contains(secret), "{level}: {secret} in: {line}");
+            }
+        }
+    }
+}
+
+#[test]
+fn nothing_that_a_client_sends_can_forge_a_line() {
+    let proxy = Proxy::start();
+    let forged = "2030-01-01T00:00:00Z INFO forged";
+    proxy.get("/a%0a2030-01-01T00:00:00Z%20INFO%20forged");
+    proxy.call(&get("/b").header("X-Request-Id", forged));
+    proxy.connect().send_bytes(format!("GET /c\r{forged} HTTP/1.1\r\nHost: a\r\n\r\n"));
+    proxy.connect().send_bytes(format!("GET /\x1b[31m{forged} HTTP/1.1\r\nHost: a\r\n\r\n"));
+    proxy.get("/last");
+    proxy.wait_for_line(|line| line.contains("/last"));
+    for line in proxy.log() {
+        assert!(!line.starts_with("2030") && !line.contains(['\x1b', '\r']), "{line:?}");
+    }
+}
+
+#[test]
+fn the_level_says_what_is_written() {
+    let proxy = Proxy::with(&[("LOG_LEVEL", "info")]).start();
+    proxy.get("/livez");
+    eventually("a request is logged at info", || proxy.log().iter().any(|line| line.contains("/livez")));
+    assert!(!proxy.log().iter().any(|line| line.contains("DEBUG") || line.contains("TRACE")));
+}

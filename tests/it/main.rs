@@ -1,0 +1,17 @@
+//! The tests run the real program, from outside: over its port, its signals, its files and its output.
+
+mod ask;
+mod cli;
+mod crash;
+mod errors;
+mod history;
+mod logging;
+mod mock;
+mod restart;
+mod shutdown;
+mod streaming;
+mod support;
+mod system;
+mod text;
+mod tidy;
+mod upstream;

@@ -1,0 +1,169 @@
+//! SIGTERM and SIGINT: what is in flight finishes, nothing new begins, all is written.
+
+use crate::support::client::{Connection, get, post, streaming};
+use crate::support::gate::Gate;
+use crate::support::proxy::Proxy;
+use crate::support::upstream::{FakeUpstream, Step, answer, delta, end, event, finish, stream_head};
+use crate::support::{PATIENCE, eventually};
+use rustix::process::Signal;
+use serde_json::json;
+use std::net::TcpStream;
+use std::time::Duration;
+
+/// Less than the grace by default: who waits for nothing must not use it up.
+const SOON: Duration = Duration::from_secs(15);
+
+/// Waits on an open connection until the server says that it drains.
+#[track_caller]
+fn wait_until_draining(connection: &mut Connection) {
+    eventually("/readyz turns 503", || {
+        let response = connection.exchange(&get("/readyz"));
+        if response.status == 200 {
+            return false;
+        }
+        assert_eq!(response.status, 503, "{response:?}");
+        assert!(response.header("Retry-After").is_some(), "{response:?}");
+        true
+    });
+}
+
+/// A connection that the server has accepted and served, now idle.
+fn open(proxy: &Proxy) -> Connection {
+    let mut connection = proxy.connect();
+    assert_eq!(connection.exchange(&get("/livez")).status, 200);
+    connection
+}
+
+#[test]
+fn what_is_in_flight_finishes_and_nothing_new_begins() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let gate = Gate::new();
+        let mut steps = vec![Step::Wait(gate.clone())];
+        steps.extend(answer("at last"));
+        let upstream = FakeUpstream::always(steps);
+        let mut proxy = Proxy::facing(&upstream).start();
+        let mut asking = proxy.connect();
+        asking.send(&post("/api/ask", &json!({"question": "In flight?"})));
+        upstream.wait_for_calls(1);
+        let [mut looking, mut late, mut later] = [open(&proxy), open(&proxy), open(&proxy)];
+        proxy.signal(signal);
+        wait_until_draining(&mut looking);
+        let ask = post("/api/ask", &json!({"question": "Too late?"}));
+        late.exchange(&ask).expect_error(503, "shutting_down");
+        later.exchange(&streaming("Too late?")).expect_error(503, "shutting_down");
+        eventually("new connections are refused", || TcpStream::connect(proxy.address).is_err());
+        gate.open();
+        let response = asking.read_response();
+        assert_eq!(response.status, 200, "{response:?}");
+        assert_eq!(response.json()["answer"], "at last");
+        assert_eq!(proxy.wait_for_exit(SOON).code(), Some(0), "{:?}", proxy.stderr());
+        assert_eq!(upstream.calls(), 1);
+        assert_eq!(proxy.count_rows(), 1);
+    }
+}
+
+#[test]
+fn a_stream_in_flight_finishes() {
+    let gate = Gate::new();
+    let steps = vec![
+        stream_head(),
+        event(&delta("First ")),
+        Step::Wait(gate.clone()),
+        event(&delta("last")),
+        event(&finish("stop")),
+        event("[DONE]"),
+        end(),
+    ];
+    let upstream = FakeUpstream::always(steps);
+    let mut proxy = Proxy::facing(&upstream).start();
+    let mut looking = open(&proxy);
+    let mut stream = proxy.stream("In flight?");
+    stream.expect_event(&delta("First "));
+    proxy.signal(Signal::TERM);
+    wait_until_draining(&mut looking);
+    gate.open();
+    assert_eq!(stream.events(), [delta("last"), finish("stop"), "[DONE]".to_owned()]);
+    assert_eq!(proxy.wait_for_exit(SOON).code(), Some(0), "{:?}", proxy.stderr());
+    let kept: String = proxy.database().query_row("SELECT answer FROM history", [], |row| row.get(0)).expect("a row");
+    assert_eq!(kept, "First last");
+}
+
+#[test]
+fn what_waits_in_the_queue_finishes_too() {
+    let gate = Gate::new();
+    let mut steps = vec![Step::Wait(gate.clone())];
+    steps.extend(answer("at last"));
+    let upstream = FakeUpstream::always(steps);
+    let mut proxy = Proxy::facing(&upstream).set("WORKERS", "1").set("QUEUE_SIZE", "1").start();
+    let ask = post("/api/ask", &json!({"question": "In flight?"}));
+    let mut first = proxy.connect();
+    first.send(&ask);
+    upstream.wait_for_calls(1);
+    let mut queued = proxy.connect();
+    queued.send(&ask);
+    eventually("the second one waits in the queue", || proxy.get("/readyz").json()["queue_length"] == 1);
+    proxy.signal(Signal::TERM);
+    gate.open();
+    for waiting in [&mut first, &mut queued] {
+        assert_eq!(waiting.read_response().status, 200);
+    }
+    assert_eq!(proxy.wait_for_exit(SOON).code(), Some(0), "{:?}", proxy.stderr());
+    assert_eq!(proxy.count_rows(), 2);
+}
+
+#[test]
+fn an_idle_server_ends_at_once_and_closes_its_database_cleanly() {
+    let mut proxy = Proxy::start();
+    proxy.answer("Before?");
+    let _idle = [open(&proxy), open(&proxy), proxy.connect()];
+    proxy.signal(Signal::TERM);
+    assert_eq!(proxy.wait_for_exit(SOON).code(), Some(0), "{:?}", proxy.stderr());
+    for rest in ["history.db-wal", "history.db-shm"] {
+        assert!(!proxy.setup().folder().join(rest).exists(), "{rest} is left behind");
+    }
+    assert_eq!(proxy.count_rows(), 1);
+    assert_eq!(proxy.stderr(), Vec::<String>::new());
+}
+
+#[test]
+fn the_grace_has_an_end() {
+    let upstream = FakeUpstream::answering(|request| match request.is_streaming() {
+        true => vec![stream_head(), event(&delta("Half")), Step::Silence],
+        false => vec![Step::Silence],
+    });
+    let mut proxy = Proxy::facing(&upstream).set("SHUTDOWN_GRACE_SECS", "1").start();
+    let mut asking = proxy.connect();
+    asking.send(&post("/api/ask", &json!({"question": "Never answered?"})));
+    let mut stream = proxy.stream("Never ended?");
+    stream.expect_event(&delta("Half"));
+    upstream.wait_for_calls(2);
+    proxy.signal(Signal::TERM);
+    assert_eq!(proxy.wait_for_exit(SOON).code(), Some(0), "{:?}", proxy.stderr());
+    let check: String = proxy.database().query_row("PRAGMA integrity_check", [], |row| row.get(0)).expect("the database opens");
+    assert_eq!(check, "ok");
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once() {
+    let upstream = FakeUpstream::always(vec![Step::Silence]);
+    let mut proxy = Proxy::facing(&upstream).set("SHUTDOWN_GRACE_SECS", "120").start();
+    let mut asking = proxy.connect();
+    asking.send(&post("/api/ask", &json!({"question": "Never answered?"})));
+    upstream.wait_for_calls(1);
+    let mut looking = open(&proxy);
+    proxy.signal(Signal::TERM);
+    wait_until_draining(&mut looking);
+    proxy.signal(Signal::TERM);
+    proxy.wait_for_exit(PATIENCE);
+}
+
+#[test]
+fn a_client_that_sends_nothing_does_not_hold_it() {
+    let mut proxy = Proxy::with(&[("SHUTDOWN_GRACE_SECS", "2")]).start();
+    let _silent = open(&proxy);
+    let mut dripping = proxy.connect();
+    dripping.send_bytes("POST /api/ask HTTP/1.1\r\nHost: a\r\nContent-Length: 500\r\n\r\n{\"que");
+    assert_eq!(proxy.get("/livez").status, 200);
+    proxy.signal(Signal::TERM);
+    assert_eq!(proxy.wait_for_exit(SOON).code(), Some(0), "{:?}", proxy.stderr());
+}

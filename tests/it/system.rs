@@ -1,0 +1,160 @@
+//! Health, routing, and what holds for every path.
+
+use crate::support::client::{get, post, streaming};
+use crate::support::eventually;
+use crate::support::gate::Gate;
+use crate::support::proxy::Proxy;
+use crate::support::upstream::{FakeUpstream, Step, answer};
+use serde_json::json;
+
+#[test]
+fn livez_is_200() {
+    assert_eq!(Proxy::start().get("/livez").status, 200);
+}
+
+#[test]
+fn readyz_tells_the_mode_the_version_and_how_busy_it_is() {
+    let response = Proxy::with(&[("WORKERS", "3")]).start().get("/readyz");
+    assert_eq!(response.status, 200, "{response:?}");
+    let state = response.json();
+    assert_eq!(state["mode"], "mock");
+    assert_eq!(state["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(state["history"], "ok");
+    assert_eq!((&state["workers_busy"], &state["workers_total"]), (&json!(0), &json!(3)));
+    assert_eq!(state["queue_length"], 0);
+}
+
+#[test]
+fn readyz_counts_what_runs_and_what_waits() {
+    let gate = Gate::new();
+    let upstream = FakeUpstream::always([vec![Step::Wait(gate.clone())], answer("Yes")].concat());
+    let proxy = Proxy::facing(&upstream).set("WORKERS", "2").set("QUEUE_SIZE", "5").start();
+    std::thread::scope(|scope| {
+        for _ in 0..5 {
+            scope.spawn(|| proxy.answer("Well?"));
+        }
+        eventually("two run and three wait", || {
+            let state = proxy.get("/readyz").json();
+            (&state["workers_busy"], &state["queue_length"]) == (&json!(2), &json!(3))
+        });
+        assert_eq!(proxy.get("/readyz").json()["mode"], "upstream");
+        gate.open();
+    });
+    eventually("all is quiet", || proxy.get("/readyz").json()["workers_busy"] == 0);
+}
+
+#[test]
+fn head_answers_like_get_without_the_body() {
+    let proxy = Proxy::start();
+    proxy.answer("Something?");
+    let mut connection = proxy.connect();
+    for target in ["/livez", "/readyz", "/api/history", "/api/history?limit=5"] {
+        let with_body = connection.exchange(&get(target));
+        let without = connection.exchange(&get(target).method("HEAD"));
+        assert_eq!(without.status, with_body.status, "{target}");
+        assert_eq!(without.header("Content-Type"), with_body.header("Content-Type"), "{target}");
+    }
+    let refused = connection.exchange(&get("/api/history?limit=0").method("HEAD"));
+    assert_eq!(refused.status, 422);
+    assert_eq!(connection.exchange(&get("/livez")).status, 200, "no stray byte was left behind");
+    for (target, status) in [("/nowhere", 404), ("/api/ask", 405)] {
+        let mut connection = proxy.connect();
+        assert_eq!(connection.exchange(&get(target).method("HEAD").header("Connection", "close")).status, status);
+        assert!(connection.is_closed_by_server(), "no body follows");
+    }
+}
+
+#[test]
+fn a_query_string_never_breaks_routing() {
+    let proxy = Proxy::start();
+    for query in ["?", "?a=b", "?a&&=&=b", "?%zz", "?%", "?a=/api/ask", "?a=b?c=d", "?x=%00%ff"] {
+        assert_eq!(proxy.get(&format!("/livez{query}")).status, 200, "{query}");
+        assert_eq!(proxy.get(&format!("/api/history{query}")).status, 200, "{query}");
+        let ask = post(&format!("/api/ask{query}"), &json!({"question": "Well?"}));
+        assert_eq!(proxy.call(&ask).status, 200, "{query}");
+        proxy.get(&format!("/nowhere{query}")).expect_error(404, "not_found");
+        proxy.get(&format!("/api/ask{query}")).expect_error(405, "method_not_allowed");
+    }
+}
+
+#[test]
+fn a_body_that_nobody_asked_for_does_not_become_the_next_request() {
+    let proxy = Proxy::start();
+    let smuggled = "GET /nowhere HTTP/1.1\r\nHost: a\r\n\r\n";
+    let mut connection = proxy.connect();
+    let request = get("/livez").header("Content-Length", &smuggled.len().to_string()).body(smuggled);
+    let response = connection.exchange(&request);
+    assert_eq!(response.status, 200);
+    match response.header("Connection") {
+        Some("close") => assert!(connection.is_closed_by_server()),
+        _ => assert_eq!(connection.exchange(&get("/livez")).status, 200),
+    }
+}
+
+#[test]
+fn connection_close_is_honoured() {
+    let proxy = Proxy::start();
+    for request in [get("/livez"), post("/api/ask", &json!({"question": "Well?"})), streaming("Well?")] {
+        let mut connection = proxy.connect();
+        assert_eq!(connection.exchange(&request.header("Connection", "close")).status, 200);
+        assert!(connection.is_closed_by_server());
+    }
+}
+
+#[test]
+fn a_client_that_leaves_in_the_middle_costs_one_connection_only() {
+    let proxy = Proxy::start();
+    let mut gone = proxy.connect();
+    gone.send(&post("/api/ask", &json!({"question": "Well?"})).header("Content-Length", "500"));
+    gone.finish_sending();
+    assert!(gone.is_closed_by_server());
+    let reset = proxy.connect();
+    reset.reset();
+    let mut half = proxy.connect();
+    half.send_bytes("POST /api/ask HT");
+    drop(half);
+    assert_eq!(proxy.get("/livez").status, 200);
+    proxy.answer("Still there?");
+    assert_eq!(proxy.count_rows(), 1, "half a question is none");
+}
+
+#[test]
+fn clients_that_come_and_go_are_all_answered() {
+    let proxy = Proxy::start();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for number in 0..500 {
+                    match number % 10 {
+                        0 => assert!(!proxy.answer("Well?").is_null()),
+                        _ => assert_eq!(proxy.get("/livez").status, 200),
+                    }
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn clients_that_crash_before_they_are_served_hold_nobody_up() {
+    let proxy = Proxy::start();
+    // Were each of them to cost a tenth of a second, the next would wait in vain.
+    (0..500).for_each(|_| proxy.connect().reset());
+    assert_eq!(proxy.get("/livez").status, 200);
+}
+
+#[test]
+fn at_max_connections_the_present_go_on_and_the_next_waits_for_a_place() {
+    let proxy = Proxy::with(&[("MAX_CONNECTIONS", "2")]).start();
+    let [mut first, mut second] = [proxy.connect(), proxy.connect()];
+    assert_eq!(first.exchange(&get("/livez")).status, 200);
+    assert_eq!(second.exchange(&get("/livez")).status, 200);
+    let mut third = proxy.connect();
+    third.send(&get("/livez"));
+    for connection in [&mut first, &mut second] {
+        let ask = post("/api/ask", &json!({"question": "Well?"}));
+        assert_eq!(connection.exchange(&ask).status, 200);
+    }
+    drop(first);
+    assert_eq!(third.read_response().status, 200);
+}
