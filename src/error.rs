@@ -124,15 +124,10 @@ impl ApiError {
         self
     }
 
-    /// The same error with more header fields, which stand in for those of the same name.
-    pub fn with_headers(mut self, headers: Vec<Header>) -> ApiError {
-        add_headers(&mut self.headers, headers);
-        self
-    }
-
     /// The same error, telling SDKs that asking again is of no use (OpenAI's `x-should-retry`).
     pub fn pointless_to_retry(self) -> ApiError {
-        self.with_header("x-should-retry", "false")
+        const NAME: &str = "x-should-retry";
+        if self.headers.iter().any(|(name, _)| name == NAME) { self } else { self.with_header(NAME, "false") }
     }
 
     /// The JSON object of this error, `{"error": {...}}`, in the shape of

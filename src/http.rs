@@ -153,6 +153,8 @@ impl Listener {
             ahead: 0,
             taken: 0,
             max_body: self.max_body,
+            closing: false,
+            broken: Arc::default(),
             _listed: listed,
         }))
     }
@@ -221,6 +223,10 @@ pub struct Connection {
     /// How many bytes the requests before the next one had.
     taken: u64,
     max_body: usize,
+    /// The last answer says that no other follows.
+    closing: bool,
+    /// The last answer did not get through.
+    broken: Arc<AtomicBool>,
     _listed: Listed,
 }
 
@@ -237,6 +243,15 @@ pub struct Call<A> {
     pub admitted: Option<A>,
     /// The whole body, or why there is no use in going on.
     pub body: Result<Vec<u8>, ApiError>,
+    /// The right to answer it.
+    pub responder: Responder,
+}
+
+/// What was read of a request.
+struct Seen<A> {
+    head: Option<Head>,
+    admitted: Option<A>,
+    body: Result<Vec<u8>, ApiError>,
 }
 
 /// What the layer above decides about requests.
@@ -245,10 +260,18 @@ pub trait Site {
     type Admitted;
     /// Judges a request by its head, before its body is read: what is known of it, and whether it is let in.
     fn admit(&self, head: &Head) -> (Option<Self::Admitted>, Result<(), ApiError>);
-    /// Answers the request; returns when the answer is out.
-    fn answer(&self, call: Call<Self::Admitted>, responder: Responder);
     /// An id for a request that brought none.
     fn new_id(&self) -> String;
+}
+
+/// What a connection brought.
+pub enum Turn<A> {
+    /// A request, to be answered before the connection is asked for the next.
+    Call(Box<Call<A>>),
+    /// No byte for as long as was to be waited.
+    Quiet,
+    /// The connection is at its end.
+    Over,
 }
 
 /// How looking for the next request ended.
@@ -260,38 +283,36 @@ enum Next {
 }
 
 impl Connection {
-    /// Serves requests one after the other until the client or a broken rule ends the connection.
-    pub fn serve<S: Site>(mut self, site: &S) {
-        while self.serve_next(site) {}
-    }
-
-    /// Serves one request; true when another may follow.
-    fn serve_next<S: Site>(&mut self, site: &S) -> bool {
-        if self.ahead == 0 && !self.wait_unread(1, Instant::now() + config::KEEP_ALIVE).is_ok_and(|there| there) {
-            return false;
+    /// Waits for the next request, at most so long for its first byte.
+    pub fn next_call<S: Site>(&mut self, site: &S, patience: Duration) -> Turn<S::Admitted> {
+        if self.closing || self.broken.load(Ordering::Relaxed) {
+            return Turn::Over;
+        }
+        if self.ahead == 0 {
+            match self.wait_unread(1, Instant::now() + patience) {
+                Ok(true) => {}
+                Ok(false) => return Turn::Quiet,
+                Err(_) => return Turn::Over,
+            }
         }
         let started = Instant::now();
         let head = match self.next_head(started + config::HEADER_TIMEOUT) {
             Next::Head(head) => head,
             Next::Refused(e) => {
-                let responder = self.responder(site, Out::Socket, None, false);
-                let id = responder.id.clone();
-                site.answer(Call { started, peer: self.peer, id, head: None, admitted: None, body: Err(e) }, responder);
-                return false;
+                let seen = Seen { head: None, admitted: None, body: Err(e) };
+                return self.call(site, Out::Socket, false, started, seen);
             }
-            Next::Over => return false,
+            Next::Over => return Turn::Over,
         };
         let (admitted, verdict) = site.admit(&head);
         let mut body = verdict.and_then(|()| self.await_body(&head)).map(|()| Vec::new());
         if body.is_err() && !self.is_at_hand(&head) {
             // The library need not see a request whose body will not be read.
-            let responder = self.responder(site, Out::Socket, Some(&head), false);
-            site.answer(Call { started, peer: self.peer, id: responder.id.clone(), head: Some(head), admitted, body }, responder);
-            return false;
+            return self.call(site, Out::Socket, false, started, Seen { head: Some(head), admitted, body });
         }
         let Some(Some(mut request)) = self.client.as_mut().and_then(Iterator::next) else {
             log::error!("the HTTP library did not read a head that broke no rule; the connection is closed");
-            return false;
+            return Turn::Over;
         };
         if body.is_ok() && head.framing != Framing::Length(0) {
             body = self.read_body(&head, request.as_reader());
@@ -302,10 +323,24 @@ impl Connection {
         }
         let whole = body.is_ok() || self.is_at_hand(&head);
         let keep = !head.close && whole && self.settle(&head);
-        let responder = self.responder(site, Out::Library(request.into_writer()), Some(&head), keep);
-        let broken = Arc::clone(&responder.broken);
-        site.answer(Call { started, peer: self.peer, id: responder.id.clone(), head: Some(head), admitted, body }, responder);
-        keep && !broken.load(Ordering::Relaxed)
+        let out = Out::Library(request.into_writer());
+        self.call(site, out, keep, started, Seen { head: Some(head), admitted, body })
+    }
+
+    /// The request, with the right to answer it; `keep`: another may follow.
+    fn call<S: Site>(&mut self, site: &S, out: Out, keep: bool, started: Instant, seen: Seen<S::Admitted>) -> Turn<S::Admitted> {
+        let Seen { head, admitted, body } = seen;
+        self.closing = !keep;
+        let responder = Responder {
+            out,
+            stream: Arc::clone(&self.stream),
+            http10: head.as_ref().is_some_and(|head| head.http10),
+            head_only: head.as_ref().is_some_and(|head| head.method() == "HEAD"),
+            keep,
+            id: head.as_ref().and_then(request_id).unwrap_or_else(|| site.new_id()),
+            broken: Arc::clone(&self.broken),
+        };
+        Turn::Call(Box::new(Call { started, peer: self.peer, id: responder.id.clone(), head, admitted, body, responder }))
     }
 
     /// The body is small and all of it has been looked at, so the library reads it with the head.
@@ -313,18 +348,6 @@ impl Connection {
         match head.framing {
             Framing::Length(length) if is_eager(head, length) => self.window.len() >= head.len() + length as usize,
             _ => false,
-        }
-    }
-
-    fn responder<S: Site>(&self, site: &S, out: Out, head: Option<&Head>, keep: bool) -> Responder {
-        Responder {
-            out,
-            stream: Arc::clone(&self.stream),
-            http10: head.is_some_and(|head| head.http10),
-            head_only: head.is_some_and(|head| head.method() == "HEAD"),
-            keep,
-            id: head.and_then(request_id).unwrap_or_else(|| site.new_id()),
-            broken: Arc::default(),
         }
     }
 

@@ -45,7 +45,7 @@ fn run() -> Result<(), StartError> {
             start_log(config.log_level);
             server::serve(config)
         }
-        ["healthcheck"] => healthcheck(&Config::load()?),
+        ["healthcheck"] => Config::load().and_then(|config| healthcheck(&config)).map_err(|e| StartError::machine(e.message)),
         ["--help" | "-h" | "help"] => print(&Config::help()),
         ["--version" | "-V"] => print(concat!("ai-proxy ", env!("CARGO_PKG_VERSION"), "\n")),
         _ => Err(StartError::usage(format!(
@@ -61,14 +61,13 @@ fn print(text: &str) -> Result<(), StartError> {
 
 /// One line each to stdout: RFC 3339 timestamp, level, message. A panic is such a line, too.
 fn start_log(level: log::LevelFilter) {
-    use simplelog::{ConfigBuilder, LevelPadding, ThreadLogMode, WriteLogger};
+    use simplelog::{ConfigBuilder, LevelPadding, WriteLogger, format_description};
     let off = log::LevelFilter::Off;
     let config = ConfigBuilder::new()
-        .set_time_format_rfc3339()
+        .set_time_format_custom(format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z"))
         .set_time_level(log::LevelFilter::Error)
         .set_level_padding(LevelPadding::Off)
         .set_thread_level(off)
-        .set_thread_mode(ThreadLogMode::Names)
         .set_target_level(off)
         .set_location_level(off)
         // Other crates' lines know nothing of what must not be logged.

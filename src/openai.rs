@@ -48,6 +48,9 @@ pub struct Chat {
     pub stream: bool,
     /// We asked for the usage chunk and the client did not.
     pub added_usage: bool,
+    /// The client's own stream options, where it gave some and ours were added.
+    options: Option<String>,
+    fallbacks_tried: usize,
 }
 
 impl Chat {
@@ -67,39 +70,67 @@ impl Chat {
         };
         let body = serde_json::to_vec(&request).unwrap_or_default();
         let model = request.model.to_string();
-        Chat { body, model, question: asked.question, stream, added_usage: stream }
+        Chat { body, model, question: asked.question, stream, added_usage: stream, options: None, fallbacks_tried: 0 }
     }
 
     /// A client's own request body, passed on as it is but for a `model` where it names none and the
     /// usage chunk of a stream, which is always asked for. The question is its last user message, of at
     /// most `max_chars` characters. Errs with `invalid_json` or `invalid_request`.
     pub fn from_body(body: &[u8], model: &str, max_chars: usize) -> Result<Chat, ApiError> {
-        let fields: ChatFields = serde_json::from_slice(body).or_else(|_| {
-            let value = parse_json(body)?;
-            // It is JSON, so a field is of the wrong type, and serde's words say which.
-            match serde_json::from_value::<ChatFields>(value) {
-                Ok(fields) => Ok(fields),
-                Err(e) => Err(ApiError::invalid("body", format!("the body is not a chat request: {e}"))),
+        let Ok(fields) = serde_json::from_slice::<Fields>(body) else {
+            parse_json(body)?;
+            return Err(ApiError::invalid("body", "the body must be a JSON object"));
+        };
+        let messages: Vec<Fields> = fields.read("messages", "a list of messages")?.unwrap_or_default();
+        if messages.is_empty() {
+            return Err(ApiError::invalid("messages", "messages must be a list that is not empty"));
+        }
+        let mut question = String::new();
+        for message in &messages {
+            let wrong = |_| ApiError::invalid("messages", "a message's role must be a string");
+            let role: Option<String> = message.read("role", "").map_err(wrong)?;
+            if role.as_deref() == Some("user") {
+                question = message.read("content", "").unwrap_or_default().map_or_else(String::new, |text: Text| text.0);
             }
-        })?;
-        let messages = fields.messages.filter(|messages| !messages.is_empty());
-        let messages = messages.ok_or_else(|| ApiError::invalid("messages", "messages must be a list that is not empty"))?;
-        let asked = messages.into_iter().rev().find(|message| message.role == "user");
-        let question = asked.map(|message| message.content.0).unwrap_or_default();
+        }
         if question.len() > max_chars && question.chars().count() > max_chars {
             return Err(ApiError::invalid("messages", format!("the question is longer than {max_chars} characters")));
         }
-        let stream = fields.stream.unwrap_or(false);
-        let wants_usage = fields.stream_options.is_some_and(|options| options.include_usage == Some(true));
-        let mut chat = Chat { body: body.to_vec(), model: String::new(), question, stream, added_usage: stream && !wants_usage };
-        match fields.model.filter(|model| !model.trim().is_empty()) {
+        let stream = fields.read("stream", "true or false")?.unwrap_or(false);
+        let asked_model: Option<String> = fields.read("model", "a string")?;
+        let options: Option<Fields> = fields.read("stream_options", "an object")?;
+        let usage: Option<bool> = match &options {
+            Some(options) => options
+                .read("include_usage", "")
+                .map_err(|_| ApiError::invalid("stream_options", "stream_options.include_usage must be true or false"))?,
+            None => None,
+        };
+        let added_usage = stream && usage != Some(true);
+        let mut chat =
+            Chat { body: body.to_vec(), model: String::new(), question, stream, added_usage, options: None, fallbacks_tried: 0 };
+        match asked_model.filter(|model| !model.trim().is_empty()) {
             Some(model) => chat.model = model,
             None => chat.set_model(model),
         }
-        if chat.added_usage {
-            chat.body = with_field(&chat.body, "stream_options", Some(r#"{"include_usage":true}"#));
+        if added_usage {
+            let theirs = fields.get("stream_options").filter(|_| options.is_some()).map(str::to_string);
+            let ours = with_field(theirs.as_deref().unwrap_or("{}").as_bytes(), "include_usage", Some("true"));
+            chat.body = with_field(&chat.body, "stream_options", Some(&String::from_utf8_lossy(&ours)));
+            chat.options = theirs;
         }
         Ok(chat)
+    }
+
+    /// Turns to the next of the fallback models that was not asked yet; false: there is none.
+    pub fn fall_back(&mut self, fallbacks: &[String]) -> bool {
+        while let Some(model) = fallbacks.get(self.fallbacks_tried) {
+            self.fallbacks_tried += 1;
+            if *model != self.model {
+                self.set_model(model);
+                return true;
+            }
+        }
+        false
     }
 
     /// Asks another model the same.
@@ -112,36 +143,10 @@ impl Chat {
     pub fn drop_usage(&mut self) -> bool {
         let ours = std::mem::take(&mut self.added_usage);
         if ours {
-            self.body = with_field(&self.body, "stream_options", None);
+            self.body = with_field(&self.body, "stream_options", self.options.as_deref());
         }
         ours
     }
-}
-
-#[derive(Deserialize)]
-struct ChatFields {
-    #[serde(default)]
-    model: Option<String>,
-    #[serde(default)]
-    messages: Option<Vec<Asked>>,
-    #[serde(default)]
-    stream: Option<bool>,
-    #[serde(default)]
-    stream_options: Option<UsageOption>,
-}
-
-#[derive(Deserialize)]
-struct Asked {
-    #[serde(default)]
-    role: String,
-    #[serde(default)]
-    content: Text,
-}
-
-#[derive(Deserialize)]
-struct UsageOption {
-    #[serde(default)]
-    include_usage: Option<bool>,
 }
 
 /// The JSON object `body` with one field set to `value` (JSON) or taken out; all other fields keep
@@ -165,6 +170,19 @@ fn with_field(body: &[u8], name: &str, value: Option<&str>) -> Vec<u8> {
 
 /// An object's fields in their order, with the bytes of their values.
 struct Fields<'a>(Vec<(String, &'a RawValue)>);
+
+impl<'a> Fields<'a> {
+    /// The JSON of a field; of several of the same name the last.
+    fn get(&self, name: &str) -> Option<&'a str> {
+        self.0.iter().rev().find(|(field, _)| field == name).map(|(_, value)| value.get())
+    }
+
+    /// The value of a field, `None` where it is not there or null. Errs with 422 saying what it must be.
+    fn read<T: Deserialize<'a>>(&self, name: &str, kind: &str) -> Result<Option<T>, ApiError> {
+        let Some(json) = self.get(name) else { return Ok(None) };
+        serde_json::from_str(json).map_err(|_| ApiError::invalid(name, format!("{name} must be {kind}")))
+    }
+}
 
 impl<'de> Deserialize<'de> for Fields<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Fields<'de>, D::Error> {
@@ -197,23 +215,51 @@ pub struct Completion {
     pub usage: Option<Usage>,
 }
 
-/// Reads the body of a 200. Errs with a text for people when it is no answer: not JSON, without
-/// choices, or an `error` in place of one.
-pub fn parse_completion(body: &[u8]) -> Result<Completion, String> {
+/// Why what came is no answer.
+#[derive(Debug, PartialEq)]
+pub struct NoAnswer {
+    /// For people.
+    pub why: String,
+    /// An error that may not be there the next time, by the code in it.
+    pub passing: bool,
+}
+
+impl From<String> for NoAnswer {
+    fn from(why: String) -> NoAnswer {
+        NoAnswer { why, passing: false }
+    }
+}
+
+impl NoAnswer {
+    fn error(what: &str, error: &Value) -> NoAnswer {
+        let code = &error["code"];
+        let code = code.as_u64().or_else(|| code.as_str()?.parse().ok());
+        NoAnswer { why: format!("{what}: {}", error_words(error)), passing: matches!(code, Some(408 | 429 | 500..=599)) }
+    }
+}
+
+/// Reads the body of a 200. Errs when it is no answer: not JSON, without choices, or an `error` in place
+/// of one.
+pub fn parse_completion(body: &[u8]) -> Result<Completion, NoAnswer> {
     let answer: Answer = serde_json::from_slice(body).map_err(|e| format!("its answer is not a chat completion: {e}"))?;
     if let Some(error) = answer.error.filter(|e| !e.is_null()) {
-        return Err(format!("it answered with an error: {}", error_words(&error)));
+        return Err(NoAnswer::error("it answered with an error", &error));
     }
-    let choice = answer.choices.unwrap_or_default().into_iter().next().ok_or("its answer has no choices")?;
-    let mut message = choice.message.ok_or("its answer's first choice has no message")?;
+    let choice = answer.choices.unwrap_or_default().into_iter().next().ok_or_else(|| "its answer has no choices".to_string())?;
+    let mut message = choice.message.ok_or_else(|| "its answer's first choice has no message".to_string())?;
     let mut text = message.text();
-    ToolCalls(message.tool_calls.unwrap_or_default()).append_to(&mut text);
+    message.calls().append_to(&mut text);
     Ok(Completion {
         answer: text,
         model: answer.model.map(Cow::into_owned),
         finish_reason: choice.finish_reason.map(Cow::into_owned),
         usage: answer.usage.map(Usage::from),
     })
+}
+
+/// Whether a body is a JSON object, as every list and model is.
+pub fn is_object(body: &[u8]) -> bool {
+    serde_json::from_slice::<Fields>(body).is_ok()
 }
 
 /// What one event of a stream says.
@@ -230,12 +276,11 @@ pub struct Chunk {
     pub usage_only: bool,
 }
 
-/// Reads the data of one event that is not `[DONE]`. Errs with a text for people when it is an error
-/// or no chunk.
-pub fn parse_chunk(data: &[u8]) -> Result<Chunk, String> {
+/// Reads the data of one event that is not `[DONE]`. Errs when it is an error or no chunk.
+pub fn parse_chunk(data: &[u8]) -> Result<Chunk, NoAnswer> {
     let answer: Answer = serde_json::from_slice(data).map_err(|e| format!("an event of its stream is not a chunk: {e}"))?;
     if let Some(error) = answer.error.filter(|e| !e.is_null()) {
-        return Err(format!("its stream broke off with an error: {}", error_words(&error)));
+        return Err(NoAnswer::error("its stream broke off with an error", &error));
     }
     let usage = answer.usage.map(Usage::from);
     let mut chunk = Chunk { model: answer.model.map(Cow::into_owned), usage, ..Chunk::default() };
@@ -245,7 +290,7 @@ pub fn parse_chunk(data: &[u8]) -> Result<Chunk, String> {
     for choice in choices.into_iter().filter(|choice| choice.index == 0) {
         if let Some(mut delta) = choice.delta {
             chunk.delta.push_str(&delta.text());
-            chunk.tool_calls.add(ToolCalls(delta.tool_calls.unwrap_or_default()));
+            chunk.tool_calls.add(delta.calls());
         }
         chunk.finish_reason = choice.finish_reason.map(Cow::into_owned).or(chunk.finish_reason);
     }
@@ -305,9 +350,17 @@ struct Words {
     refusal: Text,
     #[serde(default)]
     tool_calls: Option<Vec<ToolCall>>,
+    /// How a single call looked before there were tools.
+    #[serde(default)]
+    function_call: Option<ToolFunction>,
 }
 
 impl Words {
+    fn calls(&mut self) -> ToolCalls {
+        let older = self.function_call.take().map(|function| ToolCall { function: Some(function), ..ToolCall::default() });
+        ToolCalls(self.tool_calls.take().unwrap_or_default().into_iter().chain(older).collect())
+    }
+
     fn text(&mut self) -> String {
         let words = if self.content.0.is_empty() { &mut self.refusal } else { &mut self.content };
         std::mem::take(&mut words.0)
@@ -321,7 +374,8 @@ struct ToolCall {
     index: usize,
     #[serde(default)]
     id: Option<String>,
-    #[serde(default)]
+    /// `custom` is the same of a tool without a schema.
+    #[serde(default, alias = "custom")]
     function: Option<ToolFunction>,
 }
 
@@ -329,7 +383,7 @@ struct ToolCall {
 struct ToolFunction {
     #[serde(default)]
     name: Option<String>,
-    #[serde(default)]
+    #[serde(default, alias = "input")]
     arguments: Option<String>,
 }
 
@@ -344,8 +398,8 @@ impl ToolCalls {
     /// Adds the pieces that a chunk brought.
     pub fn add(&mut self, pieces: ToolCalls) {
         for piece in pieces.0.into_iter().filter(|piece| piece.index < Self::MOST) {
-            if self.0.len() <= piece.index {
-                self.0.resize_with(piece.index + 1, ToolCall::default);
+            while self.0.len() <= piece.index {
+                self.0.push(ToolCall { index: self.0.len(), ..ToolCall::default() });
             }
             let call = &mut self.0[piece.index];
             call.id = call.id.take().or(piece.id);
@@ -534,7 +588,7 @@ mod tests {
             (r#"{"error":{"code":502,"message":"Provider down"}}"#, "Provider down"),
         ] {
             let e = parse_completion(body.as_bytes()).expect_err("no answer");
-            assert!(e.contains(why), "{e}");
+            assert!(e.why.contains(why), "{e:?}");
         }
     }
 
@@ -549,7 +603,8 @@ mod tests {
         assert_eq!(chunk.usage.map(|u| u.total_tokens), Some(5));
         assert_eq!(parse_chunk(br#"{"id":"x"}"#), Ok(Chunk::default()));
         let e = parse_chunk(br#"{"error":{"code":429,"message":"slow down"},"choices":[{"finish_reason":"error"}]}"#);
-        assert!(e.expect_err("an error").contains("slow down"));
+        let e = e.expect_err("an error");
+        assert!(e.why.contains("slow down") && e.passing);
     }
 
     #[test]

@@ -1,20 +1,25 @@
-//! The fixed pool of worker threads and the bounded queue before it. Knows jobs, not what they do.
+//! A pool of at most so many threads, and the bounded queue before it. Knows jobs, not what they do.
 //!
-//! Threads start when they are first needed. The worker that was idle last gets the next job, so that
-//! few threads, and few connections of theirs, stay warm.
+//! A thread starts when it is first needed and ends when it had nothing to do for a while. The thread
+//! that was idle last gets the next job, so that few threads, and few connections of theirs, stay warm.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use crate::handoff::{Giver, Nothing, handoff};
+use crate::handoff::{Giver, Nothing, Taker, handoff};
 
-/// What a worker, with its own `W`, is to do.
+/// What a thread, with its own `W`, is to do.
 pub type Job<W> = Box<dyn FnOnce(&mut W) + Send>;
 
-/// As many jobs wait as may wait.
-pub struct Full;
+/// A thread uses little of its stack, but JSON 128 levels deep takes this much in a debug build. Only
+/// what is used of it takes memory.
+const STACK: usize = 512 * 1024;
+
+/// A thread whose last answer is out needs a moment until it is idle; nobody is refused for that.
+const MOMENT: Duration = Duration::from_millis(5);
 
 /// How busy the pool is.
 pub struct Load {
@@ -30,68 +35,134 @@ pub struct Pool<W> {
 
 struct Shared<W> {
     state: Mutex<State<W>>,
+    /// A thread became idle or a place in the queue free, while somebody waited for that.
+    freed: Condvar,
+    name: &'static str,
     size: usize,
     queue_size: usize,
+    patience: Duration,
     make: Box<dyn Fn() -> W + Send + Sync>,
-    /// After so long without a job a worker does this with its `W`, once.
-    rest: (Duration, fn(&mut W)),
 }
 
 struct State<W> {
-    /// Ways to idle workers, the last one to become idle at the end.
-    idle: Vec<Giver<Job<W>>>,
+    /// Ways to idle threads, the last one to become idle at the end.
+    idle: Vec<(u64, Giver<Job<W>>)>,
     queue: VecDeque<Job<W>>,
-    started: usize,
+    /// Places of the queue that are taken and not filled yet.
+    promised: usize,
+    threads: usize,
+    /// Who waits a moment for a thread that is about to be free.
+    waiting: usize,
+    /// For threads' names and idle threads' ids.
+    numbers: u64,
 }
 
+/// A promise that a job will be done.
+pub enum Place<W> {
+    Thread(Giver<Job<W>>),
+    Queue(Queued<W>),
+}
+
+/// A place in the queue, given back where it is not filled.
+pub struct Queued<W>(Arc<Shared<W>>);
+
 impl<W: 'static> Pool<W> {
-    /// A pool of at most `size` workers, each with what `make` makes, and room for `queue_size` waiting
-    /// jobs. A worker that had no job for `rest.0` does `rest.1`.
+    /// A pool of at most `size` threads called `name`, each with what `make` makes, and room for
+    /// `queue_size` waiting jobs. A thread without a job ends after `patience`.
     pub fn new(
+        name: &'static str,
         size: usize,
         queue_size: usize,
+        patience: Duration,
         make: impl Fn() -> W + Send + Sync + 'static,
-        rest: (Duration, fn(&mut W)),
     ) -> Pool<W> {
-        let state = Mutex::new(State { idle: Vec::new(), queue: VecDeque::new(), started: 0 });
-        Pool { shared: Arc::new(Shared { state, size, queue_size, make: Box::new(make), rest }) }
+        let state = State { idle: Vec::new(), queue: VecDeque::new(), promised: 0, threads: 0, waiting: 0, numbers: 0 };
+        Pool {
+            shared: Arc::new(Shared {
+                state: Mutex::new(state),
+                freed: Condvar::new(),
+                name,
+                size,
+                queue_size,
+                patience,
+                make: Box::new(make),
+            }),
+        }
     }
 
-    /// Gives the job to an idle worker, a new one, or the queue.
-    pub fn submit(&self, job: Job<W>) -> Result<(), Full> {
+    /// A place for a job: with an idle thread, a new one, or in the queue. `None`: all are taken, and
+    /// stayed so for a moment.
+    pub fn reserve(&self) -> Option<Place<W>> {
         let mut state = self.shared.lock();
-        if let Some(idle) = state.idle.pop() {
-            drop(state);
-            // An idle worker never goes away, so it takes the job.
-            let _ = idle.give(job);
-            return Ok(());
+        let until = Instant::now() + MOMENT;
+        loop {
+            if let Some(place) = self.shared.place(&mut state) {
+                return Some(place);
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return None;
+            }
+            state.waiting += 1;
+            state = self.shared.freed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state.waiting -= 1;
         }
-        if state.started < self.shared.size {
-            let shared = Arc::clone(&self.shared);
-            let name = format!("worker-{}", state.started + 1);
-            let started = std::thread::Builder::new().name(name).stack_size(256 * 1024).spawn(move || shared.work(job));
-            return match started {
-                Ok(_) => {
-                    state.started += 1;
-                    Ok(())
-                }
-                Err(e) => {
-                    log::warn!("no thread for a worker: {e}; the request is refused");
-                    Err(Full)
-                }
-            };
-        }
-        if state.queue.len() >= self.shared.queue_size {
-            return Err(Full);
-        }
-        state.queue.push_back(job);
-        Ok(())
+    }
+
+    /// Somebody waits for a thread.
+    pub fn is_wanted(&self) -> bool {
+        let state = self.shared.lock();
+        state.queue.len() + state.promised + state.waiting > 0
     }
 
     /// How busy it is now.
     pub fn load(&self) -> Load {
         let state = self.shared.lock();
-        Load { busy: state.started - state.idle.len(), total: self.shared.size, queued: state.queue.len() }
+        Load { busy: state.threads - state.idle.len(), total: self.shared.size, queued: state.queue.len() }
+    }
+}
+
+impl<W> Place<W> {
+    /// Hands the job over; it will be done.
+    pub fn fill(self, job: Job<W>) {
+        match self {
+            // A thread that is promised a job waits for it.
+            Place::Thread(giver) => drop(giver.give(job)),
+            Place::Queue(queued) => queued.0.lock().queue.push_back(job),
+        }
+    }
+}
+
+impl<W> Drop for Queued<W> {
+    fn drop(&mut self) {
+        self.0.lock().promised -= 1;
+    }
+}
+
+impl<W: 'static> Shared<W> {
+    fn place(self: &Arc<Self>, state: &mut State<W>) -> Option<Place<W>> {
+        if let Some((_, idle)) = state.idle.pop() {
+            return Some(Place::Thread(idle));
+        }
+        if state.threads < self.size {
+            state.numbers += 1;
+            let (giver, coming) = handoff();
+            let thread = thread::Builder::new().name(format!("{}-{}", self.name, state.numbers)).stack_size(STACK);
+            let own = Arc::clone(self);
+            match thread.spawn(move || own.work(coming)) {
+                Ok(_) => {
+                    state.threads += 1;
+                    return Some(Place::Thread(giver));
+                }
+                Err(e) => log::warn!("no thread for a {}: {e}", self.name),
+            }
+        }
+        // Where there is no thread at all, nobody would come for what is in the queue.
+        if state.queue.len() + state.promised >= self.queue_size || state.threads == 0 {
+            return None;
+        }
+        state.promised += 1;
+        Some(Place::Queue(Queued(Arc::clone(self))))
     }
 }
 
@@ -100,35 +171,58 @@ impl<W> Shared<W> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn work(&self, first: Job<W>) {
+    fn work(&self, first: Taker<Job<W>>) {
         let mut own = (self.make)();
-        let mut next = Some(first);
-        while let Some(job) = next {
-            // What a job leaves behind in a panic may be in pieces.
-            if catch_unwind(AssertUnwindSafe(|| job(&mut own))).is_err() {
-                own = (self.make)();
+        let mut next = first.take();
+        loop {
+            if let Some(job) = next {
+                // What a job leaves behind in a panic may be in pieces.
+                if catch_unwind(AssertUnwindSafe(|| job(&mut own))).is_err() {
+                    own = (self.make)();
+                }
             }
-            next = self.next(&mut own);
+            next = self.next();
+            if next.is_none() {
+                return;
+            }
         }
     }
 
-    fn next(&self, own: &mut W) -> Option<Job<W>> {
-        let coming = {
-            let mut state = self.lock();
-            if let Some(job) = state.queue.pop_front() {
-                return Some(job);
+    /// The next job; `None` where the thread is to end.
+    fn next(&self) -> Option<Job<W>> {
+        loop {
+            let (id, coming) = {
+                let mut state = self.lock();
+                if state.waiting > 0 {
+                    self.freed.notify_one();
+                }
+                if let Some(job) = state.queue.pop_front() {
+                    return Some(job);
+                }
+                state.numbers += 1;
+                let (giver, coming) = handoff();
+                let id = state.numbers;
+                state.idle.push((id, giver));
+                (id, coming)
+            };
+            match coming.take_within(self.patience) {
+                Ok(job) => return Some(job),
+                Err(Nothing::Ever) => {}
+                Err(Nothing::Yet) => {
+                    let mut state = self.lock();
+                    let idle = state.idle.len();
+                    state.idle.retain(|(other, _)| *other != id);
+                    if state.idle.len() < idle {
+                        state.threads -= 1;
+                        return None;
+                    }
+                    drop(state);
+                    // Somebody reserved this thread in the last moment.
+                    if let Some(job) = coming.take() {
+                        return Some(job);
+                    }
+                }
             }
-            let (giver, coming) = handoff();
-            state.idle.push(giver);
-            coming
-        };
-        match coming.take_within(self.rest.0) {
-            Ok(job) => Some(job),
-            Err(Nothing::Yet) => {
-                (self.rest.1)(own);
-                coming.take()
-            }
-            Err(Nothing::Ever) => None,
         }
     }
 }

@@ -4,16 +4,17 @@
 use std::borrow::Cow;
 use std::io;
 use std::net::TcpStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 use crate::clock;
 use crate::config::MAX_ANSWER;
-use crate::error::{ApiError, Code, Header};
+use crate::error::{ApiError, Code, Header, add_headers};
 use crate::exchange::{Pair, Usage};
 use crate::handoff::handoff;
 use crate::http::{Responder, StreamWriter};
-use crate::openai::{self, Chat, ToolCalls};
+use crate::openai::{self, Chat, NoAnswer, ToolCalls};
 use crate::store::Store;
 use crate::upstream::{Events, Line};
 
@@ -23,17 +24,17 @@ fn headers() -> Vec<Header> {
         .to_vec()
 }
 
-/// The client's end of a stream, shared by the worker that relays and the connection's thread, which
-/// breaks the silence.
+/// The client's end of a stream, shared by the worker that relays and the pulse that breaks the silence.
 pub struct ClientEnd {
     state: Mutex<State>,
-    id: String,
 }
 
 struct State {
     phase: Phase,
     /// For the head of the answer.
     headers: Vec<Header>,
+    /// The request's id, as the head says it.
+    id: String,
     last_sent: Instant,
 }
 
@@ -50,11 +51,22 @@ impl ClientEnd {
     pub fn new(responder: Responder, id: String, extra: Vec<Header>) -> ClientEnd {
         let mut headers = headers();
         headers.extend(extra);
-        ClientEnd { state: Mutex::new(State { phase: Phase::Unanswered(responder), headers, last_sent: Instant::now() }), id }
+        ClientEnd { state: Mutex::new(State { phase: Phase::Unanswered(responder), headers, id, last_sent: Instant::now() }) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
+    }
+
+    /// Takes fields of the upstream's head into ours, where it is not out yet; ours stand in for those of
+    /// the same name.
+    fn head(&self, upstream: Vec<Header>) {
+        let mut state = self.lock();
+        if let Some((_, id)) = upstream.iter().find(|(name, _)| name == "x-request-id") {
+            state.id.clone_from(id);
+        }
+        let ours = std::mem::replace(&mut state.headers, upstream);
+        add_headers(&mut state.headers, ours);
     }
 
     /// Sends bytes of events, after the 200 where that is not out yet.
@@ -89,7 +101,7 @@ impl ClientEnd {
     }
 
     /// Ends the connection where the stream is still open.
-    pub fn abort(&self) -> u64 {
+    fn abort(&self) -> u64 {
         match std::mem::replace(&mut self.lock().phase, Phase::Over) {
             Phase::Open(writer) => {
                 let sent = writer.sent();
@@ -104,23 +116,80 @@ impl ClientEnd {
         matches!(self.lock().phase, Phase::Unanswered(_))
     }
 
-    /// How long the silence may still last.
-    pub fn silence_left(&self, interval: Duration) -> Duration {
-        interval.saturating_sub(self.lock().last_sent.elapsed())
+    /// Ends an open stream with an error event. Returns the bytes of body sent in all.
+    pub fn fail(&self, e: &ApiError) -> u64 {
+        let event = format!("data: {}\n\n", e.to_json(&self.lock().id));
+        self.finish(event.as_bytes()).unwrap_or(0)
     }
 
     /// Sends a comment where nothing was sent for `interval`; gives up a client that does not take it.
-    pub fn break_silence(&self, interval: Duration) {
-        let mut state = self.lock();
-        if state.last_sent.elapsed() < interval || matches!(state.phase, Phase::Over) {
-            return;
+    /// False: the stream is over.
+    fn break_silence(&self, interval: Duration) -> bool {
+        // Whoever holds it is sending.
+        let Ok(mut state) = self.state.try_lock() else { return true };
+        if matches!(state.phase, Phase::Over) {
+            return false;
+        }
+        if state.last_sent.elapsed() < interval {
+            return true;
         }
         state.last_sent = Instant::now();
-        if state.send(b": keep-alive\n\n").is_err() {
-            drop(state);
+        let sent = state.send(b": keep-alive\n\n");
+        drop(state);
+        if sent.is_err() {
             self.abort();
         }
+        sent.is_ok()
     }
+}
+
+/// The thread that breaks the silence of streams, those that wait for a worker included.
+pub struct Pulse {
+    ends: Arc<Mutex<Vec<Weak<ClientEnd>>>>,
+    thread: Option<Thread>,
+}
+
+impl Pulse {
+    /// A pulse that lets no stream be silent for longer than `interval`.
+    pub fn start(interval: Duration) -> Pulse {
+        let ends: Arc<Mutex<Vec<Weak<ClientEnd>>>> = Arc::default();
+        let beating = Arc::clone(&ends);
+        let beat = (interval / 10).min(Duration::from_secs(1));
+        let thread = thread::Builder::new().name("pulse".into()).stack_size(128 * 1024).spawn(move || {
+            loop {
+                let mut kept = std::mem::take(&mut *lock(&beating));
+                if kept.is_empty() {
+                    thread::park();
+                    continue;
+                }
+                kept.retain(|end| end.upgrade().is_some_and(|end| end.break_silence(interval)));
+                lock(&beating).append(&mut kept);
+                thread::sleep(beat);
+            }
+        });
+        match thread {
+            Ok(thread) => Pulse { ends, thread: Some(thread.thread().clone()) },
+            Err(e) => {
+                log::warn!("no thread for streams' heartbeats: {e}");
+                Pulse { ends, thread: None }
+            }
+        }
+    }
+
+    /// Takes care of a stream until it is over.
+    pub fn keep(&self, end: &Arc<ClientEnd>) {
+        let mut ends = lock(&self.ends);
+        let asleep = ends.is_empty();
+        ends.push(Arc::downgrade(end));
+        drop(ends);
+        if let (true, Some(thread)) = (asleep, &self.thread) {
+            thread.unpark();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl State {
@@ -205,34 +274,54 @@ pub fn run(
     store: &Store,
     mut draft: Draft,
 ) -> Result<Streamed, ApiError> {
-    let mut events = match line.stream(client, chat) {
-        Ok(events) => events,
-        Err(e) => return cut_short(e, end, store, draft),
-    };
-    draft.model.clone_from(&chat.model);
-    end.lock().headers.append(&mut events.headers);
-    match pump(&mut events, end, &mut draft) {
-        Ok(done) => {
-            let model = draft.model.clone();
-            if let Err(e) = keep(store, draft) {
-                return Ok(fail(&e, end, model));
+    let deadline = line.deadline();
+    loop {
+        let mut events = match line.stream(Arc::clone(&client), chat, deadline) {
+            Ok(events) => events,
+            Err(e) => return cut_short(e, end, store, draft),
+        };
+        draft.model.clone_from(&chat.model);
+        end.head(std::mem::take(&mut events.headers));
+        match pump(&mut events, end, &mut draft) {
+            Ok(done) => {
+                let model = draft.model.clone();
+                if let Err(e) = keep(store, draft) {
+                    return Ok(fail(&e, end, model));
+                }
+                // Where the client left in this very moment, its answer is complete all the same.
+                let sent = end.finish(&done);
+                events.settle();
+                return Ok(Streamed { bytes: sent.unwrap_or(0), model, failure: None });
             }
-            // Where the client left in this very moment, its answer is complete all the same.
-            let sent = end.finish(&done);
-            events.settle();
-            Ok(Streamed { bytes: sent.unwrap_or(0), model, failure: None })
+            Err(broken) => {
+                drop(events);
+                if !(broken.passing && end.is_unanswered() && line.fall_back(chat)) {
+                    return cut_short(broken.error, end, store, draft);
+                }
+            }
         }
-        Err(e) => cut_short(e, end, store, draft),
+    }
+}
+
+/// Why a stream came to no end, and whether another model may do better.
+struct Broken {
+    error: ApiError,
+    passing: bool,
+}
+
+impl From<ApiError> for Broken {
+    fn from(error: ApiError) -> Broken {
+        Broken { error, passing: false }
     }
 }
 
 /// Passes events on until the answer is complete; returns the closing event.
-fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u8>, ApiError> {
+fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u8>, Box<Broken>> {
     let mut batch = Vec::new();
     let mut out = Vec::new();
     let mut began = false;
     loop {
-        let more = events.next(&mut batch)?;
+        let more = events.next(&mut batch).map_err(|e| Box::new(Broken::from(e)))?;
         let mut done = None;
         let mut failure = None;
         for event in batch.drain(..) {
@@ -247,19 +336,20 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
                     out.push(b'\n');
                 }
                 Ok(false) => {}
-                Err(why) => {
+                Err(no) => {
                     let code = if end.is_unanswered() && out.is_empty() { Code::UpstreamBadAnswer } else { Code::UpstreamError };
-                    failure = Some(events.failed(code, &format!("the LLM failed: {why}")));
+                    failure =
+                        Some(Broken { error: events.failed(code, &format!("the LLM failed: {}", no.why)), passing: no.passing });
                     break;
                 }
             }
         }
         if !out.is_empty() {
-            end.send(&out).map_err(|_| ApiError::new(Code::ClientGone, "the client went away"))?;
+            end.send(&out).map_err(|_| Box::new(ApiError::new(Code::ClientGone, "the client went away").into()))?;
             out.clear();
         }
         if let Some(failure) = failure {
-            return Err(failure);
+            return Err(Box::new(failure));
         }
         let over = !more || done.is_some();
         if let Some(done) = done.filter(|_| began) {
@@ -268,17 +358,20 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
         if over {
             return match draft.finish_reason {
                 Some(_) if began => Ok(b"data: [DONE]\n\n".to_vec()),
-                _ => Err(events.failed(Code::UpstreamBadAnswer, "the LLM's stream ended before its answer was complete")),
+                _ => {
+                    let error = events.failed(Code::UpstreamBadAnswer, "the LLM's stream ended before its answer was complete");
+                    Err(Box::new(error.into()))
+                }
             };
         }
     }
 }
 
 /// Adds what an event says to the draft; true when the event goes on to the client.
-fn take_in(data: &[u8], draft: &mut Draft) -> Result<bool, String> {
+fn take_in(data: &[u8], draft: &mut Draft) -> Result<bool, NoAnswer> {
     let chunk = openai::parse_chunk(data)?;
     if draft.answer.len() + chunk.delta.len() + draft.tool_calls.len() > MAX_ANSWER {
-        return Err(format!("its answer is larger than {MAX_ANSWER} bytes"));
+        return Err(format!("its answer is larger than {MAX_ANSWER} bytes").into());
     }
     draft.answer.push_str(&chunk.delta);
     draft.tool_calls.add(chunk.tool_calls);
@@ -308,8 +401,7 @@ fn cut_short(e: ApiError, end: &ClientEnd, store: &Store, mut draft: Draft) -> R
 }
 
 fn fail(e: &ApiError, end: &ClientEnd, model: String) -> Streamed {
-    let event = format!("data: {}\n\n", e.to_json(&end.id));
-    Streamed { bytes: end.finish(event.as_bytes()).unwrap_or(0), model, failure: Some(e.code) }
+    Streamed { bytes: end.fail(e), model, failure: Some(e.code) }
 }
 
 /// Waits until the pair is committed.

@@ -9,17 +9,17 @@ use std::time::{Duration, Instant};
 
 use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 
-use crate::api::Api;
+use crate::api::{Api, Errand};
 use crate::config::{self, Config, Mode};
 use crate::error::StartError;
-use crate::http::Listener;
+use crate::http::{Connection, Listener, Turn};
 use crate::pool::Pool;
 use crate::store::Store;
 use crate::upstream::{Line, Upstream};
 
-/// A connection's thread parses JSON 128 levels deep, which takes this much in a debug build. Only what is
-/// used of it takes memory.
-const CONNECTION_STACK: usize = 512 * 1024;
+/// A worker that answered waits so long for the connection's next question, before it gives the
+/// connection back: a client that asks again at once, as one under load does, costs no change of threads.
+const LINGER: Duration = Duration::from_millis(2);
 /// How long the accept loop waits when descriptors or threads ran out.
 const EXHAUSTED: Duration = Duration::from_millis(50);
 
@@ -42,38 +42,81 @@ pub fn serve(config: Config) -> Result<(), StartError> {
     let keys: Vec<&str> = config.api_keys.iter().map(|key| &*key.name).collect();
     log::info!("keys: {}", if keys.is_empty() { "none, everybody is served".to_string() } else { keys.join(", ") });
 
-    let pool =
-        Pool::new(config.workers, config.queue_size, move || Line::new(&upstream), (config::UPSTREAM_KEEP_ALIVE, Line::hang_up));
-    let grace = config.shutdown_grace;
-    let api = Arc::new(Api::new(config, Arc::clone(&store), pool, listener.connections()));
-    accept(&listener, &api, &stop);
+    let make_line = move || Line::new(&upstream);
+    let workers = Pool::new("worker", config.workers, config.queue_size, config::UPSTREAM_KEEP_ALIVE, make_line);
+    let readers = Pool::new("reader", config.max_connections, config.max_connections, config::UPSTREAM_KEEP_ALIVE, || ());
+    let (workers, grace) = (Arc::new(workers), config.shutdown_grace);
+    let api = Api::new(config, Arc::clone(&store), Arc::clone(&workers), listener.connections());
+    let staff = Arc::new(Staff { api, readers, workers });
+    accept(&listener, &staff, &stop);
 
-    api.drain();
+    staff.api.drain();
     drop(listener);
-    drain(&api, grace);
+    drain(&staff.api, grace);
     store.close();
     log::info!("stopped");
     Ok(())
 }
 
-fn accept(listener: &Listener, api: &Arc<Api>, stop: &Stop) {
-    let mut number = 0_u64;
+/// Who does what: readers wait for requests and answer what needs no LLM, workers ask the LLM.
+struct Staff {
+    api: Api,
+    readers: Pool<()>,
+    workers: Arc<Pool<Line>>,
+}
+
+impl Staff {
+    /// Gives a connection to a reader.
+    fn receive(self: &Arc<Staff>, connection: Connection) {
+        // There are as many readers as connections may be open, so only a lack of threads refuses.
+        let Some(place) = self.readers.reserve() else { return log::warn!("no reader for a connection, which is dropped") };
+        let staff = Arc::clone(self);
+        place.fill(Box::new(move |()| staff.read(connection)));
+    }
+
+    /// A reader's job: requests of one connection, until one is for a worker.
+    fn read(self: Arc<Staff>, mut connection: Connection) {
+        while let Turn::Call(call) = connection.next_call(&self.api, config::KEEP_ALIVE) {
+            let Some(errand) = self.api.prepare(*call) else { continue };
+            match self.workers.reserve() {
+                Some(place) => {
+                    let staff = Arc::clone(&self);
+                    // The connection goes along, so that no two threads wait for one answer.
+                    return place.fill(Box::new(move |line| staff.work(connection, errand, line)));
+                }
+                None => self.api.overloaded(errand),
+            }
+        }
+    }
+
+    /// A worker's job: an errand, and what the connection asks right after it.
+    fn work(self: &Arc<Staff>, mut connection: Connection, errand: Errand, line: &mut Line) {
+        let mut next = Some(errand);
+        loop {
+            if let Some(errand) = next {
+                self.api.run(errand, line);
+            }
+            if self.workers.is_wanted() {
+                return self.receive(connection);
+            }
+            match connection.next_call(&self.api, LINGER) {
+                Turn::Call(call) => next = self.api.prepare(*call),
+                Turn::Quiet => return self.receive(connection),
+                Turn::Over => return,
+            }
+        }
+    }
+}
+
+fn accept(listener: &Listener, staff: &Arc<Staff>, stop: &Stop) {
     while !stop.asked.load(Ordering::SeqCst) {
-        let connection = match listener.accept(&stop.signals) {
-            Ok(Some(connection)) => connection,
-            Ok(None) => continue,
+        match listener.accept(&stop.signals) {
+            Ok(Some(connection)) => staff.receive(connection),
+            Ok(None) => {}
             Err(e) => {
                 log::warn!("a client cannot be accepted: {e}");
                 thread::sleep(EXHAUSTED);
-                continue;
             }
-        };
-        number += 1;
-        let api = Arc::clone(api);
-        let thread = thread::Builder::new().name(format!("conn-{number}")).stack_size(CONNECTION_STACK);
-        if let Err(e) = thread.spawn(move || connection.serve(&*api)) {
-            log::warn!("no thread for a connection, which is dropped: {e}");
-            thread::sleep(EXHAUSTED);
         }
     }
 }

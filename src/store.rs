@@ -3,7 +3,7 @@
 //! and pages, nothing of HTTP or the LLM.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -213,7 +213,8 @@ impl Store {
     }
 }
 
-fn unavailable() -> ApiError {
+/// The error for a pair that cannot be kept or found.
+pub fn unavailable() -> ApiError {
     ApiError::new(Code::HistoryUnavailable, "the history cannot be written or read at the moment; the server's log says why")
 }
 
@@ -521,6 +522,8 @@ impl Writer {
         if self.open.is_some() {
             return Ok(());
         }
+        // Made before SQLite makes it, since what people ask is for the owner's eyes only.
+        let _ = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&self.path);
         let mut connection = connect(&self.path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE)?;
         let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
         if version > MIGRATIONS.len() as i64 {

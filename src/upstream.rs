@@ -222,25 +222,48 @@ impl Line {
     /// fallback models where that may help, and then `chat` says so. `client` is watched: when it goes, so
     /// does the call, with `client_gone`.
     pub fn complete(&mut self, client: Arc<TcpStream>, chat: &mut Chat) -> Result<Whole, ApiError> {
-        self.watch.begin(client, Instant::now() + self.upstream.timeout);
-        let result = match self.upstream.mode {
-            Mode::Upstream => self.call(chat).and_then(|response| {
-                let headers = passed_on(response.headers()).collect();
-                self.whole(response).map(|body| (body, headers))
-            }),
-            _ => self.think(self.upstream.mock_delay).map(|()| (mock::completion(&chat.body).into_bytes(), Vec::new())),
-        };
+        self.watch.begin(client, self.deadline());
+        let result = self.completion(chat);
         self.watch.end();
-        let (body, headers) = result?;
-        match openai::parse_completion(&body) {
-            Ok(completion) => Ok(Whole { body, completion, headers }),
-            Err(why) => Err(self.upstream.failed(Code::UpstreamBadAnswer, &format!("the LLM gave no answer: {why}"))),
+        result
+    }
+
+    fn completion(&mut self, chat: &mut Chat) -> Result<Whole, ApiError> {
+        loop {
+            let (body, headers) = match self.upstream.mode {
+                Mode::Upstream => {
+                    let response = self.call(chat)?;
+                    let headers = passed_on(response.headers()).collect();
+                    (self.whole(response)?, headers)
+                }
+                _ => {
+                    self.think(self.upstream.mock_delay)?;
+                    (mock::completion(&chat.body).into_bytes(), Vec::new())
+                }
+            };
+            match openai::parse_completion(&body) {
+                Ok(completion) => return Ok(Whole { body, completion, headers }),
+                Err(no) if no.passing && chat.fall_back(&self.upstream.fallbacks) => {}
+                Err(no) => {
+                    return Err(self.upstream.failed(Code::UpstreamBadAnswer, &format!("the LLM gave no answer: {}", no.why)));
+                }
+            }
         }
     }
 
-    /// Sends a streaming chat request; returns when the upstream begins to answer, within its timeout.
-    pub fn stream(&mut self, client: Arc<TcpStream>, chat: &mut Chat) -> Result<Events<'_>, ApiError> {
-        self.watch.begin(client, Instant::now() + self.upstream.timeout);
+    /// When a call that begins now has to have its answer.
+    pub fn deadline(&self) -> Instant {
+        Instant::now() + self.upstream.timeout
+    }
+
+    /// Turns to the next fallback model, where there is one.
+    pub fn fall_back(&self, chat: &mut Chat) -> bool {
+        chat.fall_back(&self.upstream.fallbacks)
+    }
+
+    /// Sends a streaming chat request; returns when the upstream begins to answer, before the deadline.
+    pub fn stream(&mut self, client: Arc<TcpStream>, chat: &mut Chat, deadline: Instant) -> Result<Events<'_>, ApiError> {
+        self.watch.begin(client, deadline);
         match self.source(chat) {
             Ok((source, headers)) => {
                 self.watch.only_silence(self.upstream.idle);
@@ -261,7 +284,7 @@ impl Line {
                 if content_type.is_some_and(|value| value.starts_with("application/json")) {
                     let why = match openai::parse_completion(&self.whole(response)?) {
                         Ok(_) => "a whole answer where a stream was asked for".to_string(),
-                        Err(why) => why,
+                        Err(no) => no.why,
                     };
                     return Err(self.upstream.failed(Code::UpstreamBadAnswer, &format!("the LLM did not stream: {why}")));
                 }
@@ -283,7 +306,9 @@ impl Line {
             let names = &self.upstream.models;
             return match path.strip_prefix('/') {
                 None => Ok(mock::models(names).into_bytes()),
-                Some(name) if names.iter().any(|known| known == name) => Ok(mock::model(name).to_string().into_bytes()),
+                Some(name) if names.iter().any(|known| *known == name.replace("%2F", "/").replace("%2f", "/")) => {
+                    Ok(mock::model(&name.replace("%2F", "/").replace("%2f", "/")).to_string().into_bytes())
+                }
                 Some(_) => Err(no_model()),
             };
         }
@@ -294,7 +319,10 @@ impl Line {
         let url = format!("{}/models{path}", self.upstream.base);
         request.uri = url.parse().map_err(|_| no_model())?;
         let result = match self.attempts(&request, b"") {
-            Ok(response) => self.whole(response),
+            Ok(response) => self.whole(response).and_then(|body| match openai::is_object(&body) {
+                true => Ok(body),
+                false => Err(self.upstream.failed(Code::UpstreamBadAnswer, "the LLM's list of models is no JSON object")),
+            }),
             Err(failure) if failure.unknown_model => Err(no_model()),
             Err(failure) => Err(failure.error),
         };
@@ -309,10 +337,6 @@ impl Line {
     /// The head of a successful answer, from the model asked for or the first fallback that gives one.
     fn call(&mut self, chat: &mut Chat) -> Result<Response<Body>, ApiError> {
         let request = self.upstream.request.clone();
-        let mut fallbacks = self.upstream.fallbacks.clone().into_iter().filter({
-            let asked = chat.model.clone();
-            move |model| *model != asked
-        });
         loop {
             let failure = match self.attempts(&request, &chat.body) {
                 Ok(response) => return Ok(response),
@@ -325,13 +349,10 @@ impl Line {
             {
                 continue;
             }
-            match fallbacks.next() {
-                Some(model) if failure.retry || failure.unknown_model => {
-                    log::warn!("{} failed, trying {model}: {}", chat.model, failure.error.code.name());
-                    chat.set_model(&model);
-                }
-                _ => return Err(failure.error),
+            if !(failure.retry || failure.unknown_model) || !chat.fall_back(&self.upstream.fallbacks) {
+                return Err(failure.error);
             }
+            log::warn!("a model failed, the next one is asked: {}", failure.error.code.name());
         }
     }
 

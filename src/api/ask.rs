@@ -2,95 +2,109 @@
 //! without `stream`.
 
 use std::sync::Arc;
+use std::time::Instant;
 
-use super::once::Turn;
-use super::{Answered, Api, Request, lost, overloaded};
+use super::once::{First, Turn};
+use super::{Api, Errand, Exit, Request};
 use crate::clock;
-use crate::error::{ApiError, Header};
+use crate::error::ApiError;
 use crate::exchange::{Exchange, Pair, Question};
 use crate::handoff::handoff;
-use crate::http::{Reply, Responder};
+use crate::http::Reply;
 use crate::openai::Chat;
 use crate::store::Unique;
 use crate::upstream::Line;
 
-/// `POST /api/ask`: a question, its answer.
-pub fn ask(api: &Api, request: &Request, responder: &Responder) -> Result<Answered, ApiError> {
-    const PATH: &str = "/api/ask";
-    let config = &api.config;
-    let asked = Question::parse(request.body, config.max_question_chars)?;
-    let turn = api.once.turn(request, PATH, &api.store)?;
-    let exchange = match &turn {
-        Some(Turn::Again(remembered)) => &remembered.exchange,
-        _ => {
-            let chat = Chat::from_question(asked, &config.model, config.system_prompt.as_deref(), false);
-            let unique = first(&turn, PATH, request);
-            &complete(api, request, responder, chat, unique, false)?.0
-        }
-    };
-    let body = serde_json::to_vec(exchange).unwrap_or_default();
-    Ok(Answered { reply: Reply::json(200, body), model: Some(exchange.model.clone()) })
-}
-
-/// `POST /v1/chat/completions` without `stream`: the upstream's answer, byte for byte.
-pub fn completion(api: &Api, request: &Request, responder: &Responder, chat: Chat) -> Result<Answered, ApiError> {
-    const PATH: &str = "/v1/chat/completions";
-    let turn = api.once.turn(request, PATH, &api.store)?;
-    if let Some(Turn::Again(remembered)) = turn {
-        let body = remembered.response.unwrap_or_default();
-        return Ok(Answered { reply: Reply::json(200, body), model: Some(remembered.exchange.model) });
-    }
-    let unique = first(&turn, PATH, request);
-    let (exchange, body, headers) = complete(api, request, responder, chat, unique, true)?;
-    let mut reply = Reply::json(200, body);
-    reply.headers = headers;
-    Ok(Answered { reply, model: Some(exchange.model) })
-}
-
-fn first(turn: &Option<Turn>, path: &'static str, request: &Request) -> Option<Unique> {
-    match turn {
-        Some(Turn::First(first)) => Some(first.unique(path, request.body)),
-        _ => None,
-    }
-}
-
-/// Asks the LLM and stores the pair. Returns it with the answer's own bytes and head fields.
-fn complete(
-    api: &Api,
-    request: &Request,
-    responder: &Responder,
-    mut chat: Chat,
-    mut unique: Option<Unique>,
+/// A question on its way to the LLM, and what becomes of the answer.
+pub struct Whole {
+    chat: Chat,
+    key: Arc<str>,
+    started: Instant,
+    /// Where others with the same `Idempotency-Key` wait: what is to be noted for them.
+    first: Option<(First, Unique)>,
+    /// The answer goes out as the upstream gave it, not as `/api/ask` shows it.
     as_it_came: bool,
-) -> Result<(Exchange, Vec<u8>, Vec<Header>), ApiError> {
-    api.store.check()?;
-    let (client, key, store) = (responder.client(), Arc::clone(request.key), Arc::clone(&api.store));
-    let (started, (done, answer), (pass, passed)) = (request.started, handoff(), handoff());
-    let job = move |line: &mut Line| {
-        let whole = match line.complete(client, &mut chat) {
+    exit: Exit,
+}
+
+/// `POST /api/ask`.
+pub fn prepare(api: &Api, request: &Request, exit: Exit) -> Option<Errand> {
+    let config = &api.config;
+    match Question::parse(request.body, config.max_question_chars) {
+        Ok(asked) => {
+            let chat = Chat::from_question(asked, &config.model, config.system_prompt.as_deref(), false);
+            prepare_chat(api, request, exit, "/api/ask", chat)
+        }
+        Err(e) => exit.refuse(e),
+    }
+}
+
+/// Either endpoint, with a chat request that is to be answered as a whole.
+pub fn prepare_chat(api: &Api, request: &Request, exit: Exit, path: &'static str, chat: Chat) -> Option<Errand> {
+    let as_it_came = path != "/api/ask";
+    let first = match api.once.turn(request, path, &api.store) {
+        Ok(None) => None,
+        Ok(Some(Turn::First(first))) => {
+            let unique = first.unique(path, request.body);
+            Some((first, unique))
+        }
+        Ok(Some(Turn::Again(remembered))) => {
+            let model = remembered.exchange.model.clone();
+            let body = remembered.response.unwrap_or_else(|| json(&remembered.exchange));
+            return exit.send(Reply::json(200, body), Some(model));
+        }
+        Err(e) => return exit.refuse(e),
+    };
+    if let Err(e) = api.store.check() {
+        return exit.refuse(e);
+    }
+    let key = Arc::clone(request.key);
+    Some(Errand::Whole(Box::new(Whole { chat, key, started: request.started, first, as_it_came, exit })))
+}
+
+impl Whole {
+    /// Asks, stores, answers.
+    pub fn run(mut self, api: &Api, line: &mut Line) {
+        let whole = match line.complete(self.exit.responder.client(), &mut self.chat) {
             Ok(whole) => whole,
-            Err(e) => return drop(done.give(Err(e))),
+            Err(e) => return self.refuse(e),
         };
         let completion = whole.completion;
         let pair = Pair {
-            key,
-            question: chat.question,
+            key: self.key,
+            question: self.chat.question,
             answer: completion.answer,
-            model: completion.model.filter(|model| !model.is_empty()).unwrap_or(chat.model),
+            model: completion.model.filter(|model| !model.is_empty()).unwrap_or(self.chat.model),
             finish_reason: completion.finish_reason,
             usage: completion.usage,
-            latency_ms: started.elapsed().as_millis() as u64,
+            latency_ms: self.started.elapsed().as_millis() as u64,
             created_at: clock::now(),
         };
-        if let (Some(unique), true) = (&mut unique, as_it_came) {
+        let (turn, mut unique) = self.first.unzip();
+        if let (Some(unique), true) = (&mut unique, self.as_it_came) {
             unique.response = Some(whole.body.clone());
         }
-        let _ = pass.give((whole.body, whole.headers));
-        // The worker is free while the pair is being committed; the history answers in its stead.
-        store.append(pair, unique, done);
-    };
-    api.pool.submit(Box::new(job)).map_err(|_| overloaded(&api.config))?;
-    let exchange = answer.take().unwrap_or_else(|| Err(lost()))?;
-    let (body, headers) = passed.take().ok_or_else(lost)?;
-    Ok((exchange, body, headers))
+        let (done, committed) = handoff();
+        api.store.append(pair, unique, done);
+        let stored = committed.take().unwrap_or_else(|| Err(crate::store::unavailable()));
+        // Whoever waited for this request may look now.
+        drop(turn);
+        match stored {
+            Ok(exchange) => {
+                let mut reply = Reply::json(200, if self.as_it_came { whole.body } else { json(&exchange) });
+                reply.headers = if self.as_it_came { whole.headers } else { Vec::new() };
+                self.exit.send(reply, Some(exchange.model));
+            }
+            Err(e) => drop(self.exit.refuse(e)),
+        }
+    }
+
+    /// Answers with an error.
+    pub fn refuse(self, e: ApiError) {
+        self.exit.refuse(e);
+    }
+}
+
+fn json(exchange: &Exchange) -> Vec<u8> {
+    serde_json::to_vec(exchange).unwrap_or_default()
 }

@@ -1,5 +1,8 @@
 //! The service behind the HTTP door: admits, authenticates, answers each request and logs it. Knows
 //! the doors through what they offer; HTTP's bytes, ureq and SQL are theirs.
+//!
+//! A request is answered in two steps: `prepare` does what needs no LLM, on the connection's reader;
+//! what is left, an `Errand`, is run on a worker.
 
 mod ask;
 mod completions;
@@ -12,6 +15,7 @@ mod system;
 use std::borrow::Cow;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
@@ -24,6 +28,7 @@ use crate::head::Head;
 use crate::http::{Call, Connections, Reply, Responder, Site};
 use crate::pool::Pool;
 use crate::rate_limit::RateLimit;
+use crate::relay::Pulse;
 use crate::store::Store;
 use crate::upstream::Line;
 use once::Once;
@@ -33,12 +38,13 @@ use route::Endpoint;
 pub struct Api {
     config: Config,
     store: Arc<Store>,
-    pool: Pool<Line>,
+    workers: Arc<Pool<Line>>,
     connections: Connections,
+    pulse: Pulse,
     rate_limit: RateLimit,
-    once: Once,
+    once: Arc<Once>,
     draining: AtomicBool,
-    in_flight: AtomicUsize,
+    in_flight: Arc<AtomicUsize>,
     ids: (RandomState, AtomicU64),
     anonymous: Arc<str>,
 }
@@ -48,6 +54,23 @@ pub struct Admitted {
     endpoint: Endpoint,
     /// Name of the client's key.
     key: Arc<str>,
+}
+
+/// What is left to do of a request: ask the LLM.
+pub enum Errand {
+    Whole(Box<ask::Whole>),
+    Stream(Box<streaming::Stream>),
+    Models(Box<completions::Models>),
+}
+
+/// A request that was let in, as the endpoints see it.
+pub struct Request<'a> {
+    key: &'a Arc<str>,
+    path: &'a str,
+    query: &'a str,
+    idempotency_key: Option<&'a str>,
+    body: &'a [u8],
+    started: Instant,
 }
 
 /// What became of an answer, for the log.
@@ -61,16 +84,17 @@ struct Done {
 
 impl Api {
     /// The service on these doors.
-    pub fn new(config: Config, store: Arc<Store>, pool: Pool<Line>, connections: Connections) -> Api {
+    pub fn new(config: Config, store: Arc<Store>, workers: Arc<Pool<Line>>, connections: Connections) -> Api {
         Api {
+            pulse: Pulse::start(config.stream_heartbeat),
             rate_limit: RateLimit::new(config.rate_limit_per_minute),
-            once: Once::default(),
+            once: Arc::default(),
             config,
             store,
-            pool,
+            workers,
             connections,
             draining: AtomicBool::new(false),
-            in_flight: AtomicUsize::new(0),
+            in_flight: Arc::default(),
             ids: (RandomState::new(), AtomicU64::new(0)),
             anonymous: "anonymous".into(),
         }
@@ -86,64 +110,76 @@ impl Api {
         self.in_flight.load(Ordering::SeqCst)
     }
 
+    /// Answers what can be answered without the LLM; else returns what is left to do.
+    pub fn prepare(&self, call: Call<Admitted>) -> Option<Errand> {
+        let entry = Entry::new(self, &call);
+        let mut exit = Exit { responder: call.responder, headers: Vec::new(), entry };
+        let (admitted, head, body) = match (&call.admitted, &call.head, call.body) {
+            (Some(admitted), Some(head), Ok(body)) => (admitted, head, body),
+            (_, _, Err(e)) => return exit.refuse(e),
+            _ => return exit.refuse(ApiError::new(Code::Internal, "a request was let in without a head")),
+        };
+        let request = Request {
+            key: &admitted.key,
+            path: head.path(),
+            query: head.query(),
+            idempotency_key: head.field("idempotency-key"),
+            body: &body,
+            started: call.started,
+        };
+        if admitted.endpoint.asks() {
+            match self.rate_limit.take(&admitted.key, Instant::now()) {
+                Ok(headers) => exit.headers = headers,
+                Err(e) => return exit.refuse(e),
+            }
+        }
+        match admitted.endpoint {
+            Endpoint::Ask => ask::prepare(self, &request, exit),
+            Endpoint::Streaming => streaming::prepare(self, &request, exit),
+            Endpoint::ChatCompletions => completions::prepare(self, &request, exit),
+            Endpoint::Models => Some(Errand::Models(Box::new(completions::Models::new(&request, exit)))),
+            Endpoint::History => match history::history(self, &request) {
+                Ok(reply) => exit.send(reply, None),
+                Err(e) => exit.refuse(e),
+            },
+            Endpoint::Livez => exit.send(system::livez(), None),
+            Endpoint::Readyz => exit.send(system::readyz(self), None),
+        }
+    }
+
+    /// Runs an errand to its answer.
+    pub fn run(&self, errand: Errand, line: &mut Line) {
+        match errand {
+            Errand::Whole(whole) => whole.run(self, line),
+            Errand::Stream(stream) => stream.run(self, line),
+            Errand::Models(models) => models.run(line),
+        }
+    }
+
+    /// Answers an errand for which there is no worker and no room to wait.
+    pub fn overloaded(&self, errand: Errand) {
+        let (workers, queue) = (self.config.workers, self.config.queue_size);
+        let text = format!("all {workers} workers are busy and the queue of {queue} is full; try again");
+        let e = ApiError::new(Code::Overloaded, text);
+        match errand {
+            Errand::Whole(whole) => whole.refuse(e),
+            Errand::Stream(stream) => stream.refuse(e),
+            Errand::Models(models) => models.refuse(e),
+        }
+    }
+
     /// The name of the key that the request brings. Errs with 401 and says what is wrong.
     fn authenticate(&self, head: &Head) -> Result<Arc<str>, ApiError> {
         if self.config.api_keys.is_empty() {
             return Ok(Arc::clone(&self.anonymous));
         }
-        let Some(given) = head.field("authorization") else {
-            return Err(unauthorized("no key given"));
-        };
+        let Some(given) = head.field("authorization") else { return Err(unauthorized("no key given")) };
         let secret = match given.split_once(' ') {
             Some((scheme, secret)) if scheme.eq_ignore_ascii_case("bearer") => secret.trim_start(),
             _ => given,
         };
         find_key(&self.config.api_keys, secret).ok_or_else(|| unauthorized("wrong key"))
     }
-
-    fn respond(&self, endpoint: Endpoint, request: &Request, responder: Responder) -> Done {
-        let headers = match endpoint.asks() {
-            true => self.rate_limit.take(request.key, Instant::now()),
-            false => Ok(Vec::new()),
-        };
-        let headers = match headers {
-            Ok(headers) => headers,
-            Err(e) => return refuse(responder, e, request.id),
-        };
-        let answered = match endpoint {
-            Endpoint::Ask => ask::ask(self, request, &responder),
-            Endpoint::Streaming => return streaming::stream(self, request, responder, headers),
-            Endpoint::ChatCompletions => return completions::chat(self, request, responder, headers),
-            Endpoint::Models => completions::models(self, request, &responder),
-            Endpoint::History => history::history(self, request).map(Answered::from),
-            Endpoint::Livez => Ok(system::livez().into()),
-            Endpoint::Readyz => Ok(system::readyz(self).into()),
-        };
-        send_answered(responder, answered, headers, request.id)
-    }
-}
-
-/// A whole answer, and the model in it for the log.
-struct Answered {
-    reply: Reply,
-    model: Option<String>,
-}
-
-impl From<Reply> for Answered {
-    fn from(reply: Reply) -> Answered {
-        Answered { reply, model: None }
-    }
-}
-
-/// A request that was let in, as the endpoints see it.
-struct Request<'a> {
-    id: &'a str,
-    key: &'a Arc<str>,
-    path: &'a str,
-    query: &'a str,
-    idempotency_key: Option<&'a str>,
-    body: &'a [u8],
-    started: Instant,
 }
 
 impl Site for Api {
@@ -171,40 +207,6 @@ impl Site for Api {
         (Some(Admitted { endpoint, key }), verdict)
     }
 
-    fn answer(&self, call: Call<Admitted>, responder: Responder) {
-        let _running = Running::new(&self.in_flight);
-        let (admitted, head) = (call.admitted.as_ref(), call.head.as_ref());
-        let done = match (admitted, head, call.body) {
-            (Some(admitted), Some(head), Ok(body)) => {
-                let request = Request {
-                    id: &call.id,
-                    key: &admitted.key,
-                    path: head.path(),
-                    query: head.query(),
-                    idempotency_key: head.field("idempotency-key"),
-                    body: &body,
-                    started: call.started,
-                };
-                self.respond(admitted.endpoint, &request, responder)
-            }
-            (_, _, Err(e)) => refuse(responder, e, &call.id),
-            _ => refuse(responder, ApiError::new(Code::Internal, "a request was answered that was not let in"), &call.id),
-        };
-        let key = admitted.filter(|admitted| !admitted.endpoint.is_public()).map(|admitted| &*admitted.key);
-        let (method, path) = head.map_or(("-", "-"), |head| (head.method(), head.path()));
-        log::info!(
-            "request id={} client={} key={} method={method} path={path:.200} status={} ms={:.1} bytes={} model={} code={}",
-            call.id,
-            call.peer,
-            key.unwrap_or("-"),
-            done.status,
-            call.started.elapsed().as_secs_f64() * 1000.0,
-            done.bytes,
-            done.model.as_deref().map_or(Cow::Borrowed("-"), one_word),
-            done.code.map_or("-", Code::name),
-        );
-    }
-
     fn new_id(&self) -> String {
         let mut hasher = self.ids.0.build_hasher();
         hasher.write_u64(self.ids.1.fetch_add(1, Ordering::Relaxed));
@@ -212,17 +214,96 @@ impl Site for Api {
     }
 }
 
-/// Counts a request as long as it lives.
-struct Running<'a>(&'a AtomicUsize);
+/// The way out of a request: the right to answer it, what every answer of it carries, and its line in
+/// the log.
+pub struct Exit {
+    responder: Responder,
+    /// What our own rate limit has to say.
+    headers: Vec<Header>,
+    entry: Entry,
+}
 
-impl<'a> Running<'a> {
-    fn new(count: &'a AtomicUsize) -> Running<'a> {
-        count.fetch_add(1, Ordering::SeqCst);
-        Running(count)
+impl Exit {
+    /// Sends an answer; there is nothing left to do.
+    fn send(self, mut reply: Reply, model: Option<String>) -> Option<Errand> {
+        add_headers(&mut reply.headers, self.headers);
+        let bytes = self.responder.send(&reply);
+        let code = bytes.is_err().then_some(Code::ClientGone);
+        self.entry.log(&Done { status: reply.status, bytes: bytes.unwrap_or(0), model, code });
+        None
+    }
+
+    /// Sends an error; there is nothing left to do.
+    fn refuse(self, e: ApiError) -> Option<Errand> {
+        let (status, code) = (e.code.status(), Some(e.code));
+        if e.code == Code::ClientGone {
+            self.entry.log(&Done { status, code, ..Done::default() });
+            return None;
+        }
+        let mut reply = Reply::json(status, e.to_json(&self.entry.id));
+        reply.headers.extend(e.retry_after.map(|wait| (Cow::Borrowed("Retry-After"), wait)));
+        reply.headers.extend(e.headers);
+        add_headers(&mut reply.headers, self.headers);
+        let bytes = self.responder.send(&reply).unwrap_or(0);
+        self.entry.log(&Done { status, bytes, model: None, code });
+        None
     }
 }
 
-impl Drop for Running<'_> {
+/// A request's line in the log, and its place among those in flight.
+struct Entry {
+    id: String,
+    peer: SocketAddr,
+    key: Option<Arc<str>>,
+    method: String,
+    path: String,
+    started: Instant,
+    _running: Running,
+}
+
+impl Entry {
+    fn new(api: &Api, call: &Call<Admitted>) -> Entry {
+        let head = call.head.as_ref();
+        let admitted = call.admitted.as_ref().filter(|admitted| !admitted.endpoint.is_public());
+        Entry {
+            id: call.id.clone(),
+            peer: call.peer,
+            key: admitted.map(|admitted| Arc::clone(&admitted.key)),
+            method: head.map_or("-", Head::method).to_string(),
+            path: head.map_or("-", Head::path).to_string(),
+            started: call.started,
+            _running: Running::new(&api.in_flight),
+        }
+    }
+
+    fn log(&self, done: &Done) {
+        log::info!(
+            "request id={} client={} key={} method={} path={:.200} status={} ms={:.1} bytes={} model={} code={}",
+            self.id,
+            self.peer,
+            self.key.as_deref().unwrap_or("-"),
+            self.method,
+            self.path,
+            done.status,
+            self.started.elapsed().as_secs_f64() * 1000.0,
+            done.bytes,
+            done.model.as_deref().map_or(Cow::Borrowed("-"), one_word),
+            done.code.map_or("-", Code::name),
+        );
+    }
+}
+
+/// Counts a request as long as it lives.
+struct Running(Arc<AtomicUsize>);
+
+impl Running {
+    fn new(count: &Arc<AtomicUsize>) -> Running {
+        count.fetch_add(1, Ordering::SeqCst);
+        Running(Arc::clone(count))
+    }
+}
+
+impl Drop for Running {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::SeqCst);
     }
@@ -260,45 +341,7 @@ fn is_json(content_type: &str) -> bool {
 /// A model's name as one word of a log line.
 fn one_word(text: &str) -> Cow<'_, str> {
     if text.len() <= 100 && text.bytes().all(|b| b.is_ascii_graphic()) {
-        Cow::Borrowed(text)
-    } else {
-        Cow::Owned(text.chars().take(100).map(|c| if c.is_alphanumeric() || c.is_ascii_graphic() { c } else { '_' }).collect())
+        return Cow::Borrowed(text);
     }
-}
-
-fn send(responder: Responder, reply: &Reply, model: Option<String>, code: Option<Code>) -> Done {
-    match responder.send(reply) {
-        Ok(bytes) => Done { status: reply.status, bytes, model, code },
-        Err(_) => Done { status: reply.status, bytes: 0, model, code: Some(Code::ClientGone) },
-    }
-}
-
-fn send_answered(responder: Responder, answered: Result<Answered, ApiError>, headers: Vec<Header>, id: &str) -> Done {
-    match answered {
-        Ok(Answered { mut reply, model }) => {
-            add_headers(&mut reply.headers, headers);
-            send(responder, &reply, model, None)
-        }
-        Err(e) => refuse(responder, e.with_headers(headers), id),
-    }
-}
-
-fn refuse(responder: Responder, e: ApiError, id: &str) -> Done {
-    if e.code == Code::ClientGone {
-        return Done { status: e.code.status(), code: Some(e.code), ..Done::default() };
-    }
-    let mut reply = Reply::json(e.code.status(), e.to_json(id));
-    reply.headers.extend(e.retry_after.map(|wait| (Cow::Borrowed("Retry-After"), wait)));
-    reply.headers.extend(e.headers);
-    send(responder, &reply, None, Some(e.code))
-}
-
-fn overloaded(config: &Config) -> ApiError {
-    let text = format!("all {} workers are busy and the queue of {} is full; try again", config.workers, config.queue_size);
-    ApiError::new(Code::Overloaded, text)
-}
-
-/// A worker's thread ended without a word: its job panicked.
-fn lost() -> ApiError {
-    ApiError::new(Code::Internal, "the server failed at this request; its log says where")
+    Cow::Owned(text.chars().take(100).map(|c| if c.is_alphanumeric() || c.is_ascii_graphic() { c } else { '_' }).collect())
 }

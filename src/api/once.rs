@@ -20,20 +20,20 @@ pub struct Once {
 }
 
 /// What a request with an `Idempotency-Key` is to do.
-pub enum Turn<'a> {
+pub enum Turn {
     /// Ask; others with the same key wait until this is dropped.
-    First(First<'a>),
+    First(First),
     /// Repeat what was answered.
     Again(Remembered),
 }
 
 /// The turn of the first of some equal requests.
-pub struct First<'a> {
-    once: &'a Once,
+pub struct First {
+    once: Arc<Once>,
     name: Name,
 }
 
-impl Drop for First<'_> {
+impl Drop for First {
     fn drop(&mut self) {
         self.once.lock().remove(&self.name);
         self.once.ended.notify_all();
@@ -47,7 +47,7 @@ impl Once {
 
     /// The request's turn, after any equal one that is running; `None` where it has no
     /// `Idempotency-Key`. Errs with 422 where the key came with another request before.
-    pub fn turn(&self, request: &Request, path: &'static str, store: &Store) -> Result<Option<Turn<'_>>, ApiError> {
+    pub fn turn(self: &Arc<Once>, request: &Request, path: &'static str, store: &Store) -> Result<Option<Turn>, ApiError> {
         let Some(given) = request.idempotency_key else { return Ok(None) };
         if !(1..=255).contains(&given.len()) {
             return Err(ApiError::invalid("Idempotency-Key", "Idempotency-Key must have 1 to 255 characters"));
@@ -67,7 +67,7 @@ impl Once {
             }
         }
         drop(running);
-        let first = First { once: self, name };
+        let first = First { once: Arc::clone(self), name };
         match store.remembered(request.key, given)? {
             None => Ok(Some(Turn::First(first))),
             Some(remembered) if remembered.path == path && remembered.request == request.body => {
@@ -78,7 +78,7 @@ impl Once {
     }
 }
 
-impl First<'_> {
+impl First {
     /// What the history is to note beside the answer.
     pub fn unique(&self, path: &'static str, request: &[u8]) -> Unique {
         Unique { key: self.name.1.clone(), path, request: request.to_vec(), response: None }

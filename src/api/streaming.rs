@@ -1,57 +1,71 @@
 //! Answers as they are written: `POST /api/streaming`, and `POST /v1/chat/completions` with `stream`.
 
+use std::net::TcpStream;
 use std::sync::Arc;
 
-use super::{Api, Done, Request, lost, overloaded, refuse};
+use super::{Api, Done, Entry, Errand, Exit, Request};
 use crate::error::{ApiError, Header};
 use crate::exchange::Question;
-use crate::handoff::{Nothing, handoff};
-use crate::http::Responder;
 use crate::openai::Chat;
 use crate::relay::{self, ClientEnd, Draft};
 use crate::upstream::Line;
 
-/// `POST /api/streaming`: a question, its answer in pieces.
-pub fn stream(api: &Api, request: &Request, responder: Responder, headers: Vec<Header>) -> Done {
+/// A stream that waits for a worker; its client hears comments meanwhile.
+pub struct Stream {
+    chat: Chat,
+    draft: Draft,
+    client: Arc<TcpStream>,
+    end: Arc<ClientEnd>,
+    headers: Vec<Header>,
+    entry: Entry,
+}
+
+/// `POST /api/streaming`.
+pub fn prepare(api: &Api, request: &Request, exit: Exit) -> Option<Errand> {
     let config = &api.config;
     match Question::parse(request.body, config.max_question_chars) {
         Ok(asked) => {
-            let chat = Chat::from_question(asked, &config.model, config.system_prompt.as_deref(), true);
-            relay(api, request, responder, headers, chat)
+            prepare_chat(api, request, exit, Chat::from_question(asked, &config.model, config.system_prompt.as_deref(), true))
         }
-        Err(e) => refuse(responder, e.with_headers(headers), request.id),
+        Err(e) => exit.refuse(e),
     }
 }
 
-/// Hands the stream to a worker and breaks the silence until it ends.
-pub fn relay(api: &Api, request: &Request, responder: Responder, headers: Vec<Header>, mut chat: Chat) -> Done {
+/// Either endpoint, with a chat request that is to be streamed.
+pub fn prepare_chat(api: &Api, request: &Request, exit: Exit, chat: Chat) -> Option<Errand> {
     if let Err(e) = api.store.check() {
-        return refuse(responder, e.with_headers(headers), request.id);
+        return exit.refuse(e);
     }
     let draft = Draft::new(Arc::clone(request.key), &chat, !chat.added_usage, request.started);
+    let Exit { responder, headers, entry } = exit;
     let client = responder.client();
-    let end = Arc::new(ClientEnd::new(responder, request.id.to_string(), headers.clone()));
-    let (done, outcome) = handoff();
-    let (relayed, store) = (Arc::clone(&end), Arc::clone(&api.store));
-    let job = move |line: &mut Line| {
-        let _ = done.give(relay::run(line, client, &mut chat, &relayed, &store, draft));
-    };
-    let outcome = match api.pool.submit(Box::new(job)) {
-        Err(_) => Err(overloaded(&api.config)),
-        Ok(()) => loop {
-            match outcome.take_within(end.silence_left(api.config.stream_heartbeat)) {
-                Ok(outcome) => break outcome,
-                Err(Nothing::Yet) => end.break_silence(api.config.stream_heartbeat),
-                Err(Nothing::Ever) => break Err(lost()),
+    let end = Arc::new(ClientEnd::new(responder, entry.id.clone(), headers.clone()));
+    api.pulse.keep(&end);
+    Some(Errand::Stream(Box::new(Stream { chat, draft, client, end, headers, entry })))
+}
+
+impl Stream {
+    /// Relays the upstream's events to their end.
+    pub fn run(mut self, api: &Api, line: &mut Line) {
+        match relay::run(line, self.client, &mut self.chat, &self.end, &api.store, self.draft) {
+            Ok(streamed) => {
+                let model = Some(streamed.model);
+                self.entry.log(&Done { status: 200, bytes: streamed.bytes, model, code: streamed.failure });
             }
-        },
-    };
-    let failed = |e: ApiError| match end.unanswered() {
-        Some(responder) => refuse(responder, e.with_headers(headers), request.id),
-        None => Done { status: 200, bytes: end.abort(), model: None, code: Some(e.code) },
-    };
-    match outcome {
-        Ok(streamed) => Done { status: 200, bytes: streamed.bytes, model: Some(streamed.model), code: streamed.failure },
-        Err(e) => failed(e),
+            Err(e) => refuse(&self.end, self.headers, self.entry, e),
+        }
+    }
+
+    /// Answers with an error.
+    pub fn refuse(self, e: ApiError) {
+        refuse(&self.end, self.headers, self.entry, e);
+    }
+}
+
+fn refuse(end: &ClientEnd, headers: Vec<Header>, entry: Entry, e: ApiError) {
+    match end.unanswered() {
+        Some(responder) => drop(Exit { responder, headers, entry }.refuse(e)),
+        // A comment was sent while the stream waited, and with it the 200.
+        None => entry.log(&Done { status: 200, bytes: end.fail(&e), model: None, code: Some(e.code) }),
     }
 }

@@ -16,7 +16,7 @@ pub fn livez() -> Reply {
 
 /// `GET /readyz`: 200 when history can be written and the server is not draining, else 503.
 pub fn readyz(api: &Api) -> Reply {
-    let load = api.pool.load();
+    let load = api.workers.load();
     let writable = api.store.writable();
     let draining = api.draining.load(Ordering::SeqCst);
     let ready = writable && !draining;

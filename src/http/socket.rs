@@ -14,14 +14,10 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 /// their cookie, `SO_COOKIE`) were there already. `None` where it is not found.
 ///
 /// The kernel hands out the lowest free number, so the first look finds it, unless another thread took
-/// that number or freed a lower one in between; then all numbers are looked at.
+/// that number or freed a lower one in between.
 pub fn adopt_accepted(lowest: RawFd, local: SocketAddr, known: impl Fn(u64) -> bool) -> Option<(TcpStream, u64)> {
-    let near = lowest..lowest.saturating_add(64);
-    let all = std::fs::read_dir("/proc/self/fd")
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-    near.chain(all).find_map(|number| adopt(number, local, &known))
+    let (near, below) = (lowest..lowest.saturating_add(256), 0..lowest);
+    near.chain(below).find_map(|number| adopt(number, local, &known))
 }
 
 fn adopt(number: RawFd, local: SocketAddr, known: &impl Fn(u64) -> bool) -> Option<(TcpStream, u64)> {

@@ -25,7 +25,7 @@ const HOUSE: &[Room] = &[
     room("http", 2, &["log", "tiny_http", "rustix", "libc", "httpdate", "crossbeam_channel"]),
     room("upstream", 2, &["log", "ureq", "rustix", "httpdate", "crossbeam_channel"]),
     room("store", 2, &["log", "rusqlite", "crossbeam_channel"]),
-    room("pool", 1, &["log", "crossbeam_channel"]),
+    room("pool", 1, &["log"]),
     room("clock", 1, &["time"]),
     room("sse", 1, PURE),
     room("openai", 1, PURE),

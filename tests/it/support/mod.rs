@@ -3,6 +3,7 @@
 pub mod client;
 pub mod folder;
 pub mod gate;
+pub mod hostile;
 pub mod proxy;
 pub mod upstream;
 

@@ -23,6 +23,8 @@ pub const UPSTREAM_KEY: &str = "sk-upstream-0123456789abcdef";
 pub struct Setup {
     settings: Vec<(OsString, OsString)>,
     folder: Arc<Folder>,
+    /// Shell commands before the start, such as `ulimit -n 64`.
+    before: String,
 }
 
 impl Setup {
@@ -30,7 +32,7 @@ impl Setup {
     pub fn new() -> Setup {
         let folder = Arc::new(Folder::new());
         let database = folder.path().join("history.db");
-        let bare = Setup { settings: Vec::new(), folder };
+        let bare = Setup { settings: Vec::new(), folder, before: String::new() };
         bare.set("PORT", "0").set("MOCK_DELAY_MS", "0").set("DATABASE_PATH", database)
     }
 
@@ -48,6 +50,11 @@ impl Setup {
     /// Asks this upstream instead of the mock, and once only.
     pub fn facing(self, upstream: &FakeUpstream) -> Setup {
         self.set("OPENAI_BASE_URL", upstream.url()).set("OPENAI_API_KEY", UPSTREAM_KEY).set("UPSTREAM_RETRIES", "0")
+    }
+
+    /// Starts the program from a shell that has run these commands, such as `ulimit -n 64`.
+    pub fn after(self, commands: &str) -> Setup {
+        Setup { before: commands.into(), ..self }
     }
 
     /// Puts a file into the folder that the program runs in.
@@ -215,9 +222,12 @@ impl Proxy {
         }
     }
 
+    pub fn pid(&self) -> Pid {
+        Pid::from_child(&self.program.child)
+    }
+
     pub fn signal(&self, signal: Signal) {
-        let pid = Pid::from_child(&self.program.child);
-        kill_process(pid, signal).expect("the process can be signalled");
+        kill_process(self.pid(), signal).expect("the process can be signalled");
     }
 
     /// Waits for the end of the process. Its whole log can be read afterwards.
@@ -257,7 +267,12 @@ struct Program {
 
 impl Program {
     fn start(setup: &Setup, arguments: &[&str]) -> Program {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_ai-proxy"))
+        const PROGRAM: &str = env!("CARGO_BIN_EXE_ai-proxy");
+        let mut command = Command::new(if setup.before.is_empty() { PROGRAM } else { "/bin/sh" });
+        if !setup.before.is_empty() {
+            command.args(["-c", &format!("{} && exec \"$0\" \"$@\"", setup.before), PROGRAM]);
+        }
+        let mut child = command
             .args(arguments)
             .current_dir(setup.folder())
             .env_clear()
