@@ -223,6 +223,7 @@ pub struct Draft {
     tool_calls: ToolCalls,
     finish_reason: Option<String>,
     usage: Option<Usage>,
+    first_event: Option<Duration>,
 }
 
 impl Draft {
@@ -238,7 +239,14 @@ impl Draft {
             tool_calls: ToolCalls::default(),
             finish_reason: None,
             usage: None,
+            first_event: None,
         }
+    }
+
+    /// What there is to say of the stream, but for its end.
+    fn streamed(&self) -> Streamed {
+        let (model, usage, first_event) = (self.model.clone(), self.usage, self.first_event);
+        Streamed { bytes: 0, model, usage, first_event, failure: None }
     }
 
     fn into_pair(mut self) -> Pair {
@@ -260,6 +268,9 @@ impl Draft {
 pub struct Streamed {
     pub bytes: u64,
     pub model: String,
+    pub usage: Option<Usage>,
+    /// From the request to the first event that went out.
+    pub first_event: Option<Duration>,
     /// Why it was cut short, where it was.
     pub failure: Option<Code>,
 }
@@ -284,16 +295,17 @@ pub fn run(
         end.head(std::mem::take(&mut events.headers));
         match pump(&mut events, end, &mut draft) {
             Ok(done) => {
-                let model = draft.model.clone();
+                let streamed = draft.streamed();
                 if let Err(e) = keep(store, draft) {
-                    return Ok(fail(&e, end, model));
+                    return Ok(fail(&e, end, streamed));
                 }
                 // Where the client left in this very moment, its answer is complete all the same.
                 let sent = end.finish(&done);
                 events.settle();
-                return Ok(Streamed { bytes: sent.unwrap_or(0), model, failure: None });
+                return Ok(Streamed { bytes: sent.unwrap_or(0), ..streamed });
             }
             Err(broken) => {
+                events.count_failure(broken.error.code);
                 drop(events);
                 if !(broken.passing && end.is_unanswered() && line.fall_back(chat)) {
                     return cut_short(broken.error, end, store, draft);
@@ -347,6 +359,7 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
         if !out.is_empty() {
             end.send(&out).map_err(|_| Box::new(ApiError::new(Code::ClientGone, "the client went away").into()))?;
             out.clear();
+            draft.first_event.get_or_insert_with(|| draft.started.elapsed());
         }
         if let Some(failure) = failure {
             return Err(Box::new(failure));
@@ -390,18 +403,18 @@ fn cut_short(e: ApiError, end: &ClientEnd, store: &Store, mut draft: Draft) -> R
         return Err(e);
     }
     draft.finish_reason = Some(if gone { "client_gone" } else { "upstream_error" }.to_string());
-    let model = draft.model.clone();
+    let streamed = draft.streamed();
     if let Err(e) = keep(store, draft) {
         log::warn!("a stream that was cut short is not in the history: {e}");
     }
     if gone {
-        return if end.is_unanswered() { Err(e) } else { Ok(Streamed { bytes: end.abort(), model, failure: Some(e.code) }) };
+        return if end.is_unanswered() { Err(e) } else { Ok(Streamed { bytes: end.abort(), failure: Some(e.code), ..streamed }) };
     }
-    Ok(fail(&e, end, model))
+    Ok(fail(&e, end, streamed))
 }
 
-fn fail(e: &ApiError, end: &ClientEnd, model: String) -> Streamed {
-    Streamed { bytes: end.fail(e), model, failure: Some(e.code) }
+fn fail(e: &ApiError, end: &ClientEnd, streamed: Streamed) -> Streamed {
+    Streamed { bytes: end.fail(e), failure: Some(e.code), ..streamed }
 }
 
 /// Waits until the pair is committed.

@@ -25,9 +25,10 @@ const EXHAUSTED: Duration = Duration::from_millis(50);
 
 /// Serves until SIGTERM or SIGINT, then drains. Errs with one line where it cannot start.
 pub fn serve(config: Config) -> Result<(), StartError> {
-    let upstream = Arc::new(Upstream::new(&config)?);
+    let metrics = Arc::new(Api::metrics(&config));
+    let upstream = Arc::new(Upstream::new(&config, Arc::clone(&metrics))?);
     let listener = Listener::bind(&config)?;
-    let store = Arc::new(Store::open(&config)?);
+    let store = Arc::new(Store::open(&config, Arc::clone(&metrics))?);
     let stop = on_signals().map_err(|e| StartError::machine(format!("signals cannot be watched: {e}")))?;
     raise_descriptor_limit();
 
@@ -46,7 +47,7 @@ pub fn serve(config: Config) -> Result<(), StartError> {
     let workers = Pool::new("worker", config.workers, config.queue_size, config::UPSTREAM_KEEP_ALIVE, make_line);
     let readers = Pool::new("reader", config.max_connections, config.max_connections, config::UPSTREAM_KEEP_ALIVE, || ());
     let (workers, grace) = (Arc::new(workers), config.shutdown_grace);
-    let api = Api::new(config, Arc::clone(&store), Arc::clone(&workers), listener.connections());
+    let api = Api::new(config, Arc::clone(&store), Arc::clone(&workers), listener.connections(), metrics);
     let staff = Arc::new(Staff { api, readers, workers });
     accept(&listener, &staff, &stop);
 

@@ -17,6 +17,7 @@ use crate::config::{self, Config, Sync};
 use crate::error::{ApiError, Code, StartError};
 use crate::exchange::{Exchange, Pair, Usage};
 use crate::handoff::{Giver, handoff};
+use crate::metrics::Metrics;
 
 /// Numbered from 1; the database's `user_version` is the number of the last one applied.
 const MIGRATIONS: &[&str] =
@@ -92,7 +93,7 @@ struct State {
 
 impl Store {
     /// Opens and migrates the database and starts the writer. Errs with one line that says what to do.
-    pub fn open(config: &Config) -> Result<Store, StartError> {
+    pub fn open(config: &Config, metrics: Arc<Metrics>) -> Result<Store, StartError> {
         let path = config.database_path.clone();
         let failed = |text: String| StartError::machine(format!("history {}: {text}", path.display()));
         if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
@@ -105,6 +106,7 @@ impl Store {
             max_rows: config.history_max_rows,
             max_days: config.history_max_days,
             state: Arc::clone(&state),
+            metrics,
             open: None,
             last_write: Instant::now(),
             rows: 0,
@@ -313,6 +315,7 @@ struct Writer {
     max_rows: u64,
     max_days: u64,
     state: Arc<State>,
+    metrics: Arc<Metrics>,
     /// `None` after a failure: what comes next opens the database anew.
     open: Option<Open>,
     last_write: Instant,
@@ -391,6 +394,7 @@ impl Writer {
 
     /// Commits the pairs together, then tells each one's waiting thread.
     fn append(&mut self, batch: Vec<Arrival>) {
+        let began = Instant::now();
         let ids = self.attempt("written", |connection| {
             let mut append = connection.prepare_cached(include_str!("../sql/queries/append.sql"))?;
             let mut ids = Vec::with_capacity(batch.len());
@@ -418,6 +422,10 @@ impl Writer {
         });
         match ids {
             Some(ids) => {
+                self.metrics.history_commits.inc();
+                self.metrics.history_rows.add(ids.len() as u64);
+                self.metrics.history_batch_size.observe_value(ids.len() as f64);
+                self.metrics.history_commit.observe(began.elapsed());
                 self.rows += ids.len() as u64;
                 self.last_id = ids.last().copied().unwrap_or(self.last_id);
                 for (arrival, id) in batch.into_iter().zip(ids) {

@@ -19,6 +19,7 @@ use ureq::{Agent, Body, BodyReader};
 
 use crate::config::{self, Config, Mode};
 use crate::error::{ApiError, Code, Header, StartError};
+use crate::metrics::Metrics;
 use crate::mock;
 use crate::openai::{self, Chat, Completion};
 use crate::sse::{Event, Splitter};
@@ -50,11 +51,12 @@ pub struct Upstream {
     retries: u32,
     /// What no message may repeat.
     secrets: Vec<String>,
+    metrics: Arc<Metrics>,
 }
 
 impl Upstream {
     /// Errs where the base URL or the key cannot stand in a request.
-    pub fn new(config: &Config) -> Result<Upstream, StartError> {
+    pub fn new(config: &Config, metrics: Arc<Metrics>) -> Result<Upstream, StartError> {
         let url = format!("{}/chat/completions", config.upstream.base);
         let uri: Uri = url.parse().map_err(|e| StartError::usage(format!("OPENAI_BASE_URL: {url:?} is not a URL: {e}")))?;
         let (mut request, ()) = Request::new(()).into_parts();
@@ -90,6 +92,7 @@ impl Upstream {
             idle: config.upstream_idle,
             retries: config.upstream_retries,
             secrets,
+            metrics,
         })
     }
 
@@ -225,7 +228,7 @@ impl Line {
         self.watch.begin(client, self.deadline());
         let result = self.completion(chat);
         self.watch.end();
-        result
+        result.inspect_err(|e| self.upstream.metrics.upstream_error(e.code))
     }
 
     fn completion(&mut self, chat: &mut Chat) -> Result<Whole, ApiError> {
@@ -271,6 +274,7 @@ impl Line {
             }
             Err(e) => {
                 self.watch.end();
+                self.upstream.metrics.upstream_error(e.code);
                 Err(e)
             }
         }
@@ -361,6 +365,7 @@ impl Line {
         let mut retries = 0;
         loop {
             self.watch.forget_reuse();
+            self.upstream.metrics.upstream_attempts.inc();
             let attempt = match request.method {
                 Method::GET => self.agent.run(Request::from_parts(request.clone(), ())),
                 _ => self.agent.run(Request::from_parts(request.clone(), body)),
@@ -388,6 +393,7 @@ impl Line {
                 return Err(Box::new(failure));
             }
             retries += 1;
+            self.upstream.metrics.upstream_retries.inc();
             log::debug!("attempt {retries} failed, next in {wait:?}: {}", failure.error);
             if let Err(error) = self.think(wait) {
                 return Err(Box::new(Failure { error, retry: false, wait: None, unknown_model: false }));
@@ -526,6 +532,11 @@ impl Events<'_> {
                 left -= 1;
             }
         }
+    }
+
+    /// The stream came to no good end.
+    pub fn count_failure(&self, code: Code) {
+        self.line.upstream.metrics.upstream_error(code);
     }
 
     /// A failure in the stream's own words, without secrets.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::once::{First, Turn};
-use super::{Api, Errand, Exit, Request};
+use super::{Api, Errand, Exit, Kind, Request};
 use crate::clock;
 use crate::error::ApiError;
 use crate::exchange::{Exchange, Pair, Question};
@@ -59,7 +59,7 @@ pub fn prepare_chat(api: &Api, request: &Request, exit: Exit, path: &'static str
         return exit.refuse(e);
     }
     let key = Arc::clone(request.key);
-    Some(Errand::Whole(Box::new(Whole { chat, key, started: request.started, first, as_it_came, exit })))
+    Some(Kind::Whole(Box::new(Whole { chat, key, started: request.started, first, as_it_came, exit })).into())
 }
 
 impl Whole {
@@ -70,6 +70,9 @@ impl Whole {
             Err(e) => return self.refuse(e),
         };
         let completion = whole.completion;
+        if let Some(usage) = &completion.usage {
+            api.metrics.tokens(&self.chat.model, usage.prompt_tokens, usage.completion_tokens);
+        }
         let pair = Pair {
             key: self.key,
             question: self.chat.question,

@@ -26,6 +26,7 @@ use crate::config::{ApiKey, Config};
 use crate::error::{ApiError, Code, Header, add_headers};
 use crate::head::Head;
 use crate::http::{Call, Connections, Reply, Responder, Site};
+use crate::metrics::Metrics;
 use crate::pool::Pool;
 use crate::rate_limit::RateLimit;
 use crate::relay::Pulse;
@@ -40,6 +41,8 @@ pub struct Api {
     store: Arc<Store>,
     workers: Arc<Pool<Line>>,
     connections: Connections,
+    metrics: Arc<Metrics>,
+    started: Instant,
     pulse: Pulse,
     rate_limit: RateLimit,
     once: Arc<Once>,
@@ -57,7 +60,12 @@ pub struct Admitted {
 }
 
 /// What is left to do of a request: ask the LLM.
-pub enum Errand {
+pub struct Errand {
+    kind: Kind,
+    since: Instant,
+}
+
+enum Kind {
     Whole(Box<ask::Whole>),
     Stream(Box<streaming::Stream>),
     Models(Box<completions::Models>),
@@ -82,9 +90,21 @@ struct Done {
     code: Option<Code>,
 }
 
+impl From<Kind> for Errand {
+    fn from(kind: Kind) -> Errand {
+        Errand { kind, since: Instant::now() }
+    }
+}
+
 impl Api {
     /// The service on these doors.
-    pub fn new(config: Config, store: Arc<Store>, workers: Arc<Pool<Line>>, connections: Connections) -> Api {
+    pub fn new(
+        config: Config,
+        store: Arc<Store>,
+        workers: Arc<Pool<Line>>,
+        connections: Connections,
+        metrics: Arc<Metrics>,
+    ) -> Api {
         Api {
             pulse: Pulse::start(config.stream_heartbeat),
             rate_limit: RateLimit::new(config.rate_limit_per_minute),
@@ -93,11 +113,20 @@ impl Api {
             store,
             workers,
             connections,
+            metrics,
+            started: Instant::now(),
             draining: AtomicBool::new(false),
             in_flight: Arc::default(),
             ids: (RandomState::new(), AtomicU64::new(0)),
             anonymous: "anonymous".into(),
         }
+    }
+
+    /// Zeros of everything that is counted.
+    pub fn metrics(config: &Config) -> Metrics {
+        let mut models = vec![config.model.clone()];
+        models.extend(config.fallback_models.iter().filter(|model| **model != config.model).cloned());
+        Metrics::new(Endpoint::NAMES, &models)
     }
 
     /// From now on new requests are refused.
@@ -137,22 +166,24 @@ impl Api {
             Endpoint::Ask => ask::prepare(self, &request, exit),
             Endpoint::Streaming => streaming::prepare(self, &request, exit),
             Endpoint::ChatCompletions => completions::prepare(self, &request, exit),
-            Endpoint::Models => Some(Errand::Models(Box::new(completions::Models::new(&request, exit)))),
+            Endpoint::Models => Some(Kind::Models(Box::new(completions::Models::new(&request, exit))).into()),
             Endpoint::History => match history::history(self, &request) {
                 Ok(reply) => exit.send(reply, None),
                 Err(e) => exit.refuse(e),
             },
             Endpoint::Livez => exit.send(system::livez(), None),
             Endpoint::Readyz => exit.send(system::readyz(self), None),
+            Endpoint::Metrics => exit.send(system::metrics(self), None),
         }
     }
 
     /// Runs an errand to its answer.
     pub fn run(&self, errand: Errand, line: &mut Line) {
-        match errand {
-            Errand::Whole(whole) => whole.run(self, line),
-            Errand::Stream(stream) => stream.run(self, line),
-            Errand::Models(models) => models.run(line),
+        self.metrics.queue_wait.observe(errand.since.elapsed());
+        match errand.kind {
+            Kind::Whole(whole) => whole.run(self, line),
+            Kind::Stream(stream) => stream.run(self, line),
+            Kind::Models(models) => models.run(line),
         }
     }
 
@@ -161,10 +192,10 @@ impl Api {
         let (workers, queue) = (self.config.workers, self.config.queue_size);
         let text = format!("all {workers} workers are busy and the queue of {queue} is full; try again");
         let e = ApiError::new(Code::Overloaded, text);
-        match errand {
-            Errand::Whole(whole) => whole.refuse(e),
-            Errand::Stream(stream) => stream.refuse(e),
-            Errand::Models(models) => models.refuse(e),
+        match errand.kind {
+            Kind::Whole(whole) => whole.refuse(e),
+            Kind::Stream(stream) => stream.refuse(e),
+            Kind::Models(models) => models.refuse(e),
         }
     }
 
@@ -250,7 +281,7 @@ impl Exit {
     }
 }
 
-/// A request's line in the log, and its place among those in flight.
+/// A request's line in the log, its place in the metrics and among those in flight.
 struct Entry {
     id: String,
     peer: SocketAddr,
@@ -258,6 +289,8 @@ struct Entry {
     method: String,
     path: String,
     started: Instant,
+    route: &'static str,
+    metrics: Arc<Metrics>,
     _running: Running,
 }
 
@@ -272,11 +305,15 @@ impl Entry {
             method: head.map_or("-", Head::method).to_string(),
             path: head.map_or("-", Head::path).to_string(),
             started: call.started,
+            route: call.admitted.as_ref().map_or(Endpoint::NONE, |admitted| admitted.endpoint.name()),
+            metrics: Arc::clone(&api.metrics),
             _running: Running::new(&api.in_flight),
         }
     }
 
     fn log(&self, done: &Done) {
+        let time = self.started.elapsed();
+        self.metrics.request(self.route, done.status, time);
         log::info!(
             "request id={} client={} key={} method={} path={:.200} status={} ms={:.1} bytes={} model={} code={}",
             self.id,
@@ -285,7 +322,7 @@ impl Entry {
             self.method,
             self.path,
             done.status,
-            self.started.elapsed().as_secs_f64() * 1000.0,
+            time.as_secs_f64() * 1000.0,
             done.bytes,
             done.model.as_deref().map_or(Cow::Borrowed("-"), one_word),
             done.code.map_or("-", Code::name),

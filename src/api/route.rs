@@ -12,12 +12,33 @@ pub enum Endpoint {
     Models,
     Livez,
     Readyz,
+    Metrics,
 }
 
 impl Endpoint {
+    /// The names of all endpoints in metrics, and of what is none of them.
+    pub const NAMES: &[&str] =
+        &["ask", "streaming", "history", "chat_completions", "models", "livez", "readyz", "metrics", Endpoint::NONE];
+    /// Requests without an endpoint: a wrong path, method or key, or broken HTTP.
+    pub const NONE: &str = "none";
+
+    /// The endpoint's name in metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Endpoint::Ask => "ask",
+            Endpoint::Streaming => "streaming",
+            Endpoint::History => "history",
+            Endpoint::ChatCompletions => "chat_completions",
+            Endpoint::Models => "models",
+            Endpoint::Livez => "livez",
+            Endpoint::Readyz => "readyz",
+            Endpoint::Metrics => "metrics",
+        }
+    }
+
     /// Answers without a key, and also while the server drains.
     pub fn is_public(self) -> bool {
-        matches!(self, Endpoint::Livez | Endpoint::Readyz)
+        matches!(self, Endpoint::Livez | Endpoint::Readyz | Endpoint::Metrics)
     }
 
     /// Asks the LLM a question, in a JSON body.
@@ -39,6 +60,7 @@ pub fn route(method: &str, path: &str) -> Result<Endpoint, ApiError> {
         _ if path.strip_prefix("/v1/models/").is_some_and(is_model) => (Endpoint::Models, GET),
         "/livez" => (Endpoint::Livez, GET),
         "/readyz" => (Endpoint::Readyz, GET),
+        "/metrics" => (Endpoint::Metrics, GET),
         _ => {
             return Err(ApiError::new(
                 Code::NotFound,

@@ -3,7 +3,7 @@
 use std::net::TcpStream;
 use std::sync::Arc;
 
-use super::{Api, Done, Entry, Errand, Exit, Request};
+use super::{Api, Done, Entry, Errand, Exit, Kind, Request};
 use crate::error::{ApiError, Header};
 use crate::exchange::Question;
 use crate::openai::Chat;
@@ -41,7 +41,7 @@ pub fn prepare_chat(api: &Api, request: &Request, exit: Exit, chat: Chat) -> Opt
     let client = responder.client();
     let end = Arc::new(ClientEnd::new(responder, entry.id.clone(), headers.clone()));
     api.pulse.keep(&end);
-    Some(Errand::Stream(Box::new(Stream { chat, draft, client, end, headers, entry })))
+    Some(Kind::Stream(Box::new(Stream { chat, draft, client, end, headers, entry })).into())
 }
 
 impl Stream {
@@ -49,6 +49,12 @@ impl Stream {
     pub fn run(mut self, api: &Api, line: &mut Line) {
         match relay::run(line, self.client, &mut self.chat, &self.end, &api.store, self.draft) {
             Ok(streamed) => {
+                if let Some(time) = streamed.first_event {
+                    api.metrics.time_to_first_token.observe(time);
+                }
+                if let Some(usage) = &streamed.usage {
+                    api.metrics.tokens(&self.chat.model, usage.prompt_tokens, usage.completion_tokens);
+                }
                 let model = Some(streamed.model);
                 self.entry.log(&Done { status: 200, bytes: streamed.bytes, model, code: streamed.failure });
             }

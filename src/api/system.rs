@@ -1,4 +1,4 @@
-//! What operators ask: does it live, can it work.
+//! What operators ask: does it live, can it work, what has it done.
 
 use std::borrow::Cow;
 use std::sync::atomic::Ordering;
@@ -8,6 +8,7 @@ use serde_json::json;
 use super::Api;
 use crate::config::Mode;
 use crate::http::Reply;
+use crate::metrics::Gauges;
 
 /// `GET /livez`: 200 while the process lives.
 pub fn livez() -> Reply {
@@ -35,4 +36,28 @@ pub fn readyz(api: &Api) -> Reply {
         reply.headers.push((Cow::Borrowed("Retry-After"), "1".to_string()));
     }
     reply
+}
+
+/// `GET /metrics`: all counts, for Prometheus.
+pub fn metrics(api: &Api) -> Reply {
+    let load = api.workers.load();
+    let text = api.metrics.render(&Gauges {
+        in_flight: api.in_flight(),
+        queue_length: load.queued,
+        workers_busy: load.busy,
+        workers_total: load.total,
+        connections: api.connections.open(),
+        resident_memory: resident_memory(),
+        uptime: api.started.elapsed(),
+        version: env!("CARGO_PKG_VERSION"),
+    });
+    let content_type = "text/plain; version=0.0.4; charset=utf-8";
+    Reply { status: 200, content_type, headers: Vec::new(), body: Cow::Owned(text.into_bytes()) }
+}
+
+/// Bytes of resident memory (proc(5), statm: pages).
+fn resident_memory() -> Option<u64> {
+    let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
+    let pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;
+    Some(pages * rustix::param::page_size() as u64)
 }
