@@ -74,8 +74,29 @@ fn start_log(level: log::LevelFilter) {
         // Other crates' lines know nothing of what must not be logged.
         .add_filter_allow_str("ai_proxy")
         .build();
-    let _ = WriteLogger::init(level, config, std::io::stdout());
+    let _ = WriteLogger::init(level, config, Lines::default());
     std::panic::set_hook(Box::new(|panic| log::error!("bug: {panic}")));
+}
+
+/// Writes whole lines to stdout: the logger writes them in a dozen pieces.
+#[derive(Default)]
+struct Lines(Vec<u8>);
+
+impl Write for Lines {
+    fn write(&mut self, piece: &[u8]) -> std::io::Result<usize> {
+        self.0.extend_from_slice(piece);
+        if piece.ends_with(b"\n") {
+            let mut stdout = std::io::stdout().lock();
+            let result = stdout.write_all(&self.0).and_then(|()| stdout.flush());
+            self.0.clear();
+            result?;
+        }
+        Ok(piece.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Asks the server that these settings describe for its `/livez`.

@@ -30,7 +30,7 @@ const QUIET: Duration = Duration::from_millis(100);
 /// Housekeeping takes so many rows at a time, so that a new pair never waits long.
 const CHORE_ROWS: i64 = 500;
 /// Words of more rows than this are not left for quiet times.
-const MOST_UNINDEXED: i64 = 20_000;
+const MOST_UNINDEXED: i64 = 50_000;
 /// How often retention looks at the clock.
 const RETENTION_TICK: Duration = Duration::from_secs(60);
 /// Read connections kept open.
@@ -512,11 +512,19 @@ impl Writer {
 
     fn write<T>(&mut self, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
         let Some(open) = &mut self.open else { return Err(rusqlite::Error::InvalidQuery) };
-        let transaction = open.connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
-        let result = work(&transaction)?;
-        transaction.commit()?;
-        self.last_write = Instant::now();
-        Ok(result)
+        let connection = &open.connection;
+        // As cached statements: rusqlite's transactions parse their SQL anew each time.
+        connection.prepare_cached("BEGIN IMMEDIATE")?.execute([])?;
+        let result = work(connection).and_then(|result| {
+            connection.prepare_cached("COMMIT")?.execute([])?;
+            Ok(result)
+        });
+        match result {
+            Ok(_) => self.last_write = Instant::now(),
+            // Some errors have rolled back already; then this says so.
+            Err(_) => drop(connection.execute_batch("ROLLBACK")),
+        }
+        result
     }
 
     /// The open database is still the file at its path. What is written to a deleted file is lost.

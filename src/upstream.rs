@@ -340,9 +340,9 @@ impl Line {
 
     /// The head of a successful answer, from the model asked for or the first fallback that gives one.
     fn call(&mut self, chat: &mut Chat) -> Result<Response<Body>, ApiError> {
-        let request = self.upstream.request.clone();
+        let upstream = Arc::clone(&self.upstream);
         loop {
-            let failure = match self.attempts(&request, &chat.body) {
+            let failure = match self.attempts(&upstream.request, &chat.body) {
                 Ok(response) => return Ok(response),
                 Err(failure) => failure,
             };
@@ -402,7 +402,8 @@ impl Line {
     }
 
     fn whole(&self, mut response: Response<Body>) -> Result<Vec<u8>, ApiError> {
-        let mut body = Vec::new();
+        let length = response.body().content_length().unwrap_or(0);
+        let mut body = Vec::with_capacity(length.min(64 * 1024) as usize + 1);
         let result = response.body_mut().as_reader().take(config::MAX_ANSWER as u64 + 1).read_to_end(&mut body);
         if body.len() > config::MAX_ANSWER {
             let text = format!("the LLM's answer is larger than {} bytes", config::MAX_ANSWER);
@@ -428,7 +429,8 @@ fn agent(watch: &Watch) -> Agent {
         .accept_encoding("identity")
         .tls_config(TlsConfig::default())
         .input_buffer_size(8 * 1024)
-        .output_buffer_size(8 * 1024)
+        // It is filled with zeros for each request.
+        .output_buffer_size(4 * 1024)
         .max_response_header_size(64 * 1024)
         .max_idle_connections(1)
         .max_idle_connections_per_host(1)

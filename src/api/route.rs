@@ -13,12 +13,14 @@ pub enum Endpoint {
     Livez,
     Readyz,
     Metrics,
+    /// A file of the pages, by its name there.
+    Page(&'static str),
 }
 
 impl Endpoint {
     /// The names of all endpoints in metrics, and of what is none of them.
     pub const NAMES: &[&str] =
-        &["ask", "streaming", "history", "chat_completions", "models", "livez", "readyz", "metrics", Endpoint::NONE];
+        &["ask", "streaming", "history", "chat_completions", "models", "livez", "readyz", "metrics", "page", Endpoint::NONE];
     /// Requests without an endpoint: a wrong path, method or key, or broken HTTP.
     pub const NONE: &str = "none";
 
@@ -33,12 +35,13 @@ impl Endpoint {
             Endpoint::Livez => "livez",
             Endpoint::Readyz => "readyz",
             Endpoint::Metrics => "metrics",
+            Endpoint::Page(_) => "page",
         }
     }
 
     /// Answers without a key, and also while the server drains.
     pub fn is_public(self) -> bool {
-        matches!(self, Endpoint::Livez | Endpoint::Readyz | Endpoint::Metrics)
+        matches!(self, Endpoint::Livez | Endpoint::Readyz | Endpoint::Metrics | Endpoint::Page(_))
     }
 
     /// Asks the LLM a question, in a JSON body.
@@ -61,6 +64,14 @@ pub fn route(method: &str, path: &str) -> Result<Endpoint, ApiError> {
         "/livez" => (Endpoint::Livez, GET),
         "/readyz" => (Endpoint::Readyz, GET),
         "/metrics" => (Endpoint::Metrics, GET),
+        "/" => (Endpoint::Page("console.html"), GET),
+        "/console.css" => (Endpoint::Page("console.css"), GET),
+        "/console.js" => (Endpoint::Page("console.js"), GET),
+        "/openapi.json" => (Endpoint::Page("openapi.json"), GET),
+        "/docs" => (Endpoint::Page("docs.html"), GET),
+        "/docs/docs.js" => (Endpoint::Page("docs.js"), GET),
+        "/docs/swagger-ui.css" => (Endpoint::Page("swagger-ui.css"), GET),
+        "/docs/swagger-ui-bundle.js" => (Endpoint::Page("swagger-ui-bundle.js"), GET),
         _ => {
             return Err(ApiError::new(
                 Code::NotFound,

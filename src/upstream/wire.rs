@@ -114,17 +114,25 @@ impl Watch {
         loop {
             let left = until.map(|until| until.saturating_duration_since(Instant::now()));
             let timeout = left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) });
-            // A descriptor that is not there is asked for nothing.
-            let mut fds = Vec::with_capacity(2);
-            fds.extend(fd.as_ref().map(|(fd, flags)| PollFd::new(fd, *flags)));
             // RDHUP: as nginx does, a client's FIN counts as gone, for a closed socket looks the same.
-            fds.extend(client.as_ref().map(|client| PollFd::new(client, PollFlags::RDHUP)));
-            match poll(&mut fds, timeout.as_ref()) {
+            let client = client.as_deref().map(|client| PollFd::new(client, PollFlags::RDHUP));
+            let upstream = fd.as_ref().map(|(fd, flags)| PollFd::new(fd, *flags));
+            let (ready, gone) = match (client, upstream) {
+                (Some(client), Some(upstream)) => {
+                    let mut both = [client, upstream];
+                    (poll(&mut both, timeout.as_ref()), !both[0].revents().is_empty())
+                }
+                (Some(client), None) => {
+                    let mut one = [client];
+                    (poll(&mut one, timeout.as_ref()), !one[0].revents().is_empty())
+                }
+                (None, Some(upstream)) => (poll(&mut [upstream], timeout.as_ref()), false),
+                (None, None) => (poll(&mut [], timeout.as_ref()), false),
+            };
+            match ready {
                 Ok(0) => return Err(Ended::TimedOut),
                 // Client first: an answer that nobody reads is not worth waiting for, even if it is there.
-                Ok(_) if client.is_some() && fds.last().is_some_and(|fd| !fd.revents().is_empty()) => {
-                    return Err(Ended::ClientGone);
-                }
+                Ok(_) if gone => return Err(Ended::ClientGone),
                 Ok(_) => return Ok(()),
                 Err(Errno::INTR) => {}
                 Err(_) => return Err(Ended::TimedOut),
@@ -166,7 +174,7 @@ impl Connector<()> for WireConnector {
             match self.open(address) {
                 Ok(stream) => {
                     let buffers = LazyBuffers::new(details.config.input_buffer_size(), details.config.output_buffer_size());
-                    return Ok(Some(Wire { stream, buffers, watch: self.0.clone() }));
+                    return Ok(Some(Wire { stream, buffers, pending: Vec::new(), just_read: false, watch: self.0.clone() }));
                 }
                 Err(e) if self.0.ended().is_some() => return Err(e),
                 Err(e) => failure = e,
@@ -228,7 +236,31 @@ impl fmt::Debug for WireConnector {
 pub struct Wire {
     stream: TcpStream,
     buffers: LazyBuffers,
+    /// Written but not sent: ureq writes head and body one after the other, and one packet costs the
+    /// upstream and us half of two.
+    pending: Vec<u8>,
+    just_read: bool,
     watch: Watch,
+}
+
+/// More than this is sent without waiting for what follows.
+const MOST_PENDING: usize = 16 * 1024;
+
+impl Wire {
+    fn send_pending(&mut self) -> Result<(), ureq::Error> {
+        let mut sent = 0;
+        while sent < self.pending.len() {
+            match (&self.stream).write(&self.pending[sent..]) {
+                Ok(written) => sent += written,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.watch.wait(self.stream.as_fd(), PollFlags::OUT)?,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        self.pending.clear();
+        self.pending.shrink_to(1024);
+        Ok(())
+    }
 }
 
 impl Transport for Wire {
@@ -237,24 +269,18 @@ impl Transport for Wire {
     }
 
     fn transmit_output(&mut self, amount: usize, _: NextTimeout) -> Result<(), ureq::Error> {
-        let mut output = &self.buffers.output()[..amount];
-        while !output.is_empty() {
-            match (&self.stream).write(output) {
-                Ok(written) => output = &output[written..],
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.watch.wait(self.stream.as_fd(), PollFlags::OUT)?,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e.into()),
-            }
-        }
-        Ok(())
+        self.pending.extend_from_slice(&self.buffers.output()[..amount]);
+        if self.pending.len() > MOST_PENDING { self.send_pending() } else { Ok(()) }
     }
 
     fn await_input(&mut self, _: NextTimeout) -> Result<bool, ureq::Error> {
+        self.send_pending()?;
         loop {
             self.watch.wait(self.stream.as_fd(), PollFlags::IN)?;
             match (&self.stream).read(self.buffers.input_append_buf()) {
                 Ok(amount) => {
                     self.buffers.input_appended(amount);
+                    self.just_read = amount > 0;
                     return Ok(amount > 0);
                 }
                 Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
@@ -265,6 +291,10 @@ impl Transport for Wire {
 
     /// Open means: neither closed by the upstream nor with bytes that nobody asked for.
     fn is_open(&mut self) -> bool {
+        // ureq asks when it puts the connection by and when it takes it up again; the second time counts.
+        if std::mem::take(&mut self.just_read) {
+            return true;
+        }
         let mut byte = [0];
         let open = matches!(rustix::net::recv(&self.stream, &mut byte, RecvFlags::PEEK | RecvFlags::DONTWAIT), Err(Errno::AGAIN));
         self.watch.lock().reused = open;

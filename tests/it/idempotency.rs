@@ -162,6 +162,21 @@ fn a_repetition_waits_while_the_first_runs() {
 }
 
 #[test]
+fn a_repetition_never_waits_in_the_place_that_the_first_needs() {
+    let proxy = Proxy::with(&[("WORKERS", "1")]).start();
+    let (mut one, mut other) = (proxy.connect(), proxy.connect());
+    for round in 0..30 {
+        // The only worker has just served this connection, and is near.
+        expect_200(one.exchange(&ask("Something else?")));
+        let request = keyed(&ask("What is it?"), &format!("k{round}"));
+        other.send(&request);
+        one.send(&request);
+        assert_eq!(expect_200(one.read_response()), expect_200(other.read_response()));
+    }
+    assert_eq!(proxy.count_rows(), 60);
+}
+
+#[test]
 fn where_the_first_fails_one_of_those_that_wait_asks() {
     for request in both("What is it?") {
         let gate = Gate::new();

@@ -20,7 +20,11 @@ const fn room(module: &'static str, layer: u8, crates: &'static [&'static str]) 
 const HOUSE: &[Room] = &[
     room("main", 6, &["log", "simplelog"]),
     room("server", 5, &["log", "signal_hook", "rustix"]),
-    room("api", 4, &["log", "serde", "serde_json", "crossbeam_channel", "subtle", "percent_encoding"]),
+    room(
+        "api",
+        4,
+        &["log", "rustix", "utoipa_swagger_ui", "serde", "serde_json", "crossbeam_channel", "subtle", "percent_encoding"],
+    ),
     room("relay", 3, &["log", "serde_json", "crossbeam_channel"]),
     room("http", 2, &["log", "tiny_http", "rustix", "libc", "httpdate", "crossbeam_channel"]),
     room("upstream", 2, &["log", "ureq", "rustix", "httpdate", "crossbeam_channel"]),

@@ -911,10 +911,16 @@ fn where_all_models_fail_the_last_failure_is_told() {
 
 #[test]
 fn no_model_is_asked_twice_in_vain() {
-    let upstream = partly_down();
-    let proxy = Proxy::facing(&upstream).set("OPENAI_FALLBACK_MODELS", "down-500,good").start();
-    assert_eq!(proxy.call(&chat(json!({"model": "down-500"}))).status, 200);
-    assert_eq!(models_asked(&upstream), ["down-500", "good"]);
+    for (fallbacks, asked) in [
+        ("down-500,good", vec!["down-500", "good"]),
+        ("down-503,down-500,good", vec!["down-500", "down-503", "good"]),
+        ("down-503,down-503,good", vec!["down-500", "down-503", "good"]),
+    ] {
+        let upstream = partly_down();
+        let proxy = Proxy::facing(&upstream).set("OPENAI_FALLBACK_MODELS", fallbacks).start();
+        assert_eq!(proxy.call(&chat(json!({"model": "down-500"}))).status, 200);
+        assert_eq!(models_asked(&upstream), asked, "{fallbacks}");
+    }
 }
 
 #[test]
@@ -1223,5 +1229,23 @@ fn one_connection_serves_whole_answers_streams_and_models() {
         assert_eq!(stream.events().last().map(String::as_str), Some("[DONE]"));
         connection = stream.into_connection();
         assert_eq!(connection.exchange(&get("/v1/models")).status, 200);
+    }
+}
+
+#[test]
+fn whoever_looks_into_the_database_meanwhile_takes_nothing_from_it() {
+    // Closing any descriptor of a file drops all POSIX locks that the process holds on it (fcntl(2)). SQLite minds that;
+    // a server that copies and closes descriptors it does not know loses SQLite's locks. The next `sqlite3` shell that
+    // quits then takes itself for the last one and deletes the WAL, and with it what is acknowledged afterwards.
+    let proxy = Proxy::start();
+    for number in 1..=6 {
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                // A connection each, so that descriptors come and go.
+                scope.spawn(|| (0..250).for_each(|_| assert_eq!(proxy.get("/livez").status, 200)));
+            }
+        });
+        assert_eq!(proxy.call(&chat(json!({}))).status, 200);
+        assert_eq!(proxy.count_rows(), number, "what was acknowledged is in the database, for everybody to see");
     }
 }

@@ -80,19 +80,23 @@ impl Setup {
         self.start_as(&[])
     }
 
-    /// Starts the server and waits until it says where it listens.
     #[track_caller]
     pub fn start_as(self, arguments: &[&str]) -> Proxy {
+        self.try_start(arguments).unwrap_or_else(|ended| panic!("the server did not start: {ended:#?}"))
+    }
+
+    /// Starts the server and waits until it says where it listens. Errs with how it ended instead.
+    #[track_caller]
+    pub fn try_start(self, arguments: &[&str]) -> Result<Proxy, Ended> {
         let mut program = Program::start(&self, arguments);
         let Some(line) = program.stdout.wait_for(|line| line.contains("listening on http://")) else {
             let _ = program.child.kill();
-            program.wait_for_exit(PATIENCE);
-            let (out, err) = (program.stdout.so_far(), program.stderr.so_far());
-            panic!("the server did not start: {out:#?} {err:#?}");
+            let status = program.wait_for_exit(PATIENCE);
+            return Err(Ended { status, stdout: program.stdout.so_far(), stderr: program.stderr.so_far() });
         };
         let port = line.rsplit(':').next().and_then(|port| port.trim().trim_end_matches('/').parse().ok());
         let port: u16 = port.unwrap_or_else(|| panic!("no port in: {line}"));
-        Proxy { program, setup: self, address: SocketAddr::from(([127, 0, 0, 1], port)) }
+        Ok(Proxy { program, setup: self, address: SocketAddr::from(([127, 0, 0, 1], port)) })
     }
 }
 
