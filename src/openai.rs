@@ -50,7 +50,8 @@ pub struct Chat {
     pub added_usage: bool,
     /// The client's own stream options, where it gave some and ours were added.
     options: Option<String>,
-    fallbacks_tried: usize,
+    /// Models that were asked in vain.
+    tried: Vec<String>,
 }
 
 impl Chat {
@@ -70,7 +71,7 @@ impl Chat {
         };
         let body = serde_json::to_vec(&request).unwrap_or_default();
         let model = request.model.to_string();
-        Chat { body, model, question: asked.question, stream, added_usage: stream, options: None, fallbacks_tried: 0 }
+        Chat { body, model, question: asked.question, stream, added_usage: stream, options: None, tried: Vec::new() }
     }
 
     /// A client's own request body, passed on as it is but for a `model` where it names none and the
@@ -107,7 +108,7 @@ impl Chat {
         };
         let added_usage = stream && usage != Some(true);
         let mut chat =
-            Chat { body: body.to_vec(), model: String::new(), question, stream, added_usage, options: None, fallbacks_tried: 0 };
+            Chat { body: body.to_vec(), model: String::new(), question, stream, added_usage, options: None, tried: Vec::new() };
         match asked_model.filter(|model| !model.trim().is_empty()) {
             Some(model) => chat.model = model,
             None => chat.set_model(model),
@@ -123,14 +124,12 @@ impl Chat {
 
     /// Turns to the next of the fallback models that was not asked yet; false: there is none.
     pub fn fall_back(&mut self, fallbacks: &[String]) -> bool {
-        while let Some(model) = fallbacks.get(self.fallbacks_tried) {
-            self.fallbacks_tried += 1;
-            if *model != self.model {
-                self.set_model(model);
-                return true;
-            }
+        self.tried.push(self.model.clone());
+        let next = fallbacks.iter().find(|model| !self.tried.contains(model));
+        if let Some(model) = next {
+            self.set_model(model);
         }
-        false
+        next.is_some()
     }
 
     /// Asks another model the same.
@@ -257,9 +256,9 @@ pub fn parse_completion(body: &[u8]) -> Result<Completion, NoAnswer> {
     })
 }
 
-/// Whether a body is a JSON object, as every list and model is.
-pub fn is_object(body: &[u8]) -> bool {
-    serde_json::from_slice::<Fields>(body).is_ok()
+/// Whether a body is a JSON object without an `error` in it, as every list and model is.
+pub fn is_model_answer(body: &[u8]) -> bool {
+    serde_json::from_slice::<Fields>(body).is_ok_and(|fields| fields.get("error").is_none_or(|error| error == "null"))
 }
 
 /// What one event of a stream says.

@@ -35,6 +35,8 @@ struct State {
     headers: Vec<Header>,
     /// The request's id, as the head says it.
     id: String,
+    /// The head takes in fields of the upstream's.
+    as_it_came: bool,
     last_sent: Instant,
 }
 
@@ -47,11 +49,14 @@ enum Phase {
 
 impl ClientEnd {
     /// The end for a request nobody answered yet; `id` is the request's, for error events, and
-    /// `extra` stands in the head of the answer.
-    pub fn new(responder: Responder, id: String, extra: Vec<Header>) -> ClientEnd {
+    /// `extra` stands in the head of the answer, beside the upstream's fields where it is
+    /// `as_it_came`.
+    pub fn new(responder: Responder, id: String, extra: Vec<Header>, as_it_came: bool) -> ClientEnd {
         let mut headers = headers();
         headers.extend(extra);
-        ClientEnd { state: Mutex::new(State { phase: Phase::Unanswered(responder), headers, id, last_sent: Instant::now() }) }
+        ClientEnd {
+            state: Mutex::new(State { phase: Phase::Unanswered(responder), headers, id, as_it_came, last_sent: Instant::now() }),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -62,11 +67,19 @@ impl ClientEnd {
     /// the same name.
     fn head(&self, upstream: Vec<Header>) {
         let mut state = self.lock();
+        if !state.as_it_came || !matches!(state.phase, Phase::Unanswered(_)) {
+            return;
+        }
         if let Some((_, id)) = upstream.iter().find(|(name, _)| name == "x-request-id") {
             state.id.clone_from(id);
         }
         let ours = std::mem::replace(&mut state.headers, upstream);
         add_headers(&mut state.headers, ours);
+    }
+
+    /// The request's id as the client saw it.
+    pub fn id(&self) -> String {
+        self.lock().id.clone()
     }
 
     /// Sends bytes of events, after the 200 where that is not out yet.

@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 
-use crate::api::{Api, Errand};
+use crate::api::{Admitted, Api, Errand};
 use crate::config::{self, Config, Mode};
 use crate::error::StartError;
-use crate::http::{Connection, Listener, Turn};
+use crate::http::{Call, Connection, Listener, Turn};
 use crate::pool::Pool;
 use crate::store::Store;
 use crate::upstream::{Line, Upstream};
@@ -67,17 +67,25 @@ struct Staff {
 }
 
 impl Staff {
-    /// Gives a connection to a reader.
-    fn receive(self: &Arc<Staff>, connection: Connection) {
+    /// Gives a connection to a reader, with a request that was read from it and not looked at.
+    fn receive(self: &Arc<Staff>, connection: Connection, first: Option<Box<Call<Admitted>>>) {
         // There are as many readers as connections may be open, so only a lack of threads refuses.
         let Some(place) = self.readers.reserve() else { return log::warn!("no reader for a connection, which is dropped") };
         let staff = Arc::clone(self);
-        place.fill(Box::new(move |()| staff.read(connection)));
+        place.fill(Box::new(move |()| staff.read(connection, first)));
     }
 
     /// A reader's job: requests of one connection, until one is for a worker.
-    fn read(self: Arc<Staff>, mut connection: Connection) {
-        while let Turn::Call(call) = connection.next_call(&self.api, config::KEEP_ALIVE) {
+    fn read(self: Arc<Staff>, mut connection: Connection, first: Option<Box<Call<Admitted>>>) {
+        let mut next = first;
+        loop {
+            let call = match next.take() {
+                Some(call) => call,
+                None => match connection.next_call(&self.api, config::KEEP_ALIVE) {
+                    Turn::Call(call) => call,
+                    Turn::Quiet | Turn::Over => return,
+                },
+            };
             let Some(errand) = self.api.prepare(*call) else { continue };
             match self.workers.reserve() {
                 Some(place) => {
@@ -98,11 +106,13 @@ impl Staff {
                 self.api.run(errand, line);
             }
             if self.workers.is_wanted() {
-                return self.receive(connection);
+                return self.receive(connection, None);
             }
             match connection.next_call(&self.api, LINGER) {
+                // A worker that waited for another request would keep it from being asked.
+                Turn::Call(call) if Api::may_wait(&call) => return self.receive(connection, Some(call)),
                 Turn::Call(call) => next = self.api.prepare(*call),
-                Turn::Quiet => return self.receive(connection),
+                Turn::Quiet => return self.receive(connection, None),
                 Turn::Over => return,
             }
         }
@@ -112,7 +122,7 @@ impl Staff {
 fn accept(listener: &Listener, staff: &Arc<Staff>, stop: &Stop) {
     while !stop.asked.load(Ordering::SeqCst) {
         match listener.accept(&stop.signals) {
-            Ok(Some(connection)) => staff.receive(connection),
+            Ok(Some(connection)) => staff.receive(connection, None),
             Ok(None) => {}
             Err(e) => {
                 log::warn!("a client cannot be accepted: {e}");

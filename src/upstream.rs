@@ -323,9 +323,9 @@ impl Line {
         let url = format!("{}/models{path}", self.upstream.base);
         request.uri = url.parse().map_err(|_| no_model())?;
         let result = match self.attempts(&request, b"") {
-            Ok(response) => self.whole(response).and_then(|body| match openai::is_object(&body) {
+            Ok(response) => self.whole(response).and_then(|body| match openai::is_model_answer(&body) {
                 true => Ok(body),
-                false => Err(self.upstream.failed(Code::UpstreamBadAnswer, "the LLM's list of models is no JSON object")),
+                false => Err(self.upstream.failed(Code::UpstreamBadAnswer, "the LLM answered with something else than models")),
             }),
             Err(failure) if failure.unknown_model => Err(no_model()),
             Err(failure) => Err(failure.error),
@@ -386,8 +386,8 @@ impl Line {
             let wait = failure.wait.unwrap_or_else(|| backoff(retries));
             let too_late = self.watch.until().is_some_and(|until| Instant::now() + wait >= until);
             if !failure.retry || too_late || retries == self.upstream.retries {
-                // A client that also tries again multiplies our attempts; a rate limit says when it may.
-                if retries > 0 && failure.error.code != Code::UpstreamRateLimited {
+                // A client that also tries again multiplies our attempts.
+                if retries > 0 || failure.error.code == Code::UpstreamTimeout {
                     failure.error = failure.error.pointless_to_retry();
                 }
                 return Err(Box::new(failure));

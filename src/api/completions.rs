@@ -10,7 +10,7 @@ use crate::upstream::Line;
 /// `POST /v1/chat/completions`.
 pub fn prepare(api: &Api, request: &Request, exit: Exit) -> Option<Errand> {
     match Chat::from_body(request.body, &api.config.model, api.config.max_question_chars) {
-        Ok(chat) if chat.stream => streaming::prepare_chat(api, request, exit, chat),
+        Ok(chat) if chat.stream => streaming::prepare_chat(api, request, exit, chat, true),
         Ok(chat) => ask::prepare_chat(api, request, exit, "/v1/chat/completions", chat),
         Err(e) => exit.refuse(e),
     }

@@ -36,6 +36,8 @@ use crate::upstream::Line;
 use once::Once;
 use route::Endpoint;
 
+const IDEMPOTENCY_KEY: &str = "idempotency-key";
+
 /// Everything a request needs.
 pub struct Api {
     config: Config,
@@ -140,6 +142,11 @@ impl Api {
         self.in_flight.load(Ordering::SeqCst)
     }
 
+    /// Preparing this request may take until another one is answered.
+    pub fn may_wait(call: &Call<Admitted>) -> bool {
+        call.head.as_ref().is_some_and(|head| head.field(IDEMPOTENCY_KEY).is_some())
+    }
+
     /// Answers what can be answered without the LLM; else returns what is left to do.
     pub fn prepare(&self, call: Call<Admitted>) -> Option<Errand> {
         let entry = Entry::new(self, &call);
@@ -153,7 +160,7 @@ impl Api {
             key: &admitted.key,
             path: head.path(),
             query: head.query(),
-            idempotency_key: head.field("idempotency-key"),
+            idempotency_key: head.field(IDEMPOTENCY_KEY),
             body: &body,
             started: call.started,
         };
@@ -261,7 +268,10 @@ pub struct Exit {
 
 impl Exit {
     /// Sends an answer; there is nothing left to do.
-    fn send(self, mut reply: Reply, model: Option<String>) -> Option<Errand> {
+    fn send(mut self, mut reply: Reply, model: Option<String>) -> Option<Errand> {
+        if let Some((_, id)) = reply.headers.iter().find(|(name, _)| name == "x-request-id") {
+            self.entry.id.clone_from(id);
+        }
         add_headers(&mut reply.headers, self.headers);
         let bytes = self.responder.send(&reply);
         let code = bytes.is_err().then_some(Code::ClientGone);

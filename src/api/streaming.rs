@@ -24,22 +24,27 @@ pub struct Stream {
 pub fn prepare(api: &Api, request: &Request, exit: Exit) -> Option<Errand> {
     let config = &api.config;
     match Question::parse(request.body, config.max_question_chars) {
-        Ok(asked) => {
-            prepare_chat(api, request, exit, Chat::from_question(asked, &config.model, config.system_prompt.as_deref(), true))
-        }
+        Ok(asked) => prepare_chat(
+            api,
+            request,
+            exit,
+            Chat::from_question(asked, &config.model, config.system_prompt.as_deref(), true),
+            false,
+        ),
         Err(e) => exit.refuse(e),
     }
 }
 
-/// Either endpoint, with a chat request that is to be streamed.
-pub fn prepare_chat(api: &Api, request: &Request, exit: Exit, chat: Chat) -> Option<Errand> {
+/// Either endpoint, with a chat request that is to be streamed; `as_it_came`: with fields of the
+/// upstream's head.
+pub fn prepare_chat(api: &Api, request: &Request, exit: Exit, chat: Chat, as_it_came: bool) -> Option<Errand> {
     if let Err(e) = api.store.check() {
         return exit.refuse(e);
     }
     let draft = Draft::new(Arc::clone(request.key), &chat, !chat.added_usage, request.started);
     let Exit { responder, headers, entry } = exit;
     let client = responder.client();
-    let end = Arc::new(ClientEnd::new(responder, entry.id.clone(), headers.clone()));
+    let end = Arc::new(ClientEnd::new(responder, entry.id.clone(), headers.clone(), as_it_came));
     api.pulse.keep(&end);
     Some(Kind::Stream(Box::new(Stream { chat, draft, client, end, headers, entry })).into())
 }
@@ -56,6 +61,7 @@ impl Stream {
                     api.metrics.tokens(&self.chat.model, usage.prompt_tokens, usage.completion_tokens);
                 }
                 let model = Some(streamed.model);
+                self.entry.id = self.end.id();
                 self.entry.log(&Done { status: 200, bytes: streamed.bytes, model, code: streamed.failure });
             }
             Err(e) => refuse(&self.end, self.headers, self.entry, e),

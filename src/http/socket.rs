@@ -7,7 +7,7 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd, RawFd};
 
 /// A second descriptor for the connection that was accepted last: `lowest` was the lowest free
 /// descriptor just before, `local` is the listener's address, and `known` tells which sockets (by
@@ -25,15 +25,27 @@ fn adopt(number: RawFd, local: SocketAddr, known: &impl Fn(u64) -> bool) -> Opti
     // call alone, which fails on a free number and changes nothing on a wrong one; the result owns a
     // descriptor of its own.
     let there = unsafe { BorrowedFd::borrow_raw(number) };
+    // Asked before it is copied: closing the copy of a file's descriptor would drop all locks that this
+    // process holds on the file (fcntl(2)), and SQLite's are such.
+    let cookie = new_client(there, local, known)?;
     let copy = rustix::io::fcntl_dupfd_cloexec(there, 0).ok()?;
-    if rustix::net::sockopt::socket_acceptconn(&copy) != Ok(false) {
+    if rustix::net::sockopt::socket_cookie(&copy) != Ok(cookie) {
+        // The number changed hands in between. It may be a file's now, so the copy is never closed.
+        let _ = copy.into_raw_fd();
         return None;
     }
-    let stream = TcpStream::from(copy);
+    Some((TcpStream::from(copy), cookie))
+}
+
+/// The cookie of a client's socket that is not known yet.
+fn new_client(there: BorrowedFd, local: SocketAddr, known: &impl Fn(u64) -> bool) -> Option<u64> {
+    if rustix::net::sockopt::socket_acceptconn(there) != Ok(false) {
+        return None;
+    }
     // Not asked for: the peer, since a client that reset the connection has none any more.
-    let ours = stream.local_addr().is_ok_and(|address| address.port() == local.port());
-    let cookie = rustix::net::sockopt::socket_cookie(&stream).ok().filter(|_| ours)?;
-    (!known(cookie)).then_some((stream, cookie))
+    let address: SocketAddr = rustix::net::getsockname(there).ok()?.try_into().ok()?;
+    let cookie = rustix::net::sockopt::socket_cookie(there).ok().filter(|_| address.port() == local.port())?;
+    (!known(cookie)).then_some(cookie)
 }
 
 /// Bytes received on this connection since it was made, read by anybody or not (`TCP_INFO`, tcp(7)).

@@ -367,9 +367,11 @@ fn what_we_have_retried_ourselves_the_client_need_not_multiply() {
     for request in [chat(json!({})), chat_stream()] {
         let said = should_retry("1", vec![refusal(500, "no"), refusal(500, "no")], &request);
         assert_eq!(said, (502, vec![NEVER.into()], 2));
-        // A rate limit says when the client may come back, and that it may.
         let said = should_retry("1", vec![refusal(429, "no"), refusal(429, "no")], &request);
-        assert_eq!(said, (429, vec![], 2));
+        assert_eq!(said, (429, vec![NEVER.into()], 2));
+        // What was asked but once may be asked again.
+        let said = should_retry("0", vec![refusal(429, "no")], &request);
+        assert_eq!(said, (429, vec![], 1));
     }
 }
 

@@ -1,0 +1,1249 @@
+//! Hostile clients: whatever comes over the port, the service stays up, within its memory, and open for everybody else.
+
+use crate::support::client::{Connection, Response, get, post, post_bytes, streaming};
+use crate::support::gate::Gate;
+use crate::support::hostile::{Chance, End, dechunk, hear, plug_in, responses, shout, throw, within};
+use crate::support::proxy::{Proxy, Setup};
+use crate::support::upstream::{FakeUpstream, Step, answer, delta, event, refusal, send, stream_head, streamed};
+use crate::support::{PATIENCE, eventually};
+use rustix::net::{SendFlags, sockopt};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use serde_json::{Value, json};
+use std::collections::HashSet;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::Mutex;
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
+
+/// A good request that stands behind bytes which are none. It must never be read as one.
+const SMUGGLED: &[u8] = b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n";
+
+/// How much memory one attack may cost, in bytes.
+const BOUNDED: usize = 32 << 20;
+
+/// The one answer to bytes that break a rule of HTTP, after which the connection is closed.
+#[track_caller]
+fn expect_refusal(said: &[u8], answered: &[Response], status: u16, code: &str) {
+    let said = String::from_utf8_lossy(said);
+    assert_eq!(answered.len(), 1, "one answer to {said:?}: {answered:?}");
+    answered[0].expect_error(status, code);
+    assert_eq!(answered[0].header("Connection"), Some("close"), "{said:?}: {answered:?}");
+}
+
+/// A keep-alive request that brings nothing but its line and these headers.
+fn head(line: &str, headers: &str) -> Vec<u8> {
+    format!("{line}\r\nHost: a\r\n{headers}\r\n").into_bytes()
+}
+
+fn livez() -> Vec<u8> {
+    head("GET /livez HTTP/1.1", "")
+}
+
+fn question_of(size: usize) -> String {
+    let frame = json!({"question": ""}).to_string().len();
+    json!({"question": "q".repeat(size - frame)}).to_string()
+}
+
+// What is no HTTP
+
+#[test]
+fn what_breaks_http_is_400_and_nothing_behind_it_is_a_request() {
+    let headers: &[&[u8]] = &[
+        // Lengths that are none, or several.
+        b"Content-Length: abc",
+        b"Content-Length: -1",
+        b"Content-Length: +1",
+        b"Content-Length:",
+        b"Content-Length: ",
+        b"Content-Length: 1 1",
+        b"Content-Length: 1,1",
+        b"Content-Length: 1, 1",
+        b"Content-Length: 0x1",
+        b"Content-Length: 1;",
+        b"Content-Length: 1e1",
+        b"Content-Length: 1.0",
+        b"Content-Length: \xd9\xa5",
+        b"Content-Length: 1\x0b",
+        b"Content-Length: 1\0",
+        b"Content-Length: \"1\"",
+        b"Content-Length: 1\r\nContent-Length: 2",
+        b"Content-Length: 1\r\nContent-Length: 1",
+        b"Content-Length: 0\r\ncontent-length: 35",
+        // A length and a coding.
+        b"Content-Length: 5\r\nTransfer-Encoding: chunked",
+        b"Transfer-Encoding: chunked\r\nContent-Length: 5",
+        b"Transfer-Encoding: chunked\r\nContent-Length: abc",
+        b"Transfer-Encoding: identity\r\nContent-Length: 5",
+        // Codings that nobody knows.
+        b"Transfer-Encoding: identity",
+        b"Transfer-Encoding: gzip",
+        b"Transfer-Encoding: gzip, chunked",
+        b"Transfer-Encoding: chunked, gzip",
+        b"Transfer-Encoding: chunked, chunked",
+        b"Transfer-Encoding: chunked, identity",
+        b"Transfer-Encoding: xchunked",
+        b"Transfer-Encoding: chunkedx",
+        b"Transfer-Encoding: chunked;q=1",
+        b"Transfer-Encoding: \"chunked\"",
+        b"Transfer-Encoding: chunked,",
+        b"Transfer-Encoding: ,chunked",
+        b"Transfer-Encoding:",
+        b"Transfer-Encoding: \x0bchunked",
+        b"Transfer-Encoding: chun\0ked",
+        b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+        b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity",
+        b"Transfer-Encoding: identity\r\nTransfer-Encoding: chunked",
+        // Names and lines that are none.
+        b"Transfer-Encoding : chunked",
+        b"Transfer-Encoding\t: chunked",
+        b"Transfer-Encoding\0: chunked",
+        b"Content-Length : 5",
+        b"Content Length: 5",
+        b": value",
+        b"no colon",
+        b"name\x80: value",
+        b"name: va\0lue",
+        b"name: va\x01lue",
+        b"name: va\x7flue",
+        // Line ends that are none, and folded lines.
+        b"name: va\rlue",
+        b"name: va\nlue",
+        b"name: value\nTransfer-Encoding: chunked",
+        b"name: value\rTransfer-Encoding: chunked",
+        b"name: value\r\r\nother: value",
+        b"name: value\n",
+        b"name: value\r\n Transfer-Encoding: chunked",
+        b"name: value\r\n\tTransfer-Encoding: chunked",
+        b"Transfer-Encoding:\r\n chunked",
+        b" leading: blank",
+        b"\tleading: tab",
+        // Hosts: a second one, and what is none.
+        b"Host: a",
+        b"host: b",
+        b"HOST:",
+    ];
+    let wholes: &[&[u8]] = &[
+        b"GET /livez HTTP/1.1\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost : a\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: a b\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: a/b\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: a@b\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: a,b\r\n\r\n",
+        b"GET /livez HTTP/1.1\nHost: a\n\n",
+        b"GET /livez HTTP/1.1\r\nHost: a\n\r\n",
+        b"GET /livez HTTP/1.1\nHost: a\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\r\nHost: a\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: a\r\n\rX\n",
+        b"\r\n\r\nGET /livez HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"\nGET /livez HTTP/1.1\r\nHost: a\r\n\r\n",
+        b" GET /livez HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET  /livez HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET /livez  HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET /livez HTTP/1.1 \r\nHost: a\r\n\r\n",
+        b"GET\t/livez\tHTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET /livez\r\nHost: a\r\n\r\n",
+        b"GET HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET /livez HTTP/1.1 HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET /livez http/1.1\r\nHost: a\r\n\r\n",
+        b"GET /livez HTTP/1.1x\r\nHost: a\r\n\r\n",
+        b"GET /livez HTTP/+1.1\r\nHost: a\r\n\r\n",
+        b"GET /livez HTTP/1\r\nHost: a\r\n\r\n",
+        b"G\0T /livez HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"G(T /livez HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET /li\0vez HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET /li\x7fvez HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET /li\xc3\xa9vez HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET livez HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET http:/livez HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"POST /api/ask HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"\x80\x00\x00\x00",
+        b"PROXY TCP4 1.2.3.4 1.2.3.4 1 2\r\n",
+        b"\0",
+    ];
+    let of_headers = headers.iter().map(|header| [b"POST /api/ask HTTP/1.1\r\nHost: a\r\n", *header, b"\r\n\r\n"].concat());
+    let broken: Vec<Vec<u8>> = of_headers.chain(wholes.iter().map(|whole| whole.to_vec())).collect();
+    let proxy = Proxy::start();
+    for broken in &broken {
+        let all = [&broken[..], b"0\r\n\r\n", SMUGGLED].concat();
+        expect_refusal(broken, &shout(proxy.address, &[&all]), 400, "bad_request");
+        let drops: Vec<&[u8]> = all.chunks(1).collect();
+        expect_refusal(broken, &shout(proxy.address, &drops), 400, "bad_request");
+        // Behind a good request, on a connection that is kept alive.
+        let mut answered = shout(proxy.address, &[&livez(), &all]);
+        assert_eq!(answered.remove(0).status, 200);
+        expect_refusal(broken, &answered, 400, "bad_request");
+    }
+    assert!(!proxy.log().iter().any(|line| line.contains("/smuggled")), "{:#?}", proxy.log());
+    assert_eq!(proxy.get("/livez").status, 200);
+}
+
+#[test]
+fn a_chunked_body_that_breaks_the_rules_is_400_and_nothing_behind_it_is_a_request() {
+    let head = head("POST /api/ask HTTP/1.1", "Transfer-Encoding: chunked\r\n");
+    let bodies: &[&[u8]] = &[
+        b"x\r\n",
+        b"\r\n",
+        b"\r\n10\r\n{\"question\":\"a\"}\r\n0\r\n\r\n",
+        b"-10\r\n{\"question\":\"a\"}\r\n0\r\n\r\n",
+        b"+10\r\n{\"question\":\"a\"}\r\n0\r\n\r\n",
+        b"0x10\r\n{\"question\":\"a\"}\r\n0\r\n\r\n",
+        b"\n10\r\n{\"question\":\"a\"}\r\n0\r\n\r\n",
+        b"10\n{\"question\":\"a\"}\n0\n\n",
+        b"10\r{\"question\":\"a\"}\r0\r\r",
+        b"10\r\n{\"question\":\"a\"}0\r\n\r\n",
+        b"10\r\n{\"question\":\"a\"}\n0\r\n\r\n",
+        b"10\r\n{\"question\":\"a\"}xx0\r\n\r\n",
+        b"f\r\n{\"question\":\"a\"}\r\n0\r\n\r\n",
+        b"11\r\n{\"question\":\"a\"}\r\n0\r\n\r\n",
+        b"10;a\nb\r\n{\"question\":\"a\"}\r\n0\r\n\r\n",
+        b"10;a\rb\r\n{\"question\":\"a\"}\r\n0\r\n\r\n",
+        b"10;a\0b\r\n{\"question\":\"a\"}\r\n0\r\n\r\n",
+        b"10 a\r\n{\"question\":\"a\"}\r\n0\r\n\r\n",
+        b"1 0\r\n{\"question\":\"a\"}\r\n0\r\n\r\n",
+        b"\x0b10\r\n{\"question\":\"a\"}\r\n0\r\n\r\n",
+        b"10\r\n{\"question\":\"a\"}\r\n-0\r\n\r\n",
+        b"10\r\n{\"question\":\"a\"}\r\n0\r\nx",
+        b"10\r\n{\"question\":\"a\"}\r\n0\r\n\n",
+        b"10000000000000000\r\n{\"question\":\"a\"}\r\n0\r\n\r\n",
+        b"fffffffffffffffffffffffffffffffff\r\n{\"question\":\"a\"}\r\n0\r\n\r\n",
+    ];
+    let proxy = Proxy::start();
+    let mut taken = Vec::new();
+    for body in bodies {
+        // Open for more: what is broken is known without an end.
+        let stream = plug_in(proxy.address);
+        let all = [&head[..], body, SMUGGLED].concat();
+        throw(&stream, &[&all]);
+        let (heard, end) = hear(&stream);
+        assert_ne!(end, End::Open, "the server waits for the rest of {:?}", String::from_utf8_lossy(body));
+        let answered = responses(&heard);
+        match answered.first().map(|response| response.status) {
+            Some(200) => taken.push(String::from_utf8_lossy(body).into_owned()),
+            _ => expect_refusal(body, &answered, 400, "bad_request"),
+        }
+    }
+    assert!(!proxy.log().iter().any(|line| line.contains("/smuggled")), "{:#?}", proxy.log());
+    assert!(taken.is_empty(), "taken for chunked bodies: {taken:#?}");
+}
+
+#[test]
+fn a_chunked_body_means_what_its_chunks_say_or_nothing() {
+    let mut chance = Chance::new(1);
+    let poison: &[&[u8]] = &[b"\r\n", b"\n", b"\r", b"\0", b"0\r\n\r\n", b"0\r\n", b";", b" ", b"+", b"-1", b"ffffffffffffffff", b"g"];
+    let proxy = Proxy::start();
+    for _ in 0..400 {
+        let text: String = (0..chance.below(60)).map(|_| *chance.pick(&['a', 'é', '🙂', '"', '\n', '0'])).collect();
+        let asked = json!({"question": format!("q{text}")});
+        let mut body = Vec::new();
+        for piece in chance.pieces(asked.to_string().as_bytes()) {
+            let size = match chance.below(4) {
+                0 => format!("{:X}", piece.len()),
+                1 => format!("000{:x}", piece.len()),
+                2 => format!("{:x};name=value;other=\"x y\"", piece.len()),
+                _ => format!("{:x}", piece.len()),
+            };
+            body.extend([size.as_bytes(), b"\r\n", piece, b"\r\n"].concat());
+        }
+        body.extend(b"0\r\n\r\n");
+        let sound = body.clone();
+        for _ in 0..chance.below(3) {
+            chance.damage(&mut body, poison);
+        }
+        let stream = plug_in(proxy.address);
+        let head = head("POST /api/ask HTTP/1.1", "Transfer-Encoding: chunked\r\n");
+        let all = [&head[..], &body].concat();
+        throw(&stream, &chance.pieces(&all));
+        let meant = dechunk(&body).map(|(content, _)| content);
+        let meant: Option<Value> = meant.and_then(|content| serde_json::from_slice(&content).ok());
+        if meant.is_none() {
+            // It may be the beginning of something.
+            let _ = stream.shutdown(Shutdown::Write);
+        }
+        let (heard, end) = hear(&stream);
+        assert_ne!(end, End::Open, "{body:?}");
+        let answered = responses(&heard);
+        assert!(answered.len() <= 1, "{body:?}: {answered:?}");
+        let shown = String::from_utf8_lossy(&body);
+        if body == sound {
+            assert_eq!(answered[0].status, 200, "{shown:?}: {answered:?}");
+        }
+        for answered in answered {
+            match answered.status {
+                200 => assert_eq!(Some(&answered.json()["question"]), meant.as_ref().map(|asked| &asked["question"]), "{shown:?}"),
+                400 | 413 | 422 => {}
+                _ => panic!("{shown:?}: {answered:?}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_request_inside_a_body_is_a_body() {
+    let proxy = Proxy::with(&[("API_KEYS", "alice:secret1"), ("MAX_BODY_BYTES", "1000")]).start();
+    let length = SMUGGLED.len();
+    let with = |line: &str, headers: &str| [&head(line, &format!("{headers}Content-Length: {length}\r\n"))[..], SMUGGLED].concat();
+    let key = "Authorization: secret1\r\n";
+    for (bytes, expected) in [
+        // Read to its end: the connection goes on behind it.
+        (with("GET /livez HTTP/1.1", ""), vec![200, 200]),
+        (with("HEAD /livez HTTP/1.1", ""), vec![200, 200]),
+        (with("POST /api/ask HTTP/1.1", key), vec![400, 200]),
+        (with("POST /api/ask HTTP/1.1", &format!("{key}Expect: 100-continue\r\n")), vec![400, 200]),
+        // Refused by the head: the body is not read, so nothing may follow it.
+        (with("POST /api/ask HTTP/1.1", ""), vec![401]),
+        (with("POST /api/ask HTTP/1.1", "Authorization: wrong\r\n"), vec![401]),
+        (with("POST /nowhere HTTP/1.1", ""), vec![404]),
+        (with("PUT /livez HTTP/1.1", ""), vec![405]),
+        (with("POST /api/ask HTTP/1.1", &format!("{key}Content-Type: text/plain\r\n")), vec![415]),
+        (with("POST /api/ask HTTP/1.1", &format!("{key}Expect: something\r\n")), vec![417]),
+        // The last request of its connection.
+        (with("GET /livez HTTP/1.1", "Connection: close\r\n"), vec![200]),
+        (with("GET /livez HTTP/1.1", "Connection: Upgrade\r\nUpgrade: h2c\r\n"), vec![200]),
+        (with("GET /livez HTTP/1.1", "Connection: keep-alive\r\nConnection: close\r\n"), vec![200]),
+        (with("GET /livez HTTP/1.0", ""), vec![200]),
+        (head("GET /livez HTTP/1.0", "Connection: keep-alive\r\n"), vec![200]),
+        ([&head("POST /api/ask HTTP/1.1", "Content-Length: 1001\r\n"), &key.repeat(60).into_bytes()[..]].concat(), vec![401]),
+    ] {
+        let answered = if bytes.starts_with(b"HEAD") {
+            // A HEAD's answer has no body, whatever its length says.
+            let mut connection = proxy.connect();
+            connection.send_bytes([&bytes[..], &livez()].concat());
+            vec![connection.read_bodyless().status, connection.read_response().status]
+        } else {
+            let answered = shout(proxy.address, &[&bytes, &livez()]);
+            answered.iter().map(|response| response.status).collect()
+        };
+        assert_eq!(answered, expected, "{:?}", String::from_utf8_lossy(&bytes));
+    }
+    assert!(!proxy.log().iter().any(|line| line.contains("/smuggled")), "{:#?}", proxy.log());
+}
+
+/// What the HTTP library says by itself is no JSON and bears no id.
+#[test]
+fn whatever_is_refused_is_refused_in_our_words() {
+    let proxy = Proxy::start();
+    let half = b"{\"quest";
+    for bytes in [
+        head("GET /livez HTTP/1.1", "User-Agent: a\tb\r\n"),
+        head("GET /livez HTTP/1.1", "X-Odd: \"\t\"\r\n"),
+        [&head("POST /api/ask HTTP/1.1", "Connection: keep-alive\r\nConnection: upgrade\r\nContent-Length: 20\r\n")[..], half].concat(),
+        [&head("POST /api/ask HTTP/1.1", "Content-Length: 20\r\n")[..], half].concat(),
+        [&head("POST /api/ask HTTP/1.1", "Content-Length: 2000\r\n")[..], half].concat(),
+        [&head("POST /api/ask HTTP/1.1", "Expect: 100-continue\r\nContent-Length: 20\r\n")[..], half].concat(),
+        head("POST /api/ask HTTP/1.1", "Content-Length: 20"),
+        head("GET /livez HTTP/1.1", "X.Y: z\r\n"),
+        head("GET /livez HTTP/1.1", "X!#$%&'*+.^_`|~-: z\r\n"),
+    ] {
+        for response in shout(proxy.address, &[&bytes]) {
+            assert!(response.header("X-Request-Id").is_some(), "{:?}: {response:?}", String::from_utf8_lossy(&bytes));
+            if response.status != 200 {
+                let code = response.json()["error"]["code"].as_str().expect("a code").to_owned();
+                response.expect_error(response.status, &code);
+            }
+        }
+    }
+}
+
+#[test]
+fn an_http_1_0_client_is_never_told_to_go_on() {
+    let proxy = Proxy::start();
+    let body = json!({"question": "What?"}).to_string();
+    let head = format!("POST /api/ask HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: {}\r\n\r\n", body.len());
+    let mut connection = proxy.connect();
+    connection.send_bytes(format!("{head}{body}"));
+    assert_eq!(connection.read_head().status, 200, "RFC 9110, section 10.1.1");
+}
+
+// Limits of the head
+
+#[test]
+fn what_is_too_long_is_414_or_431_before_and_after_its_end() {
+    let proxy = Proxy::start();
+    let target = |length: usize| format!("GET /{} HTTP/1.1", "x".repeat(length - 1));
+    let filled = |size: usize| {
+        let empty = head("GET /livez HTTP/1.1", "X: \r\n").len();
+        head("GET /livez HTTP/1.1", &format!("X: {}\r\n", "x".repeat(size - empty)))
+    };
+    let fields = |count: usize| head("GET /livez HTTP/1.1", &"X: y\r\n".repeat(count - 1));
+    // The limits themselves are allowed.
+    assert_eq!(shout(proxy.address, &[&head(&target(8192), "")])[0].status, 404);
+    assert_eq!(shout(proxy.address, &[&filled(16 * 1024)])[0].status, 200);
+    assert_eq!(shout(proxy.address, &[&fields(100)])[0].status, 200);
+    let endless = |bytes: &[u8]| [bytes, &vec![b'x'; 20_000][..]].concat();
+    for (bytes, status, code) in [
+        (head(&target(8193), ""), 414, "uri_too_long"),
+        (head(&target(16_000), ""), 414, "uri_too_long"),
+        (endless(b"GET /"), 414, "uri_too_long"),
+        (endless(b""), 414, "uri_too_long"),
+        (filled(16 * 1024 + 1), 431, "headers_too_large"),
+        (filled(60_000), 431, "headers_too_large"),
+        (endless(b"GET /livez HTTP/1.1\r\nHost: a\r\nX: "), 431, "headers_too_large"),
+        (endless(b"GET /livez HTTP/1.1\r\nHost: a\r\n"), 431, "headers_too_large"),
+        (fields(101), 431, "headers_too_large"),
+        (fields(2000), 431, "headers_too_large"),
+    ] {
+        expect_refusal(&bytes[..60], &shout(proxy.address, &[&bytes, SMUGGLED]), status, code);
+        let mut behind_another = shout(proxy.address, &[&livez(), &bytes, SMUGGLED]);
+        assert_eq!(behind_another.remove(0).status, 200);
+        expect_refusal(&bytes[..60], &behind_another, status, code);
+    }
+    assert!(!proxy.log().iter().any(|line| line.contains("/smuggled")), "{:#?}", proxy.log());
+}
+
+// Time
+
+/// Everything that only waiting can show, at once: it takes as long as the longest of them, a minute.
+#[test]
+fn whoever_is_slow_is_given_up_in_time_and_in_silence_where_nothing_was_asked() {
+    /// A limit, and what this machine may take beyond it.
+    fn soon(limit: u64) -> Duration {
+        Duration::from_secs(limit + 6)
+    }
+    /// Sends `start`, then a byte each second for as long as it is taken. Gives what came back and when it ended.
+    fn drip(proxy: &Proxy, start: &[u8]) -> (Vec<Response>, Duration) {
+        let stream = plug_in(proxy.address);
+        throw(&stream, &[start]);
+        let started = Instant::now();
+        stream.set_read_timeout(Some(Duration::from_secs(1))).expect("a read timeout");
+        let mut heard = Vec::new();
+        loop {
+            let (more, end) = hear(&stream);
+            heard.extend(more);
+            if end != End::Open || started.elapsed() > soon(60) {
+                return (responses(&heard), started.elapsed());
+            }
+            let _ = (&stream).write_all(b"x");
+        }
+    }
+    /// Sends bytes and waits. Gives what came back and when it ended.
+    fn wait(proxy: &Proxy, bytes: &[u8]) -> (Vec<Response>, Duration) {
+        let stream = plug_in(proxy.address);
+        throw(&stream, &[bytes]);
+        stream.set_read_timeout(Some(soon(90))).expect("a read timeout");
+        let started = Instant::now();
+        let (heard, end) = hear(&stream);
+        assert_ne!(end, End::Open, "{:?} is not given up", String::from_utf8_lossy(bytes));
+        (responses(&heard), started.elapsed())
+    }
+    #[track_caller]
+    fn expect_timeout((answered, after): (Vec<Response>, Duration), limit: u64) {
+        expect_refusal(b"what does not come", &answered, 408, "request_timeout");
+        assert!(after < soon(limit), "given up after {after:?}");
+    }
+    let proxy = Proxy::with(&[("MAX_BODY_BYTES", "1048576"), ("MAX_QUESTION_CHARS", "1000000")]).start();
+    let upstream = FakeUpstream::always(vec![
+        stream_head(),
+        event(&delta("Begins.")),
+        Step::Repeat(stream_piece(&delta(&"x".repeat(100_000)))),
+    ]);
+    let flowing = Proxy::facing(&upstream).start();
+    for _ in 0..12 {
+        assert_eq!(proxy.call(&post_bytes("/api/ask", question_of(1_000_000))).status, 200);
+    }
+    std::thread::scope(|scope| {
+        let proxy = &proxy;
+        // A head counts from its first byte, however steadily it drips.
+        for start in ["G", "GET /livez HTTP/1.1\r\nHost: a\r\nX: ", "GET /livez HTTP/1.1\r\nHost: a\r\n"] {
+            scope.spawn(move || expect_timeout(drip(proxy, start.as_bytes()), 10));
+            scope.spawn(move || expect_timeout(wait(proxy, start.as_bytes()), 10));
+        }
+        scope.spawn(move || {
+            let (mut answered, after) = drip(proxy, &[&livez()[..], b"GET /l"].concat());
+            assert_eq!(answered.remove(0).status, 200);
+            expect_timeout((answered, after), 10);
+        });
+        // A body without progress.
+        let chunked = "Transfer-Encoding: chunked\r\n";
+        for (headers, begun) in [
+            ("Content-Length: 100\r\n", "{\"quest"),
+            ("Content-Length: 100\r\n", ""),
+            ("Content-Length: 5000\r\n", "{\"quest"),
+            ("Content-Length: 5000\r\nExpect: 100-continue\r\n", ""),
+            (chunked, ""),
+            (chunked, "10"),
+            (chunked, "10\r\n{\"quest"),
+            (chunked, "10\r\n{\"question\":\"a\"}\r\n0\r\n"),
+        ] {
+            let bytes = [&head("POST /api/ask HTTP/1.1", headers)[..], begun.as_bytes()].concat();
+            scope.spawn(move || expect_timeout(wait(proxy, &bytes), 30));
+        }
+        // A body that makes progress is waited for.
+        scope.spawn(move || {
+            let body = json!({"question": "slowly"}).to_string();
+            let last_words = head("GET /livez HTTP/1.1", "Connection: close\r\n");
+            let (first, last) = body.as_bytes().split_at(body.len() - 6);
+            let stream = plug_in(proxy.address);
+            let head = head("POST /api/ask HTTP/1.1", &format!("Content-Length: {}\r\n", body.len()));
+            throw(&stream, &[&head, first]);
+            for byte in last {
+                std::thread::sleep(Duration::from_secs(6));
+                throw(&stream, &[&[*byte]]);
+            }
+            let _ = (&stream).write_all(&last_words);
+            let (heard, _) = hear(&stream);
+            let statuses: Vec<u16> = responses(&heard).iter().map(|response| response.status).collect();
+            assert_eq!(statuses, [200, 200], "36 s are no stall");
+        });
+        // Nothing was asked: nothing is said.
+        scope.spawn(move || {
+            let (answered, after) = wait(proxy, b"");
+            assert!(answered.is_empty() && after < soon(60), "{answered:?} after {after:?}");
+        });
+        scope.spawn(move || {
+            let (answered, after) = wait(proxy, &livez());
+            assert!(answered.len() == 1 && answered[0].status == 200, "nothing but the answer: {answered:?}");
+            assert_eq!(answered[0].header("Connection"), None, "it was kept alive");
+            assert!(after < soon(60), "closed after {after:?}");
+        });
+        // Who takes nothing of an answer: a stream, and a page of 12 MB.
+        let flowing = &flowing;
+        scope.spawn(move || {
+            let stream = flowing.connect().stream(&streaming("Go on?"));
+            within(soon(45), "a stream that nobody reads ends", || flowing.log().iter().any(|line| line.contains("client_gone")));
+            drop(stream);
+        });
+        scope.spawn(move || {
+            let mut connection = proxy.connect();
+            connection.send(&get("/api/history?limit=1000").header("X-Request-Id", "unread"));
+            let gone = |line: &String| line.contains("id=unread") && line.contains("client_gone");
+            within(soon(45), "a page that nobody reads ends", || proxy.log().iter().any(gone));
+        });
+    });
+    upstream.wait_until_left(1);
+    assert_eq!(proxy.get("/livez").status, 200);
+}
+
+/// One event as a chunk of an upstream's stream.
+fn stream_piece(data: &str) -> Vec<u8> {
+    let event = format!("data: {data}\n\n");
+    format!("{:x}\r\n{event}\r\n", event.len()).into_bytes()
+}
+
+// Memory
+
+/// Sends up to 200 MB. Gives how much was taken, how long that went on, and what was answered.
+fn flood(proxy: &Proxy, start: &[u8], block: &[u8]) -> (usize, Duration, Vec<Response>) {
+    let mut stream = plug_in(proxy.address);
+    stream.set_write_timeout(Some(Duration::from_secs(2))).expect("a write timeout");
+    throw(&stream, &[start]);
+    let started = Instant::now();
+    let (mut taken, mut until) = (0, Duration::ZERO);
+    while taken < 200 << 20 {
+        match stream.write(block) {
+            Ok(count) => taken += count,
+            Err(_) => break,
+        }
+        until = started.elapsed();
+    }
+    stream.set_read_timeout(Some(Duration::from_secs(2))).expect("a read timeout");
+    let (heard, _) = hear(&stream);
+    (taken, until, responses(&heard))
+}
+
+#[test]
+fn a_flood_is_cut_within_two_seconds_and_costs_little_memory() {
+    let proxy = Proxy::start();
+    let much = vec![b'a'; 1 << 20];
+    let chunked = head("POST /api/ask HTTP/1.1", "Transfer-Encoding: chunked\r\n");
+    let chunk_line = |start: &str| [&chunked[..], start.as_bytes()].concat();
+    let long = head("POST /api/ask HTTP/1.1", "Content-Length: 9223372036854775808\r\n");
+    let longer = head("POST /api/ask HTTP/1.1", "Content-Length: 99999999999999999999999999\r\n");
+    for (what, start, block, status) in [
+        ("a header without end", &b"GET /livez HTTP/1.1\r\nHost: a\r\nX: "[..], &much[..], 431),
+        ("headers without end", b"GET /livez HTTP/1.1\r\nHost: a\r\n", &b"a: b\r\n".repeat(100_000), 431),
+        ("a target without end", b"GET /", &much, 414),
+        ("a method without end", b"", &much, 414),
+        ("empty lines", b"", &b"\r\n".repeat(100_000), 400),
+        ("a body of 2^63", &long, &much, 413),
+        ("a body of more than 2^64", &longer, &much, 413),
+        ("a chunk of 2^63", &chunk_line("8000000000000000\r\n"), &much, 413),
+        ("a chunk of 2^64-1", &chunk_line("ffffffffffffffff\r\n"), &much, 413),
+        ("chunks without end", &chunked, &b"1\r\na\r\n".repeat(100_000), 413),
+        ("a chunk's size without end", &chunk_line("0"), &vec![b'0'; 1 << 20], 400),
+        ("a chunk's extension without end", &chunk_line("1;"), &much, 400),
+    ] {
+        let before = proxy.memory();
+        let (taken, until, answered) = flood(&proxy, start, block);
+        let cost = proxy.memory_peak().saturating_sub(before);
+        eprintln!("{what}: {} KiB taken in {until:?}, {} KiB of memory, {answered:?}", taken >> 10, cost >> 10);
+        assert!(taken < 64 << 20, "{what}: {} MiB taken", taken >> 20);
+        assert!(until < Duration::from_secs(2), "{what}: cut after {until:?}");
+        assert!(cost < BOUNDED, "{what}: {} MiB of memory", cost >> 20);
+        assert_eq!(answered.len(), 1, "{what}");
+        // A size that never ends may as well be called too large.
+        let said = answered[0].status;
+        assert!(said == status || (said == 413 && status == 400), "{what}: {answered:?}");
+    }
+    assert_eq!(proxy.get("/livez").status, 200);
+}
+
+#[test]
+fn many_floods_at_once_stay_within_the_same_memory() {
+    let proxy = Proxy::start();
+    let before = proxy.memory();
+    let digits = vec![b'0'; 1 << 20];
+    let start = head("POST /api/ask HTTP/1.1", "Transfer-Encoding: chunked\r\n");
+    std::thread::scope(|scope| {
+        for _ in 0..16 {
+            scope.spawn(|| flood(&proxy, &[&start[..], b"0"].concat(), &digits));
+        }
+        for _ in 0..16 {
+            scope.spawn(|| flood(&proxy, b"GET /livez HTTP/1.1\r\nHost: a\r\nX: ", &digits));
+        }
+    });
+    let cost = proxy.memory_peak().saturating_sub(before);
+    assert!(cost < BOUNDED, "{} MiB of memory", cost >> 20);
+}
+
+/// A byte of urgent data is counted by the kernel among those received but not read among them. Whoever counts along must
+/// not lose his place: here the end of a head that is none would be seen, and the library would read on for ever.
+#[test]
+fn urgent_data_does_not_shift_the_view() {
+    let proxy = Proxy::start();
+    for urgent in 1..=4 {
+        let mut stream = plug_in(proxy.address);
+        stream.set_write_timeout(Some(Duration::from_secs(2))).expect("a write timeout");
+        for _ in 0..urgent {
+            rustix::net::send(&stream, b"!", SendFlags::OOB).expect("urgent data is sent");
+        }
+        // The library reads 1,024 bytes ahead: they end just before a line's end.
+        let (first, second) = (livez(), b"GET /livez HTTP/1.1\r\nHost: a\r\nX: ");
+        let filling = vec![b'x'; 1024 - first.len() - second.len()];
+        throw(&stream, &[&[&first[..], second, &filling, b"\r\nX-Long: ", &[b'x'; 3000]].concat()]);
+        let before = proxy.memory();
+        let (mut taken, much) = (0, vec![b'x'; 1 << 20]);
+        while taken < 200 << 20 {
+            match stream.write(&much) {
+                Ok(count) => taken += count,
+                Err(_) => break,
+            }
+        }
+        let cost = proxy.memory_peak().saturating_sub(before);
+        assert!(taken < 64 << 20 && cost < BOUNDED, "{urgent} urgent: {} MiB taken, {} MiB of memory", taken >> 20, cost >> 20);
+    }
+    assert_eq!(proxy.get("/livez").status, 200);
+}
+
+#[test]
+fn json_of_any_depth_is_refused_or_understood() {
+    let proxy = Proxy::start();
+    let nested = |open: &str, depth: usize, middle: &str, close: &str| {
+        format!("{}{middle}{}", open.repeat(depth), close.repeat(depth)).into_bytes()
+    };
+    let asked = |value: Vec<u8>| [&b"{\"question\":"[..], &value, b"}"].concat();
+    let said = |value: Vec<u8>| [&b"{\"messages\":[{\"role\":\"user\",\"content\":"[..], &value, b"}]}"].concat();
+    let mut bodies = Vec::new();
+    // As deep as is parsed at all, a little deeper, and 100,000.
+    for depth in [60, 120, 124, 126, 127, 128, 129, 1000, 100_000] {
+        bodies.push(nested("[", depth, "1", "]"));
+        bodies.push(nested("{\"a\":", depth, "1", "}"));
+        bodies.push(nested("[", depth, "", ""));
+        bodies.push(asked(nested("[", depth, "", "]")));
+        bodies.push(asked(nested("{\"question\":", depth, "1", "}")));
+        bodies.push(said(nested("[{\"text\":", depth / 2, "\"x\"", "}]")));
+        bodies.push(said(nested("{\"a\":[", depth / 2, "", "]}")));
+    }
+    for path in ["/api/ask", "/api/streaming", "/v1/chat/completions"] {
+        for body in &bodies {
+            let response = proxy.call(&post_bytes(path, body.clone()).header("Connection", "close"));
+            let fine = matches!(response.status, 200 | 400 | 413 | 422);
+            assert!(fine, "{path} {:?}: {response:?}", String::from_utf8_lossy(&body[..40]));
+        }
+    }
+    assert_eq!(proxy.get("/livez").status, 200);
+}
+
+#[test]
+fn a_question_as_large_as_a_body_may_be_is_answered_and_kept() {
+    let proxy = Proxy::with(&[("MAX_QUESTION_CHARS", "1000000000")]).start();
+    let body = question_of(1 << 20);
+    for path in ["/api/ask", "/api/streaming"] {
+        assert_eq!(proxy.call(&post_bytes(path, body.clone())).status, 200);
+    }
+    let chunks: String = body.as_bytes().chunks(1000).map(|c| format!("{:x}\r\n{}\r\n", c.len(), String::from_utf8_lossy(c))).collect();
+    let chunked = post_bytes("/api/ask", format!("{chunks}0\r\n\r\n")).without("Content-Length");
+    assert_eq!(proxy.call(&chunked.header("Transfer-Encoding", "chunked")).status, 200);
+    let asked: Value = serde_json::from_str(&body).expect("JSON");
+    assert!(proxy.history().iter().all(|pair| pair["question"] == asked["question"]));
+    assert_eq!(proxy.count_rows(), 3);
+    proxy.call(&post_bytes("/api/ask", format!("{body} "))).expect_error(413, "body_too_large");
+}
+
+/// A page is as long as its pairs, and pairs may be large. Whoever asks for many pages must not fill the memory.
+#[test]
+fn a_page_of_large_pairs_is_bounded() {
+    let proxy = Proxy::with(&[("MAX_QUESTION_CHARS", "1000000000")]).start();
+    for _ in 0..60 {
+        assert_eq!(proxy.call(&post_bytes("/api/ask", question_of(1 << 20))).status, 200);
+    }
+    let before = proxy.memory();
+    let connections: Vec<Connection> = (0..8)
+        .map(|_| {
+            let mut connection = proxy.connect();
+            connection.send(&get("/api/history?limit=1000"));
+            connection
+        })
+        .collect();
+    // They are all at it when each has read its head.
+    for mut connection in connections {
+        assert_eq!(connection.read_head().status, 200);
+    }
+    let cost = proxy.memory_peak().saturating_sub(before);
+    assert!(cost < 8 * BOUNDED, "{} MiB for 8 pages", cost >> 20);
+}
+
+// Many at once
+
+#[test]
+fn a_hundred_requests_in_one_write_are_answered_in_order() {
+    let proxy = Proxy::start();
+    let body = |size: usize| match size {
+        0 => json!({"question": "short"}).to_string(),
+        size => question_of(size),
+    };
+    let gets: Vec<u8> = (0..100).flat_map(|i| head("GET /livez HTTP/1.1", &format!("X-Request-Id: p-{i}\r\n"))).collect();
+    let posts = |size: usize| -> Vec<u8> {
+        let body = body(size);
+        let one = |i| {
+            let headers = format!("X-Request-Id: p-{i}\r\nContent-Length: {}\r\n", body.len());
+            [&head("POST /api/ask HTTP/1.1", &headers)[..], body.as_bytes()].concat()
+        };
+        (0..100).flat_map(one).collect()
+    };
+    for (what, bytes) in
+        [("gets", gets.clone()), ("small posts", posts(0)), ("posts of 1 KiB", posts(1024)), ("posts of 5 KiB", posts(5000))]
+    {
+        let stream = plug_in(proxy.address);
+        let answered = std::thread::scope(|scope| {
+            // Whoever sends so much without reading may find both ways full.
+            scope.spawn(|| throw(&stream, &[&bytes, &head("GET /livez HTTP/1.1", "Connection: close\r\nX-Request-Id: p-100\r\n")]));
+            let (heard, end) = hear(&stream);
+            assert_eq!(end, End::Closed, "{what}");
+            responses(&heard)
+        });
+        for (i, response) in answered.iter().enumerate() {
+            assert_eq!(response.status, 200, "{what} {i}: {response:?}");
+            assert_eq!(response.header("X-Request-Id"), Some(&*format!("p-{i}")), "{what}: in order");
+        }
+        let last = answered.last().expect("an answer");
+        assert_eq!(last.header("Connection"), Some("close"), "{what}: ended in good order after {}", answered.len());
+        eprintln!("{what}: {} of 101 answered on one connection", answered.len());
+        if what == "gets" {
+            assert_eq!(answered.len(), 101);
+        }
+    }
+}
+
+#[test]
+fn a_full_house_serves_those_inside_and_opens_at_once_when_they_leave() {
+    let proxy = Proxy::with(&[("MAX_CONNECTIONS", "10")]).start();
+    let mut inside: Vec<Connection> = (0..10).map(|_| proxy.connect()).collect();
+    for connection in &mut inside {
+        assert_eq!(connection.exchange(&get("/livez")).status, 200);
+    }
+    let mut outside: Vec<Connection> = (0..20).map(|_| proxy.connect()).collect();
+    for connection in &mut outside {
+        connection.send(&get("/livez"));
+    }
+    for connection in &mut inside {
+        assert_eq!(connection.exchange(&post("/api/ask", &json!({"question": "Undisturbed?"}))).status, 200);
+    }
+    let open = proxy_connections(&mut inside[0]);
+    assert!(open <= 10, "{open} connections are open");
+    let left = Instant::now();
+    drop(inside);
+    for (i, mut connection) in outside.into_iter().enumerate() {
+        // 503 or the backlog: in any case each gets an answer, and goes.
+        let response = connection.read_response();
+        assert!(response.status == 200 || response.status == 503, "{i}: {response:?}");
+    }
+    assert!(left.elapsed() < Duration::from_secs(2), "open again after {:?}", left.elapsed());
+    assert_eq!(proxy.get("/livez").status, 200);
+}
+
+/// How many connections the server says are open.
+fn proxy_connections(connection: &mut Connection) -> u64 {
+    connection.exchange(&get("/readyz")).json()["connections"].as_u64().expect("a number of connections")
+}
+
+/// As many connections as are wanted, or as this process may open.
+fn as_many_as(wanted: usize) -> usize {
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+    // The program takes three descriptors for each, and other tests want some, too.
+    let most = limit.maximum.map_or(wanted, |hard| (hard as usize).saturating_sub(500) / 4);
+    if most < wanted {
+        eprintln!("only {most} connections instead of {wanted}: the hard limit of open files is low");
+    }
+    most.min(wanted)
+}
+
+#[test]
+fn a_thousand_idle_or_dripping_connections_cost_an_honest_client_nothing() {
+    let proxy = Proxy::start();
+    let ask = || {
+        let mut times: Vec<Duration> = (0..40)
+            .map(|_| {
+                let started = Instant::now();
+                proxy.answer("How long?");
+                started.elapsed()
+            })
+            .collect();
+        times.sort_unstable();
+        (times[20], times[39])
+    };
+    ask();
+    let before = ask();
+    let count = as_many_as(1000);
+    let crowd: Vec<TcpStream> = (0..count).map(|_| plug_in(proxy.address)).collect();
+    // A third says nothing, a third has begun a head, a third a body.
+    let body = head("POST /api/ask HTTP/1.1", "Content-Length: 1000\r\n");
+    for (i, stream) in crowd.iter().enumerate() {
+        throw(stream, &[[&b""[..], b"GET /livez HTTP/1.1\r\nHost: a\r\nX: ", &body][i % 3]]);
+    }
+    let during = std::thread::scope(|scope| {
+        let (stop, stopped) = channel::<()>();
+        let crowd = &crowd;
+        scope.spawn(move || {
+            while stopped.try_recv().is_err_and(|e| e == std::sync::mpsc::TryRecvError::Empty) {
+                for stream in crowd.iter().skip(1).step_by(3).chain(crowd.iter().skip(2).step_by(3)) {
+                    let _ = { stream }.write(b"x");
+                }
+            }
+        });
+        let during = ask();
+        drop(stop);
+        during
+    });
+    let ratio = during.0.as_secs_f64() / before.0.as_secs_f64();
+    eprintln!("beside {count}: median {:?}, worst {:?}; alone {:?}, {:?}; ratio {ratio:.1}", during.0, during.1, before.0, before.1);
+    assert!(during.0 < before.0 * 10 + Duration::from_millis(100), "median {:?}, alone {:?}", during.0, before.0);
+    assert!(during.1 < Duration::from_secs(2), "worst {:?}", during.1);
+    let memory = proxy.memory();
+    assert!(memory < 160 << 20, "{} MiB for {count} connections", memory >> 20);
+    drop(crowd);
+    let mut connection = proxy.connect();
+    eventually("they are all gone", || proxy_connections(&mut connection) == 1);
+}
+
+/// Port scanners and load balancers' health checks connect and reset.
+#[test]
+fn connections_that_are_reset_before_they_are_accepted_hold_nobody_up() {
+    let proxy = Proxy::start();
+    for _ in 0..300 {
+        proxy.connect().reset();
+    }
+    let started = Instant::now();
+    assert_eq!(proxy.get("/livez").status, 200);
+    assert!(started.elapsed() < Duration::from_secs(2), "answered after {:?}", started.elapsed());
+    let warnings = proxy.log().iter().filter(|line| line.contains("WARN") || line.contains("ERROR")).count();
+    assert!(warnings < 10, "{warnings} warnings about what is no fault of ours");
+}
+
+#[test]
+fn running_out_of_descriptors_is_survived() {
+    let proxy = Setup::new().after("ulimit -n 64").start();
+    assert_eq!(proxy.descriptor_limits(), ("64".into(), "64".into()));
+    for round in 0..3 {
+        let mut crowd: Vec<TcpStream> = (0..100).map(|_| plug_in(proxy.address)).collect();
+        for stream in &crowd {
+            throw(stream, &[b"GET /livez HTTP/1.1\r\nHost: a\r\n"]);
+        }
+        // Full means: the server holds as many descriptors as it may, or is about to give up on some.
+        eventually("its descriptors are used up", || proxy.descriptors() > 55);
+        let first = crowd.remove(0);
+        throw(&first, &[b"Connection: close\r\n\r\n"]);
+        let (heard, end) = hear(&first);
+        assert!(end == End::Closed && responses(&heard)[0].status == 200, "{round}: those inside are served");
+        drop(crowd);
+        let served = || {
+            let response = proxy.ask("Back?");
+            assert!(response.status == 200 || response.status == 503, "{response:?}");
+            response.status == 200
+        };
+        let started = Instant::now();
+        eventually("service is back", served);
+        assert!(started.elapsed() < Duration::from_secs(5), "{round}: back after {:?}", started.elapsed());
+    }
+    assert!(!proxy.log().iter().any(|line| line.contains("bug:")), "{:#?}", proxy.log());
+}
+
+#[test]
+fn the_soft_limit_of_descriptors_is_raised_at_the_start() {
+    let proxy = Setup::new().after("ulimit -S -n 40").start();
+    let (soft, hard) = proxy.descriptor_limits();
+    assert_eq!(soft, hard);
+    assert_ne!(soft, "40");
+    let crowd: Vec<Connection> = (0..40).map(|_| proxy.connect()).collect();
+    assert_eq!(proxy.get("/livez").status, 200);
+    drop(crowd);
+}
+
+// Overload
+
+#[test]
+fn overload_is_said_in_milliseconds_and_what_was_accepted_is_answered() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let upstream = FakeUpstream::answering(move |request| {
+        let mut steps = vec![Step::Wait(held.clone())];
+        steps.extend(if request.is_streaming() { streamed(&["at last"]) } else { answer("at last") });
+        steps
+    });
+    let proxy = Proxy::facing(&upstream).set("WORKERS", "4").set("QUEUE_SIZE", "6").start();
+    let told = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for i in 0..60 {
+            let (proxy, told) = (&proxy, &told);
+            scope.spawn(move || {
+                let path = ["/api/ask", "/api/streaming", "/v1/chat/completions"][i % 3];
+                let body = json!({"question": "Now?"});
+                let chat = json!({"messages": [{"role": "user", "content": "Now?"}]});
+                let mut connection = proxy.connect();
+                let started = Instant::now();
+                let response = connection.exchange(&post(path, if i % 3 == 2 { &chat } else { &body }));
+                told.lock().unwrap().push((response, started.elapsed()));
+            });
+        }
+        upstream.wait_for_calls(4);
+        eventually("whom there is no room for is told", || told.lock().unwrap().len() == 50);
+        for target in ["/livez", "/readyz", "/api/history", "/metrics"] {
+            let started = Instant::now();
+            let response = proxy.get(target);
+            assert!(response.status < 500, "{target}: {response:?}");
+            assert!(started.elapsed() < Duration::from_secs(1), "{target} after {:?}", started.elapsed());
+        }
+        for (response, after) in told.lock().unwrap().drain(..) {
+            response.expect_error(503, "overloaded");
+            assert!(after < Duration::from_secs(2), "said after {after:?}");
+        }
+        gate.open();
+    });
+    let told = told.into_inner().unwrap();
+    assert_eq!(told.len(), 10);
+    assert!(told.iter().all(|(response, _)| response.status == 200), "{told:?}");
+    assert_eq!(upstream.calls(), 10);
+    assert_eq!(proxy.count_rows(), 10);
+}
+
+// Clients that leave
+
+#[test]
+fn whoever_hangs_up_ends_the_upstream_call_at_any_moment_and_in_any_way() {
+    let upstream = FakeUpstream::answering(|request| {
+        let mut steps = match request.question().as_str() {
+            "silent" => Vec::new(),
+            "half a head" => vec![send("HTTP/1.1 200 OK\r\nContent-Ty")],
+            "half a body" => vec![send("HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{\"choices\":")],
+            "no event" => vec![stream_head()],
+            "half a stream" => vec![stream_head(), event(&delta("Half"))],
+            other => panic!("unknown: {other}"),
+        };
+        steps.push(Step::Silence);
+        steps
+    });
+    let proxy = Proxy::facing(&upstream).set("WORKERS", "200").start();
+    let mut callers = Vec::new();
+    for path in ["/api/ask", "/api/streaming", "/v1/chat/completions"] {
+        for moment in ["silent", "half a head", "half a body", "no event", "half a stream"] {
+            for way in 0..3 {
+                let body = match path {
+                    "/v1/chat/completions" => json!({"messages": [{"role": "user", "content": moment}], "stream": way == 1}),
+                    _ => json!({"question": moment}),
+                };
+                let mut connection = proxy.connect();
+                connection.send(&post(path, &body));
+                callers.push((way, connection));
+            }
+        }
+    }
+    let count = callers.len();
+    upstream.wait_for_calls(count);
+    let mut half_closed = Vec::new();
+    for (way, connection) in callers {
+        match way {
+            0 => drop(connection),
+            1 => connection.reset(),
+            _ => {
+                connection.finish_sending();
+                half_closed.push(connection);
+            }
+        }
+    }
+    let left = Instant::now();
+    upstream.wait_until_left(count);
+    assert!(left.elapsed() < Duration::from_secs(5), "the last call ended after {:?}", left.elapsed());
+    let mut connection = proxy.connect();
+    eventually("the workers are free", || connection.exchange(&get("/readyz")).json()["workers_busy"] == 0);
+    assert_eq!(upstream.calls(), count, "nothing is tried again for them");
+}
+
+#[test]
+fn whoever_leaves_the_queue_costs_no_upstream_call() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let upstream = FakeUpstream::answering(move |request| {
+        let mut steps = if request.question() == "hold" { vec![Step::Wait(held.clone())] } else { Vec::new() };
+        steps.extend(if request.is_streaming() { streamed(&["Yes"]) } else { answer("Yes") });
+        steps
+    });
+    let proxy = Proxy::facing(&upstream).set("WORKERS", "1").set("QUEUE_SIZE", "10").start();
+    let mut holding = proxy.connect();
+    holding.send(&post("/api/ask", &json!({"question": "hold"})));
+    upstream.wait_for_calls(1);
+    let mut probe = proxy.connect();
+    let mut gone = Vec::new();
+    for path in ["/api/ask", "/api/streaming", "/api/ask", "/api/streaming"] {
+        let mut connection = proxy.connect();
+        connection.send(&post(path, &json!({"question": "gone"})));
+        gone.push(connection);
+    }
+    eventually("queued", || probe.exchange(&get("/readyz")).json()["queue_length"] == 4);
+    for (i, connection) in gone.into_iter().enumerate() {
+        match i {
+            0 | 1 => drop(connection),
+            _ => connection.reset(),
+        }
+    }
+    let mut last = proxy.connect();
+    last.send(&post("/api/ask", &json!({"question": "stays"})));
+    gate.open();
+    assert_eq!(holding.read_response().status, 200);
+    assert_eq!(last.read_response().status, 200);
+    let asked: Vec<String> = upstream.requests().iter().map(|request| request.question()).collect();
+    assert_eq!(asked, ["hold", "stays"], "an answer that nobody reads is not paid for");
+}
+
+#[test]
+fn streams_that_were_left_in_the_queue_do_not_burn_the_processor() {
+    let upstream = FakeUpstream::always(vec![Step::Silence]);
+    let proxy = Proxy::facing(&upstream).set("WORKERS", "1").set("QUEUE_SIZE", "10").set("STREAM_HEARTBEAT_SECS", "1").start();
+    let mut holding = proxy.connect();
+    holding.send(&streaming("hold"));
+    upstream.wait_for_calls(1);
+    let left: Vec<Connection> = (0..4)
+        .map(|_| {
+            let mut connection = proxy.connect();
+            connection.send(&streaming("gone"));
+            connection
+        })
+        .collect();
+    let mut probe = proxy.connect();
+    // A server that notices at once has fewer in its queue.
+    eventually("queued", || probe.exchange(&get("/readyz")).json()["queue_length"] == 4);
+    left.into_iter().for_each(Connection::reset);
+    // Time itself is the matter: two heartbeats later nobody may be turning round and round.
+    std::thread::sleep(Duration::from_millis(3500));
+    let before = proxy.processor_seconds();
+    std::thread::sleep(Duration::from_millis(1500));
+    let used = proxy.processor_seconds() - before;
+    assert!(used < 0.3, "{used} s of processor time in 1.5 s of doing nothing");
+}
+
+#[test]
+fn streams_that_fail_leave_no_descriptor_behind() {
+    let gate = Gate::new();
+    let steps = [vec![Step::Wait(gate.clone())], refusal(500, "no"), vec![Step::Close]].concat();
+    let upstream = FakeUpstream::always(steps);
+    let proxy = Proxy::facing(&upstream).set("WORKERS", "50").start();
+    assert_eq!(proxy.get("/livez").status, 200);
+    let mut callers: Vec<Connection> = (0..50).map(|_| proxy.connect()).collect();
+    for connection in &mut callers {
+        connection.send(&streaming("Fails?"));
+    }
+    upstream.wait_for_calls(50);
+    gate.open();
+    for connection in &mut callers {
+        connection.read_response().expect_error(502, "upstream_error");
+    }
+    drop(callers);
+    // Connections to the upstream rest for ten seconds; those of clients have no reason to.
+    within(Duration::from_secs(30), "the descriptors are given back", || proxy.descriptors() < 25);
+}
+
+// Chance
+
+/// How many answers these bytes can have at most, read by the letter of RFC 9112: a broken request is the last.
+fn most_answers(mut bytes: &[u8]) -> usize {
+    let mut count = 0;
+    while !bytes.is_empty() {
+        count += 1;
+        let Some(end) = bytes.windows(4).position(|four| four == b"\r\n\r\n") else { return count };
+        let head = &bytes[..end + 2];
+        bytes = &bytes[end + 4..];
+        let text = String::from_utf8_lossy(head);
+        let lines: Vec<&str> = text.split_terminator("\r\n").collect();
+        let odd = |line: &&str| line.is_empty() || line.contains(|c: char| (c.is_control() && c != '\t') || c == char::REPLACEMENT_CHARACTER);
+        let folded = |line: &&str| line.starts_with([' ', '\t']) || line.split(':').next().is_some_and(|name| name.contains([' ', '\t']));
+        let ends = |line: &str| line.ends_with(" HTTP/1.1") && line.split(' ').count() == 3;
+        if lines.iter().any(|line| odd(line)) || lines[1..].iter().any(|line| folded(line) || !line.contains(':')) || !ends(lines[0]) {
+            return count;
+        }
+        let values = |name: &str| -> Vec<&str> {
+            let fields = lines[1..].iter().filter_map(|line| line.split_once(':'));
+            fields.filter(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, value)| value.trim()).collect()
+        };
+        let closing = values("connection").iter().any(|value| {
+            let value = value.to_ascii_lowercase();
+            value.contains("close") || value.contains("upgrade")
+        });
+        if values("host").len() != 1 || !values("transfer-encoding").is_empty() || closing {
+            return count;
+        }
+        let length = match values("content-length")[..] {
+            [] => 0,
+            [length] if !length.is_empty() && length.bytes().all(|b| b.is_ascii_digit()) => length.parse().unwrap_or(usize::MAX),
+            _ => return count,
+        };
+        if length > bytes.len() {
+            return count;
+        }
+        bytes = &bytes[length..];
+    }
+    count
+}
+
+#[test]
+fn random_bytes_never_break_it_and_a_broken_request_is_the_last() {
+    let small = json!({"question": ""}).to_string();
+    let large = question_of(3000);
+    let post = |path: &str, headers: &str, body: &str| {
+        [&head(&format!("POST {path} HTTP/1.1"), &format!("{headers}Content-Length: {}\r\n", body.len()))[..], body.as_bytes()].concat()
+    };
+    let chunked = "Transfer-Encoding: chunked\r\n";
+    let good: Vec<Vec<u8>> = vec![
+        livez(),
+        [livez(), livez(), livez()].concat(),
+        head("GET /api/history?limit=2&q=a+b%20c HTTP/1.1", "Accept: */*\r\nUser-Agent: fuzz\r\n"),
+        head("GET /readyz HTTP/1.1", "Connection: close\r\n"),
+        head("GET http://a/livez HTTP/1.1", "Connection: keep-alive, Upgrade\r\nUpgrade: h2c\r\n"),
+        b"GET /livez HTTP/1.0\r\n\r\n".to_vec(),
+        post("/api/ask", "Content-Type: application/json\r\n", &small),
+        [post("/api/ask", "", &small), livez()].concat(),
+        [livez(), post("/api/streaming", "", &large), livez()].concat(),
+        post("/api/ask", "Expect: 100-continue\r\n", &small),
+        post("/v1/chat/completions", "Idempotency-Key: x\r\n", "{\"messages\":[]}"),
+        [&head("POST /api/ask HTTP/1.1", chunked)[..], b"f\r\n{\"question\": 1}\r\n0\r\n\r\n", &livez()].concat(),
+        [&head("POST /api/ask HTTP/1.1", chunked)[..], b"5;x=y\r\n{\"que\r\n5\r\nstion\r\n0\r\n\r\n"].concat(),
+    ];
+    let long = vec![b'a'; 20_000];
+    let poison: &[&[u8]] = &[
+        b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"\r\n\r\n", b"\x80", b"\xff\xfe", b"%", b"0\r\n\r\n", b"-1", b"ffffffffffffffff",
+        b"Content-Length: 5\r\n", b"Content-Length: 0\r\n", b"Transfer-Encoding: chunked\r\n", b"Host: b\r\n", b"Expect: 100-continue\r\n",
+        b"Connection: close\r\n", b"Connection: upgrade\r\n", b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n", b"HTTP/1.1", &long,
+    ];
+    let proxy = Proxy::start();
+    let seen = Mutex::new(HashSet::new());
+    std::thread::scope(|scope| {
+        for seed in 1..=4 {
+            let (proxy, good, seen) = (&proxy, &good, &seen);
+            scope.spawn(move || {
+                let mut chance = Chance::new(seed);
+                for _ in 0..700 {
+                    let mut bytes = match chance.below(12) {
+                        0 => {
+                            let size = chance.below(3000);
+                            chance.bytes(size)
+                        }
+                        _ => chance.pick(good).clone(),
+                    };
+                    for _ in 0..chance.below(4) {
+                        chance.damage(&mut bytes, poison);
+                    }
+                    let answered = shout(proxy.address, &chance.pieces(&bytes));
+                    let shown = String::from_utf8_lossy(&bytes);
+                    assert!(answered.len() <= most_answers(&bytes), "{} answers to {shown:?}: {answered:?}", answered.len());
+                    for (i, response) in answered.iter().enumerate() {
+                        let closing = response.header("Connection") == Some("close");
+                        assert!(!closing || i + 1 == answered.len(), "an answer after the last to {shown:?}: {answered:?}");
+                        assert!(response.header("X-Request-Id").is_some(), "not ours: {response:?} to {shown:?}");
+                        seen.lock().unwrap().insert(response.status);
+                        if response.status == 200 {
+                            continue;
+                        }
+                        let code = response.json()["error"]["code"].as_str().expect("a code").to_owned();
+                        response.expect_error(response.status, &code);
+                        assert!(matches!(response.status, 400..=431 | 505), "{response:?} to {shown:?}");
+                        let fatal = ["bad_request", "headers_too_large", "uri_too_long", "body_too_large", "http_version_not_supported"];
+                        assert!(closing || !fatal.contains(&&*code), "kept open after {response:?} to {shown:?}");
+                    }
+                }
+            });
+        }
+    });
+    let seen = seen.into_inner().unwrap();
+    assert!(seen.len() >= 8, "the attack reaches little: {seen:?}");
+    assert_eq!(proxy.get("/livez").status, 200);
+    assert!(!proxy.log().iter().any(|line| line.contains("bug:") || line.contains("ERROR")), "{:#?}", proxy.log());
+    let mut connection = proxy.connect();
+    eventually("nothing of it is left", || proxy_connections(&mut connection) == 1);
+}
+
+/// Requests that nobody waits for, from clients that come and go in the midst of everything.
+#[test]
+fn clients_that_come_and_go_at_random_leave_nothing_behind() {
+    let upstream = FakeUpstream::answering(|request| match request.is_streaming() {
+        true => streamed(&["One ", "two ", "three"]),
+        false => answer("Yes"),
+    });
+    let proxy = Proxy::facing(&upstream).set("WORKERS", "8").set("QUEUE_SIZE", "100").start();
+    std::thread::scope(|scope| {
+        for seed in 11..=16 {
+            let proxy = &proxy;
+            scope.spawn(move || {
+                let mut chance = Chance::new(seed);
+                for _ in 0..120 {
+                    let mut connection = proxy.connect();
+                    let path = *chance.pick(&["/api/ask", "/api/streaming"]);
+                    let request = post(path, &json!({"question": "Still there?"}));
+                    connection.send(&request);
+                    match chance.below(4) {
+                        0 => connection.reset(),
+                        1 => drop(connection),
+                        2 => {
+                            connection.read_head();
+                            connection.reset();
+                        }
+                        _ => assert_eq!(connection.read_response().status, 200),
+                    }
+                }
+            });
+        }
+    });
+    let mut connection = proxy.connect();
+    eventually("everything has come to its end", || {
+        let ready = connection.exchange(&get("/readyz")).json();
+        ready["workers_busy"] == 0 && ready["queue_length"] == 0 && ready["connections"] == 1
+    });
+    let ended = |line: &&String| line.contains("request id=") && line.contains("path=/api/");
+    eventually("each has its line", || proxy.log().iter().filter(ended).count() == 6 * 120);
+    assert!(!proxy.log().iter().any(|line| line.contains("status=500")), "{:#?}", proxy.log());
+}
+
+/// A client that never reads what it asked for, many times over, on a small house.
+#[test]
+fn readers_that_take_nothing_do_not_hold_the_workers() {
+    let upstream = FakeUpstream::always(answer(&"x".repeat(8 << 20)));
+    let proxy = Proxy::facing(&upstream).set("WORKERS", "2").set("QUEUE_SIZE", "20").start();
+    let mut lazy: Vec<TcpStream> = Vec::new();
+    for _ in 0..6 {
+        let stream = plug_in(proxy.address);
+        sockopt::set_socket_recv_buffer_size(&stream, 4096).expect("a small buffer");
+        let body = json!({"question": "Much?"}).to_string();
+        throw(&stream, &[&head("POST /api/ask HTTP/1.1", &format!("Content-Length: {}\r\n", body.len())), body.as_bytes()]);
+        lazy.push(stream);
+    }
+    upstream.wait_for_calls(6);
+    let response = proxy.connect().patient_for(PATIENCE).exchange(&post("/api/ask", &json!({"question": "And me?"})));
+    assert_eq!(response.status, 200);
+    let mut buffer = [0; 100];
+    for mut stream in lazy {
+        match stream.read(&mut buffer) {
+            Ok(count) => assert!(buffer[..count].starts_with(b"HTTP/1.1 200"), "they are answered, too"),
+            Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset),
+        }
+    }
+}
