@@ -4,8 +4,6 @@
 //! tiny_http parses and delimits; everything it has no limit for is looked at before it reads
 //! (`Connection::next_head`), with the pure rules of `head`.
 
-mod socket;
-
 use std::borrow::Cow;
 use std::collections::HashSet;
 use std::io::{self, Read, Write};
@@ -24,6 +22,7 @@ use tiny_http::{Request, Server, SslContextWrap};
 use crate::config::{self, Config};
 use crate::error::{ApiError, Code, Header, StartError};
 use crate::head::{Framing, Head, MAX_HEAD};
+use crate::kernel;
 
 /// Bodies up to this size are read by the library together with the head, without asking us.
 const EAGER_BODY: usize = 1024;
@@ -136,7 +135,7 @@ impl Listener {
             Err(e) => return Err(e),
         };
         let mut live = self.live.lock();
-        let Some((stream, cookie)) = socket::adopt_accepted(lowest, self.local, |cookie| live.contains(&cookie)) else {
+        let Some((stream, cookie)) = kernel::adopt_accepted(lowest, self.local, |cookie| live.contains(&cookie)) else {
             log::error!("bug: an accepted socket was not found; its connection is dropped");
             return Ok(None);
         };
@@ -412,9 +411,9 @@ impl Connection {
         if bytes == 1 {
             return wait(&self.stream, PollFlags::IN, until);
         }
-        socket::readable_from(&self.stream, bytes)?;
+        kernel::readable_from(&self.stream, bytes)?;
         let there = wait(&self.stream, PollFlags::IN, until);
-        socket::readable_from(&self.stream, 1)?;
+        kernel::readable_from(&self.stream, 1)?;
         there
     }
 
@@ -475,7 +474,7 @@ impl Connection {
         let result = std::thread::scope(|scope| {
             scope.spawn(|| {
                 while let Err(crossbeam_channel::RecvTimeoutError::Timeout) = watching.recv_timeout(Duration::from_millis(20)) {
-                    if socket::received(stream).is_ok_and(|received| received > wire_limit) {
+                    if kernel::received(stream).is_ok_and(|received| received > wire_limit) {
                         exceeded.store(true, Ordering::Relaxed);
                         let _ = stream.shutdown(Shutdown::Read);
                         return;
@@ -496,11 +495,12 @@ impl Connection {
         let size = head.len() + length as usize;
         // In this order, what arrives in between looks like read ahead, which errs on the safe side.
         let unread = rustix::io::ioctl_fionread(&self.stream);
-        let (Ok(unread), Ok(received)) = (unread, socket::received(&self.stream)) else { return false };
+        let (Ok(unread), Ok(received)) = (unread, kernel::received(&self.stream)) else { return false };
         self.taken += size as u64;
         self.ahead = received.saturating_sub(unread).saturating_sub(self.taken) as usize;
         if self.ahead == 0 {
-            self.window.clear();
+            // Streams are many and long, and this is not needed before the next request.
+            self.window = Vec::new();
             return true;
         }
         if self.window.len() < size + self.ahead {

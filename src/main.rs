@@ -8,6 +8,7 @@ mod exchange;
 mod handoff;
 mod head;
 mod http;
+mod kernel;
 mod metrics;
 mod mock;
 mod openai;

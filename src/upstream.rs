@@ -19,6 +19,7 @@ use ureq::{Agent, Body, BodyReader};
 
 use crate::config::{self, Config, Mode};
 use crate::error::{ApiError, Code, Header, StartError};
+use crate::kernel;
 use crate::metrics::Metrics;
 use crate::mock;
 use crate::openai::{self, Chat, Completion};
@@ -269,6 +270,7 @@ impl Line {
         self.watch.begin(client, deadline);
         match self.source(chat) {
             Ok((source, headers)) => {
+                kernel::forget_unused_stack();
                 self.watch.only_silence(self.upstream.idle);
                 Ok(Events { line: self, source, began: false, headers })
             }
@@ -294,7 +296,7 @@ impl Line {
                 }
                 let headers = passed_on(response.headers()).collect();
                 let splitter = Splitter::new(config::MAX_ANSWER, MAX_NOISE);
-                (Source::Upstream { reader: response.into_body().into_reader(), splitter, buffer: vec![0; 4096] }, headers)
+                (Source::Upstream { reader: response.into_body().into_reader(), splitter }, headers)
             }
             _ => {
                 self.think(self.upstream.mock_delay)?;
@@ -428,8 +430,8 @@ fn agent(watch: &Watch) -> Agent {
         .user_agent(concat!("ai-proxy/", env!("CARGO_PKG_VERSION")))
         .accept_encoding("identity")
         .tls_config(TlsConfig::default())
-        .input_buffer_size(8 * 1024)
-        // It is filled with zeros for each request.
+        // Of a TLS connection; below it and without it the buffers are our own.
+        .input_buffer_size(16 * 1024)
         .output_buffer_size(4 * 1024)
         .max_response_header_size(64 * 1024)
         .max_idle_connections(1)
@@ -458,7 +460,7 @@ pub struct Events<'a> {
 }
 
 enum Source {
-    Upstream { reader: BodyReader<'static>, splitter: Splitter, buffer: Vec<u8> },
+    Upstream { reader: BodyReader<'static>, splitter: Splitter },
     Mock { chunks: VecDeque<String>, first: bool },
     Over,
 }
@@ -481,9 +483,10 @@ impl Events<'_> {
                 let lines = format!("data: {data}\n").into_bytes();
                 events.push(Event { lines, data: data.into_bytes() });
             }
-            Source::Upstream { reader, splitter, buffer } => {
+            Source::Upstream { reader, splitter } => {
+                let mut buffer = [0; 2048];
                 while events.len() == before {
-                    let read = match reader.read(buffer) {
+                    let read = match reader.read(&mut buffer) {
                         Ok(read) => read,
                         Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                         Err(e) => {
@@ -527,10 +530,11 @@ impl Events<'_> {
     /// After the last event: reads what is left, if it comes at once, so that the connection can be used
     /// again.
     pub fn settle(&mut self) {
-        if let Source::Upstream { reader, buffer, .. } = &mut self.source {
+        if let Source::Upstream { reader, .. } = &mut self.source {
+            let mut buffer = [0; 256];
             self.line.watch.only_silence(Duration::from_millis(20));
             let mut left = 16;
-            while left > 0 && reader.read(buffer).is_ok_and(|read| read > 0) {
+            while left > 0 && reader.read(&mut buffer).is_ok_and(|read| read > 0) {
                 left -= 1;
             }
         }

@@ -14,7 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, sockopt};
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
-use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, LazyBuffers, NextTimeout, Transport};
+use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
 
 use crate::config;
 
@@ -173,7 +173,7 @@ impl Connector<()> for WireConnector {
         for address in self.resolve(host, port)? {
             match self.open(address) {
                 Ok(stream) => {
-                    let buffers = LazyBuffers::new(details.config.input_buffer_size(), details.config.output_buffer_size());
+                    let buffers = SmallBuffers::default();
                     return Ok(Some(Wire { stream, buffers, pending: Vec::new(), just_read: false, watch: self.0.clone() }));
                 }
                 Err(e) if self.0.ended().is_some() => return Err(e),
@@ -232,10 +232,69 @@ impl fmt::Debug for WireConnector {
     }
 }
 
+/// Buffers that a stream of minutes can keep: ureq's own take 10 KiB more, to copy a chunked request body
+/// through, which no request here has.
+#[derive(Default)]
+struct SmallBuffers {
+    output: Vec<u8>,
+    input: Vec<u8>,
+    filled: usize,
+    consumed: usize,
+    progress: bool,
+}
+
+impl SmallBuffers {
+    const OUTPUT: usize = 4 * 1024;
+    const INPUT: usize = 2 * 1024;
+}
+
+impl Buffers for SmallBuffers {
+    fn output(&mut self) -> &mut [u8] {
+        self.output.resize(Self::OUTPUT, 0);
+        &mut self.output
+    }
+
+    fn input(&self) -> &[u8] {
+        &self.input[self.consumed..self.filled]
+    }
+
+    fn input_append_buf(&mut self) -> &mut [u8] {
+        if self.consumed > 0 {
+            self.input.copy_within(self.consumed..self.filled, 0);
+            self.filled -= self.consumed;
+            self.consumed = 0;
+        }
+        if self.filled == self.input.len() {
+            // A head that does not fit: ureq gives up before it is too large.
+            self.input.resize((2 * self.input.len()).max(Self::INPUT), 0);
+        }
+        &mut self.input[self.filled..]
+    }
+
+    fn input_appended(&mut self, amount: usize) {
+        self.filled += amount;
+    }
+
+    fn input_consume(&mut self, amount: usize) {
+        self.progress = amount > 0;
+        self.consumed += amount;
+    }
+
+    fn tmp_and_output(&mut self) -> (&mut [u8], &mut [u8]) {
+        self.input_append_buf();
+        self.output.resize(Self::OUTPUT, 0);
+        (&mut self.input[self.filled..], &mut self.output)
+    }
+
+    fn can_use_input(&self) -> bool {
+        self.progress && self.filled > self.consumed
+    }
+}
+
 /// One connection to the upstream. Its socket does not block: every wait is the watch's.
 pub struct Wire {
     stream: TcpStream,
-    buffers: LazyBuffers,
+    buffers: SmallBuffers,
     /// Written but not sent: ureq writes head and body one after the other, and one packet costs the
     /// upstream and us half of two.
     pending: Vec<u8>,
@@ -257,8 +316,8 @@ impl Wire {
                 Err(e) => return Err(e.into()),
             }
         }
-        self.pending.clear();
-        self.pending.shrink_to(1024);
+        self.pending = Vec::new();
+        self.buffers.output = Vec::new();
         Ok(())
     }
 }
