@@ -63,11 +63,10 @@ fn print(text: &str) -> Result<(), StartError> {
 
 /// One line each to stdout: RFC 3339 timestamp, level, message. A panic is such a line, too.
 fn start_log(level: log::LevelFilter) {
-    use simplelog::{ConfigBuilder, LevelPadding, WriteLogger, format_description};
+    use simplelog::{ConfigBuilder, LevelPadding, WriteLogger};
     let off = log::LevelFilter::Off;
     let config = ConfigBuilder::new()
-        .set_time_format_custom(format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z"))
-        .set_time_level(log::LevelFilter::Error)
+        .set_time_level(off)
         .set_level_padding(LevelPadding::Off)
         .set_thread_level(off)
         .set_target_level(off)
@@ -79,12 +78,16 @@ fn start_log(level: log::LevelFilter) {
     std::panic::set_hook(Box::new(|panic| log::error!("bug: {panic}")));
 }
 
-/// Writes whole lines to stdout: the logger writes them in a dozen pieces.
+/// Writes whole lines to stdout, each after the time: the logger writes them in a dozen pieces.
 #[derive(Default)]
 struct Lines(Vec<u8>);
 
 impl Write for Lines {
     fn write(&mut self, piece: &[u8]) -> std::io::Result<usize> {
+        if self.0.is_empty() {
+            self.0.extend_from_slice(clock::now().as_bytes());
+            self.0.push(b' ');
+        }
         self.0.extend_from_slice(piece);
         if piece.ends_with(b"\n") {
             let mut stdout = std::io::stdout().lock();

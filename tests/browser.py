@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """The console and the API docs in a real browser: headless Chromium, driven by playwright (PyPI).
 
-    python3 tests/browser.py [--screenshots FOLDER]
+    python3 tests/browser.py
+    python3 tests/browser.py --pictures docs     (makes the README's pictures, in two minutes)
 
 Asks, sees a stream grow before it ends, stops one, finds the pairs in the history, searches, draws the last minutes, tries
 the docs; and all the while the browser asks no other host, blocks nothing and reports no error but the refusals that are
@@ -12,17 +13,22 @@ import http.server
 import json
 import os
 import pathlib
+import random
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
+import time
+import urllib.error
+import urllib.request
 
 from openapi import KEY, Server, enter_venv
 
 NEEDS = ["playwright==1.65.2"]
 FLAGS = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+MODEL = "gpt-4o-mini-2024-07-18"
 QUESTION = "What is the capital of France, and what is worth seeing there?"
 FIRST = "The capital of France is Paris. "
 REST = [
@@ -50,16 +56,19 @@ class Llm(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     go_on = threading.Event()
+    rest = "".join(REST)
+    pause = 0.0
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        words = len((FIRST + "".join(REST)).split())
+        words = len((FIRST + self.rest).split())
         usage = {"prompt_tokens": 14, "completion_tokens": words, "total_tokens": 14 + words}
         if "fail" in asked["messages"][-1]["content"]:
             return self.reply(400, {"error": {"message": "<b>this is against the rules</b>"}})
+        time.sleep(self.pause * random.randint(1, 4))
         if not asked.get("stream"):
-            message = {"role": "assistant", "content": FIRST + "".join(REST)}
-            return self.reply(200, {"model": "test-1", "choices": [{"message": message, "finish_reason": "stop"}], "usage": usage})
+            message = {"role": "assistant", "content": FIRST + self.rest}
+            return self.reply(200, {"model": MODEL, "choices": [{"message": message, "finish_reason": "stop"}], "usage": usage})
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
@@ -67,8 +76,9 @@ class Llm(http.server.BaseHTTPRequestHandler):
         try:
             self.event({"choices": [{"index": 0, "delta": {"content": FIRST}}]})
             self.go_on.wait(timeout=30)
-            for word in re.findall(r"\S+\s*", "".join(REST)):
+            for word in re.findall(r"\S+\s*", self.rest):
                 self.event({"choices": [{"index": 0, "delta": {"content": word}}]})
+                time.sleep(self.pause / 10)
             self.event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
             self.event({"choices": [], "usage": usage})
             self.wfile.write(b"data: [DONE]\n\n")
@@ -85,7 +95,7 @@ class Llm(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def event(self, value):
-        self.wfile.write(f"data: {json.dumps({'model': 'test-1', **value})}\n\n".encode())
+        self.wfile.write(f"data: {json.dumps({'model': MODEL, **value})}\n\n".encode())
         self.wfile.flush()
 
     def log_message(self, *_):
@@ -121,7 +131,7 @@ class Watched:
         assert not self.wrong, "\n".join(self.wrong)
 
 
-def console(browser, url, expect, screenshot):
+def console(browser, url, expect):
     watched = Watched(browser, url, viewport={"width": 1200, "height": 800}, color_scheme="light")
     page = watched.page
     page.goto(url + "/")
@@ -210,16 +220,10 @@ def console(browser, url, expect, screenshot):
     page.reload()
     expect(page.locator("#pairs li")).to_have_count(15)
     assert page.title() == "AI Proxy console", "no answer ran"
-    if screenshot:
-        page.fill("#question", QUESTION)
-        page.click("#stream")
-        expect(page.locator("#outcome")).to_contain_text("in the history")
-        page.locator("#question").blur()
-        page.screenshot(path=screenshot / "console.png", full_page=True)
     watched.close()
 
 
-def phone(browser, url, expect, _):
+def phone(browser, url, expect):
     watched = Watched(browser, url, viewport={"width": 360, "height": 740}, color_scheme="dark", has_touch=True, is_mobile=True)
     page = watched.page
     page.goto(url + "/")
@@ -238,13 +242,11 @@ def phone(browser, url, expect, _):
     watched.close()
 
 
-def docs(browser, url, expect, screenshot):
+def docs(browser, url, expect):
     watched = Watched(browser, url, viewport={"width": 1200, "height": 900}, color_scheme="light")
     page = watched.page
     page.goto(url + "/docs")
     expect(page.locator(".opblock")).to_have_count(12)
-    if screenshot:
-        page.screenshot(path=screenshot / "docs.png", full_page=True)
 
     def execute(operation):
         block = page.locator(f".opblock[id$='-{operation}']")
@@ -268,6 +270,49 @@ def docs(browser, url, expect, screenshot):
     watched.close()
 
 
+def pictures(browser, url, expect, folder):
+    """The pictures of the README: the console in the middle of a stream after two minutes of traffic, and the docs."""
+    Llm.rest = "".join(REST[:-1])
+    Llm.pause = 0.25
+    Llm.go_on.clear()
+    questions = ["Name three rivers of Europe.", "What does HTTP 429 mean?", "How many legs has a spider?", "please fail"]
+    questions += ["Translate “good morning” into French.", "Who wrote Moby-Dick?", "What is 17 times 23?"]
+
+    def ask(question):
+        body = json.dumps({"question": question}).encode()
+        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+        try:
+            urllib.request.urlopen(urllib.request.Request(f"{url}/api/ask", body, headers)).read()
+        except urllib.error.HTTPError:
+            pass  # A question that fails, for the chart of errors.
+
+    watched = Watched(browser, url, viewport={"width": 1100, "height": 940}, color_scheme="light")
+    page = watched.page
+    page.goto(url + "/")
+    page.fill("#key", KEY)
+    page.locator("#key").blur()
+    began = time.monotonic()
+    while (passed := time.monotonic() - began) < 120:
+        for question in random.sample(questions, 1 + int(passed / 20) % 4):
+            threading.Thread(target=ask, args=[question]).start()
+        page.wait_for_timeout(700)
+    page.locator("#search").dispatch_event("input")
+    page.fill("#question", QUESTION)
+    page.click("#stream")
+    expect(page.locator("#answer")).to_have_text(FIRST.strip())
+    Llm.go_on.set()
+    expect(page.locator("#answer")).to_contain_text("Louvre")
+    page.screenshot(path=folder / "console.png", full_page=True)
+    expect(page.locator("#stop")).to_be_hidden()
+    watched.close()
+
+    watched = Watched(browser, url, viewport={"width": 1100, "height": 940}, color_scheme="light")
+    watched.page.goto(url + "/docs")
+    expect(watched.page.locator(".opblock")).to_have_count(12)
+    watched.page.screenshot(path=folder / "docs.png")
+    watched.close()
+
+
 def main():
     binary = chromium()
     if binary is None:
@@ -276,10 +321,7 @@ def main():
     enter_venv("venv-browser", NEEDS)
     from playwright.sync_api import expect, sync_playwright
 
-    screenshots = None
-    if "--screenshots" in sys.argv:
-        screenshots = pathlib.Path(sys.argv[sys.argv.index("--screenshots") + 1])
-        screenshots.mkdir(exist_ok=True)
+    folder_for_pictures = pathlib.Path(sys.argv[2]).absolute() if sys.argv[1:2] == ["--pictures"] else None
     llm = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Llm)
     threading.Thread(target=llm.serve_forever, daemon=True).start()
     upstream = {"OPENAI_API_KEY": "test", "OPENAI_BASE_URL": f"http://127.0.0.1:{llm.server_port}/v1", "UPSTREAM_RETRIES": "0"}
@@ -288,9 +330,12 @@ def main():
         try:
             with sync_playwright() as playwright:
                 browser = playwright.chromium.launch(executable_path=binary, headless=True, args=FLAGS.split())
-                for part in [console, phone, docs]:
-                    part(browser, server.url, expect, screenshots)
-                    print(f"{part.__name__}: ok", flush=True)
+                if folder_for_pictures:
+                    pictures(browser, server.url, expect, folder_for_pictures)
+                else:
+                    for part in [console, phone, docs]:
+                        part(browser, server.url, expect)
+                        print(f"{part.__name__}: ok", flush=True)
                 browser.close()
         finally:
             wrong = server.stop()
