@@ -75,7 +75,7 @@ fn start_log(level: log::LevelFilter) {
         .add_filter_allow_str("ai_proxy")
         .build();
     let _ = WriteLogger::init(level, config, Lines::default());
-    std::panic::set_hook(Box::new(|panic| log::error!("bug: {panic}")));
+    std::panic::set_hook(Box::new(|panic| log::error!("bug: {}", panic.to_string().replace('\n', " "))));
 }
 
 /// Writes whole lines to stdout, each after the time: the logger writes them in a dozen pieces.

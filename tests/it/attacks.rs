@@ -10,7 +10,7 @@ use rustix::net::{SendFlags, sockopt};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use std::collections::HashSet;
-use std::io::{ErrorKind, Read, Write};
+use std::io::Write;
 use std::net::{Shutdown, TcpStream};
 use std::sync::Mutex;
 use std::sync::mpsc::channel;
@@ -1223,27 +1223,70 @@ fn clients_that_come_and_go_at_random_leave_nothing_behind() {
     assert!(!proxy.log().iter().any(|line| line.contains("status=500")), "{:#?}", proxy.log());
 }
 
-/// A client that never reads what it asked for, many times over, on a small house.
+/// Whoever answers must not wait for what the same client says next, or does not say.
+#[test]
+fn requests_that_never_become_whole_do_not_hold_the_workers() {
+    let upstream = FakeUpstream::answering(|request| if request.is_streaming() { streamed(&["Yes"]) } else { answer("Yes") });
+    for path in ["/api/ask", "/api/streaming"] {
+        let body = json!({"question": "First?"}).to_string();
+        let first = [&head(&format!("POST {path} HTTP/1.1"), &format!("Content-Length: {}\r\n", body.len()))[..], body.as_bytes()].concat();
+        for begun in [
+            &b"P"[..],
+            b"POST /api/ask HTTP/1.1\r\nHost: a\r\nX: ",
+            b"POST /api/ask HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{",
+            b"POST /api/ask HTTP/1.1\r\nHost: a\r\nContent-Length: 5000\r\n\r\n{",
+            b"POST /api/ask HTTP/1.1\r\nHost: a\r\nContent-Length: 5000\r\nExpect: 100-continue\r\n\r\n",
+            b"POST /api/ask HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{",
+        ] {
+            let proxy = Proxy::facing(&upstream).set("WORKERS", "2").start();
+            let crowd: Vec<TcpStream> = (0..6)
+                .map(|_| {
+                    let stream = plug_in(proxy.address);
+                    throw(&stream, &[&[&first[..], begun].concat()]);
+                    stream
+                })
+                .collect();
+            eventually("the crowd has its answers", || proxy.count_rows() == 6);
+            let started = Instant::now();
+            for _ in 0..3 {
+                proxy.answer("And me?");
+            }
+            let shown = String::from_utf8_lossy(begun);
+            assert!(started.elapsed() < Duration::from_secs(3), "{path}, then {shown:?}: served after {:?}", started.elapsed());
+            drop(crowd);
+        }
+    }
+}
+
+/// Clients that never read what they asked for: a large answer, and a large question that comes back with its answer.
 #[test]
 fn readers_that_take_nothing_do_not_hold_the_workers() {
-    let upstream = FakeUpstream::always(answer(&"x".repeat(8 << 20)));
+    let upstream = FakeUpstream::answering(|request| match request.question().as_str() {
+        "Much?" => answer(&"x".repeat(8 << 20)),
+        _ => answer("Yes"),
+    });
     let proxy = Proxy::facing(&upstream).set("WORKERS", "2").set("QUEUE_SIZE", "20").start();
-    let mut lazy: Vec<TcpStream> = Vec::new();
-    for _ in 0..6 {
-        let stream = plug_in(proxy.address);
-        sockopt::set_socket_recv_buffer_size(&stream, 4096).expect("a small buffer");
-        let body = json!({"question": "Much?"}).to_string();
-        throw(&stream, &[&head("POST /api/ask HTTP/1.1", &format!("Content-Length: {}\r\n", body.len())), body.as_bytes()]);
-        lazy.push(stream);
-    }
-    upstream.wait_for_calls(6);
-    let response = proxy.connect().patient_for(PATIENCE).exchange(&post("/api/ask", &json!({"question": "And me?"})));
-    assert_eq!(response.status, 200);
-    let mut buffer = [0; 100];
-    for mut stream in lazy {
-        match stream.read(&mut buffer) {
-            Ok(count) => assert!(buffer[..count].starts_with(b"HTTP/1.1 200"), "they are answered, too"),
-            Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset),
+    let questions = [json!({"question": "Much?"}).to_string(), json!({"question": "🦀".repeat(100_000)}).to_string()];
+    for body in questions {
+        let calls = upstream.calls();
+        let mut lazy: Vec<TcpStream> = Vec::new();
+        for _ in 0..6 {
+            let stream = plug_in(proxy.address);
+            sockopt::set_socket_recv_buffer_size(&stream, 4096).expect("a small buffer");
+            throw(&stream, &[&head("POST /api/ask HTTP/1.1", &format!("Content-Length: {}\r\n", body.len())), body.as_bytes()]);
+            lazy.push(stream);
+        }
+        upstream.wait_for_calls(calls + 1);
+        let started = Instant::now();
+        let response = proxy.connect().patient_for(PATIENCE * 4).exchange(&post("/api/ask", &json!({"question": "And me?"})));
+        assert_eq!(response.status, 200);
+        assert!(started.elapsed() < Duration::from_secs(10), "an honest client waits for {:?}", started.elapsed());
+        // They get their answers, too, once they want them.
+        for stream in lazy {
+            let last = head("GET /livez HTTP/1.1", "Connection: close\r\n");
+            throw(&stream, &[&last]);
+            let (heard, _) = hear(&stream);
+            assert!(responses(&heard).iter().all(|response| response.status == 200));
         }
     }
 }

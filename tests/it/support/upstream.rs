@@ -230,7 +230,8 @@ fn play(step: Step, mut writing: &TcpStream, reading: &mut BufReader<TcpStream>)
     }
 }
 
-fn receive(reading: &mut BufReader<TcpStream>) -> Option<Received> {
+/// The next request of a connection, or nothing where the caller has gone.
+pub fn receive(reading: &mut BufReader<TcpStream>) -> Option<Received> {
     let mut line = || {
         let mut line = String::new();
         let read = reading.read_line(&mut line).ok()?;
