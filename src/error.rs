@@ -151,6 +151,11 @@ pub fn add_headers(headers: &mut Vec<Header>, ours: Vec<Header>) {
     headers.extend(ours);
 }
 
+/// A request's id that cannot break a line of the log.
+pub fn is_sane_id(id: &str) -> bool {
+    (1..=128).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+}
+
 impl fmt::Display for ApiError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.code.name(), self.message)

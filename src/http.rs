@@ -20,7 +20,7 @@ use rustix::net::{RecvFlags, sockopt};
 use tiny_http::{Request, Server, SslContextWrap};
 
 use crate::config::{self, Config};
-use crate::error::{ApiError, Code, Header, StartError};
+use crate::error::{ApiError, Code, Header, StartError, is_sane_id};
 use crate::head::{Framing, Head, MAX_HEAD};
 use crate::kernel;
 
@@ -236,6 +236,8 @@ pub struct Call<A> {
     pub peer: SocketAddr,
     /// The client's own `X-Request-Id` where it is sane, else one of ours.
     pub id: String,
+    /// The id is the client's own.
+    pub own_id: bool,
     /// `None` where the head broke a rule.
     pub head: Option<Head>,
     /// `None` where nothing is known.
@@ -267,7 +269,7 @@ pub trait Site {
 pub enum Turn<A> {
     /// A request, to be answered before the connection is asked for the next.
     Call(Box<Call<A>>),
-    /// No byte for as long as was to be waited.
+    /// No request, or no whole one where only such is wanted, for as long as was to be waited.
     Quiet,
     /// The connection is at its end.
     Over,
@@ -282,8 +284,9 @@ enum Next {
 }
 
 impl Connection {
-    /// Waits for the next request, at most so long for its first byte.
-    pub fn next_call<S: Site>(&mut self, site: &S, patience: Duration) -> Turn<S::Admitted> {
+    /// Waits for the next request, at most so long for its first byte. `at_once`: only for one that is there
+    /// as a whole then; of another nothing is taken.
+    pub fn next_call<S: Site>(&mut self, site: &S, patience: Duration, at_once: bool) -> Turn<S::Admitted> {
         if self.closing || self.broken.load(Ordering::Relaxed) {
             return Turn::Over;
         }
@@ -293,6 +296,9 @@ impl Connection {
                 Ok(false) => return Turn::Quiet,
                 Err(_) => return Turn::Over,
             }
+        }
+        if at_once && !self.is_whole() {
+            return Turn::Quiet;
         }
         let started = Instant::now();
         let head = match self.next_head(started + config::HEADER_TIMEOUT) {
@@ -330,16 +336,38 @@ impl Connection {
     fn call<S: Site>(&mut self, site: &S, out: Out, keep: bool, started: Instant, seen: Seen<S::Admitted>) -> Turn<S::Admitted> {
         let Seen { head, admitted, body } = seen;
         self.closing = !keep;
+        let own_id = head.as_ref().and_then(request_id);
         let responder = Responder {
             out,
             stream: Arc::clone(&self.stream),
             http10: head.as_ref().is_some_and(|head| head.http10),
             head_only: head.as_ref().is_some_and(|head| head.method() == "HEAD"),
             keep,
-            id: head.as_ref().and_then(request_id).unwrap_or_else(|| site.new_id()),
+            id: own_id.clone().unwrap_or_else(|| site.new_id()),
             broken: Arc::clone(&self.broken),
         };
-        Turn::Call(Box::new(Call { started, peer: self.peer, id: responder.id.clone(), head, admitted, body, responder }))
+        let (id, own_id) = (responder.id.clone(), own_id.is_some());
+        Turn::Call(Box::new(Call { started, peer: self.peer, id, own_id, head, admitted, body, responder }))
+    }
+
+    /// Reading the next request, or refusing it, will wait for nothing more of it.
+    fn is_whole(&mut self) -> bool {
+        if self.look().is_err() {
+            return true;
+        }
+        match Head::parse(&self.window) {
+            Ok(None) => self.window.is_empty(),
+            Ok(Some(head)) => match head.framing {
+                Framing::Length(length) => (self.window.len() - head.len()) as u64 >= length,
+                Framing::Chunked => false,
+            },
+            Err(_) => true,
+        }
+    }
+
+    /// Closing will take a moment, since the client is still sending.
+    pub fn has_unread(&self) -> bool {
+        rustix::io::ioctl_fionread(&self.stream).is_ok_and(|unread| unread > 0)
     }
 
     /// The body is small and all of it has been looked at, so the library reads it with the head.
@@ -517,7 +545,7 @@ impl Drop for Connection {
     fn drop(&mut self) {
         const LINGER: Duration = Duration::from_millis(500);
         const LINGER_BYTES: usize = 4 << 20;
-        if rustix::io::ioctl_fionread(&self.stream).is_ok_and(|unread| unread > 0) {
+        if self.has_unread() {
             let until = Instant::now() + LINGER;
             let (mut sink, mut thrown) = ([0; 4096], 0);
             let _ = self.stream.shutdown(Shutdown::Write);
@@ -551,9 +579,7 @@ fn client_gone() -> ApiError {
 
 /// The client's `X-Request-Id`, unless it could break a log line.
 fn request_id(head: &Head) -> Option<String> {
-    let id = head.field("x-request-id")?;
-    let sane = (1..=128).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
-    sane.then(|| id.to_string())
+    head.field("x-request-id").filter(|id| is_sane_id(id)).map(str::to_string)
 }
 
 /// An answer that is known as a whole.
@@ -594,6 +620,12 @@ impl Responder {
     /// The client's socket, to notice that it has gone.
     pub fn client(&self) -> Arc<TcpStream> {
         Arc::clone(&self.stream)
+    }
+
+    /// The client's socket has room for an answer of so many bytes, as far as one can tell.
+    pub fn has_room(&self, bytes: usize) -> bool {
+        const SMALL: usize = 32 * 1024;
+        bytes <= SMALL && wait(&self.stream, PollFlags::OUT, Instant::now()).is_ok_and(|room| room)
     }
 
     /// Sends the answer. Returns how many bytes of body went out; errs when the client did not take it.

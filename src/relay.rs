@@ -35,8 +35,8 @@ struct State {
     headers: Vec<Header>,
     /// The request's id, as the head says it.
     id: String,
-    /// The head takes in fields of the upstream's.
-    as_it_came: bool,
+    /// The head takes in fields of the upstream's; true: but for its id.
+    upstream_head: Option<bool>,
     last_sent: Instant,
 }
 
@@ -49,13 +49,19 @@ enum Phase {
 
 impl ClientEnd {
     /// The end for a request nobody answered yet; `id` is the request's, for error events, and
-    /// `extra` stands in the head of the answer, beside the upstream's fields where it is
-    /// `as_it_came`.
-    pub fn new(responder: Responder, id: String, extra: Vec<Header>, as_it_came: bool) -> ClientEnd {
+    /// `extra` stands in the head of the answer. `upstream_head`: so do fields of the upstream's head, but
+    /// for its id where the request's is the client's own (true).
+    pub fn new(responder: Responder, id: String, extra: Vec<Header>, upstream_head: Option<bool>) -> ClientEnd {
         let mut headers = headers();
         headers.extend(extra);
         ClientEnd {
-            state: Mutex::new(State { phase: Phase::Unanswered(responder), headers, id, as_it_came, last_sent: Instant::now() }),
+            state: Mutex::new(State {
+                phase: Phase::Unanswered(responder),
+                headers,
+                id,
+                upstream_head,
+                last_sent: Instant::now(),
+            }),
         }
     }
 
@@ -65,11 +71,10 @@ impl ClientEnd {
 
     /// Takes fields of the upstream's head into ours, where it is not out yet; ours stand in for those of
     /// the same name.
-    fn head(&self, upstream: Vec<Header>) {
+    fn head(&self, mut upstream: Vec<Header>) {
         let mut state = self.lock();
-        if !state.as_it_came || !matches!(state.phase, Phase::Unanswered(_)) {
-            return;
-        }
+        let (Phase::Unanswered(_), Some(own_id)) = (&state.phase, state.upstream_head) else { return };
+        upstream.retain(|(name, _)| !own_id || name != "x-request-id");
         if let Some((_, id)) = upstream.iter().find(|(name, _)| name == "x-request-id") {
             state.id.clone_from(id);
         }

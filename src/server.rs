@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 
-use crate::api::{Admitted, Api, Errand};
+use crate::api::{Admitted, Api, Errand, Parting};
 use crate::config::{self, Config, Mode};
 use crate::error::StartError;
 use crate::http::{Call, Connection, Listener, Turn};
@@ -81,7 +81,7 @@ impl Staff {
         loop {
             let call = match next.take() {
                 Some(call) => call,
-                None => match connection.next_call(&self.api, config::KEEP_ALIVE) {
+                None => match connection.next_call(&self.api, config::KEEP_ALIVE, false) {
                     Turn::Call(call) => call,
                     Turn::Quiet | Turn::Over => return,
                 },
@@ -102,20 +102,29 @@ impl Staff {
     fn work(self: &Arc<Staff>, mut connection: Connection, errand: Errand, line: &mut Line) {
         let mut next = Some(errand);
         loop {
-            if let Some(errand) = next {
-                self.api.run(errand, line);
+            if let Some(parting) = next.and_then(|errand| self.api.run(errand, line)) {
+                return self.part(connection, parting);
             }
             if self.workers.is_wanted() {
                 return self.receive(connection, None);
             }
-            match connection.next_call(&self.api, LINGER) {
-                // A worker that waited for another request would keep it from being asked.
-                Turn::Call(call) if Api::may_wait(&call) => return self.receive(connection, Some(call)),
-                Turn::Call(call) => next = self.api.prepare(*call),
-                Turn::Quiet => return self.receive(connection, None),
-                Turn::Over => return,
+            match connection.next_call(&self.api, LINGER, true) {
+                Turn::Call(call) if Api::suits_worker(&call) => next = self.api.prepare(*call),
+                Turn::Call(call) => return self.receive(connection, Some(call)),
+                Turn::Over if !connection.has_unread() => return,
+                Turn::Quiet | Turn::Over => return self.receive(connection, None),
             }
         }
+    }
+
+    /// Leaves an answer that the client may be slow to take to a reader.
+    fn part(self: &Arc<Staff>, connection: Connection, parting: Parting) {
+        let Some(place) = self.readers.reserve() else { return log::warn!("no reader for an answer, which is dropped") };
+        let staff = Arc::clone(self);
+        place.fill(Box::new(move |()| {
+            parting.send();
+            staff.read(connection, None);
+        }));
     }
 }
 

@@ -18,7 +18,7 @@ use ureq::unversioned::transport::{Connector, RustlsConnector};
 use ureq::{Agent, Body, BodyReader};
 
 use crate::config::{self, Config, Mode};
-use crate::error::{ApiError, Code, Header, StartError};
+use crate::error::{ApiError, Code, Header, StartError, is_sane_id};
 use crate::kernel;
 use crate::metrics::Metrics;
 use crate::mock;
@@ -171,11 +171,17 @@ struct Failure {
     unknown_model: bool,
 }
 
-/// The fields of the upstream's head that mean something to its clients.
+/// The fields of the upstream's head that mean something to its clients, where their values are sane.
 fn passed_on(headers: &HeaderMap) -> impl Iterator<Item = Header> {
-    let wanted = |name: &str| matches!(name, "x-request-id" | "openai-processing-ms") || name.starts_with("x-ratelimit-");
-    let fields = headers.iter().filter(move |(name, _)| wanted(name.as_str()));
-    fields.filter_map(|(name, value)| Some((name.as_str().to_string().into(), value.to_str().ok()?.to_string())))
+    headers.iter().filter_map(|(name, value)| {
+        let value = value.to_str().ok()?;
+        let wanted = match name.as_str() {
+            "x-request-id" => is_sane_id(value),
+            "openai-processing-ms" => value.len() <= 64,
+            name => name.starts_with("x-ratelimit-") && value.len() <= 64,
+        };
+        wanted.then(|| (name.as_str().to_string().into(), value.to_string()))
+    })
 }
 
 /// A whole answer.
@@ -396,7 +402,7 @@ impl Line {
             }
             retries += 1;
             self.upstream.metrics.upstream_retries.inc();
-            log::debug!("attempt {retries} failed, next in {wait:?}: {}", failure.error);
+            log::debug!("attempt {retries} failed, next in {wait:?}: {}", failure.error.code.name());
             if let Err(error) = self.think(wait) {
                 return Err(Box::new(Failure { error, retry: false, wait: None, unknown_model: false }));
             }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::once::{First, Turn};
-use super::{Api, Errand, Exit, Kind, Request};
+use super::{Api, Errand, Exit, Kind, Parting, Request};
 use crate::clock;
 use crate::error::ApiError;
 use crate::exchange::{Exchange, Pair, Question};
@@ -63,11 +63,14 @@ pub fn prepare_chat(api: &Api, request: &Request, exit: Exit, path: &'static str
 }
 
 impl Whole {
-    /// Asks, stores, answers.
-    pub fn run(mut self, api: &Api, line: &mut Line) {
+    /// Asks, stores, answers; returns the answer where the client may be slow to take it.
+    pub fn run(mut self, api: &Api, line: &mut Line) -> Option<Parting> {
         let whole = match line.complete(self.exit.responder.client(), &mut self.chat) {
             Ok(whole) => whole,
-            Err(e) => return self.refuse(e),
+            Err(e) => {
+                self.refuse(e);
+                return None;
+            }
         };
         let completion = whole.completion;
         if let Some(usage) = &completion.usage {
@@ -96,9 +99,12 @@ impl Whole {
             Ok(exchange) => {
                 let mut reply = Reply::json(200, if self.as_it_came { whole.body } else { json(&exchange) });
                 reply.headers = if self.as_it_came { whole.headers } else { Vec::new() };
-                self.exit.send(reply, Some(exchange.model));
+                self.exit.send_or_part(reply, Some(exchange.model))
             }
-            Err(e) => drop(self.exit.refuse(e)),
+            Err(e) => {
+                self.exit.refuse(e);
+                None
+            }
         }
     }
 

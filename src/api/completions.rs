@@ -1,7 +1,7 @@
 //! `/v1`: what every program that speaks to OpenAI asks for. Whole answers and streams are those of
 //! `ask` and `streaming`; here is only what differs.
 
-use super::{Api, Errand, Exit, Request, ask, streaming};
+use super::{Api, Errand, Exit, Parting, Request, ask, streaming};
 use crate::error::ApiError;
 use crate::http::Reply;
 use crate::openai::Chat;
@@ -29,11 +29,14 @@ impl Models {
         Models { path: request.path.strip_prefix("/v1/models").unwrap_or_default().to_string(), exit }
     }
 
-    /// Asks and answers.
-    pub fn run(self, line: &mut Line) {
+    /// Asks and answers; returns the answer where the client may be slow to take it.
+    pub fn run(self, line: &mut Line) -> Option<Parting> {
         match line.models(self.exit.responder.client(), &self.path) {
-            Ok(body) => drop(self.exit.send(Reply::json(200, body), None)),
-            Err(e) => self.refuse(e),
+            Ok(body) => self.exit.send_or_part(Reply::json(200, body), None),
+            Err(e) => {
+                self.refuse(e);
+                None
+            }
         }
     }
 

@@ -142,9 +142,11 @@ impl Api {
         self.in_flight.load(Ordering::SeqCst)
     }
 
-    /// Preparing this request may take until another one is answered.
-    pub fn may_wait(call: &Call<Admitted>) -> bool {
-        call.head.as_ref().is_some_and(|head| head.field(IDEMPOTENCY_KEY).is_some())
+    /// A worker may take this request from the connection that it just answered: it is for the LLM, has to
+    /// wait for no other request, and its client takes what it is given.
+    pub fn suits_worker(call: &Call<Admitted>) -> bool {
+        let asks = call.admitted.as_ref().is_some_and(|admitted| admitted.endpoint.asks()) && call.body.is_ok();
+        asks && call.head.as_ref().is_some_and(|head| head.field(IDEMPOTENCY_KEY).is_none()) && call.responder.has_room(0)
     }
 
     /// Answers what can be answered without the LLM; else returns what is left to do.
@@ -189,12 +191,15 @@ impl Api {
         }
     }
 
-    /// Runs an errand to its answer.
-    pub fn run(&self, errand: Errand, line: &mut Line) {
+    /// Runs an errand to its answer; returns the answer where the client may be slow to take it.
+    pub fn run(&self, errand: Errand, line: &mut Line) -> Option<Parting> {
         self.metrics.queue_wait.observe(errand.since.elapsed());
         match errand.kind {
             Kind::Whole(whole) => whole.run(self, line),
-            Kind::Stream(stream) => stream.run(self, line),
+            Kind::Stream(stream) => {
+                stream.run(self, line);
+                None
+            }
             Kind::Models(models) => models.run(line),
         }
     }
@@ -257,6 +262,20 @@ impl Site for Api {
     }
 }
 
+/// An answer that is left to be sent.
+pub struct Parting {
+    exit: Exit,
+    reply: Reply,
+    model: Option<String>,
+}
+
+impl Parting {
+    /// Sends it, however long the client takes.
+    pub fn send(self) {
+        self.exit.send(self.reply, self.model);
+    }
+}
+
 /// The way out of a request: the right to answer it, what every answer of it carries, and its line in
 /// the log.
 pub struct Exit {
@@ -269,6 +288,9 @@ pub struct Exit {
 impl Exit {
     /// Sends an answer; there is nothing left to do.
     fn send(mut self, mut reply: Reply, model: Option<String>) -> Option<Errand> {
+        if self.entry.own_id {
+            reply.headers.retain(|(name, _)| name != "x-request-id");
+        }
         if let Some((_, id)) = reply.headers.iter().find(|(name, _)| name == "x-request-id") {
             self.entry.id.clone_from(id);
         }
@@ -276,6 +298,15 @@ impl Exit {
         let bytes = self.responder.send(&reply);
         let code = bytes.is_err().then_some(Code::ClientGone);
         self.entry.log(&Done { status: reply.status, bytes: bytes.unwrap_or(0), model, code });
+        None
+    }
+
+    /// Sends an answer where the client has room for it, else gives it back.
+    fn send_or_part(self, reply: Reply, model: Option<String>) -> Option<Parting> {
+        if !self.responder.has_room(reply.body.len()) {
+            return Some(Parting { exit: self, reply, model });
+        }
+        self.send(reply, model);
         None
     }
 
@@ -299,6 +330,7 @@ impl Exit {
 /// A request's line in the log, its place in the metrics and among those in flight.
 struct Entry {
     id: String,
+    own_id: bool,
     peer: SocketAddr,
     key: Option<Arc<str>>,
     method: String,
@@ -315,6 +347,7 @@ impl Entry {
         let admitted = call.admitted.as_ref().filter(|admitted| !admitted.endpoint.is_public());
         Entry {
             id: call.id.clone(),
+            own_id: call.own_id,
             peer: call.peer,
             key: admitted.map(|admitted| Arc::clone(&admitted.key)),
             method: head.map_or("-", Head::method).to_string(),

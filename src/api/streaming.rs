@@ -44,7 +44,7 @@ pub fn prepare_chat(api: &Api, request: &Request, exit: Exit, chat: Chat, as_it_
     let draft = Draft::new(Arc::clone(request.key), &chat, !chat.added_usage, request.started);
     let Exit { responder, headers, entry } = exit;
     let client = responder.client();
-    let end = Arc::new(ClientEnd::new(responder, entry.id.clone(), headers.clone(), as_it_came));
+    let end = Arc::new(ClientEnd::new(responder, entry.id.clone(), headers.clone(), as_it_came.then_some(entry.own_id)));
     api.pulse.keep(&end);
     Some(Kind::Stream(Box::new(Stream { chat, draft, client, end, headers, entry })).into())
 }
