@@ -538,7 +538,7 @@ impl Events<'_> {
     pub fn settle(&mut self) {
         if let Source::Upstream { reader, .. } = &mut self.source {
             let mut buffer = [0; 256];
-            self.line.watch.only_silence(Duration::from_millis(20));
+            self.line.watch.without_client(Duration::from_millis(100));
             let mut left = 16;
             while left > 0 && reader.read(&mut buffer).is_ok_and(|read| read > 0) {
                 left -= 1;

@@ -55,6 +55,11 @@ impl Watch {
         bounds.silence = Some(silence);
     }
 
+    /// From now on only a silence of this length ends the call, and the client may go.
+    pub fn without_client(&self, silence: Duration) {
+        *self.lock() = Bounds { silence: Some(silence), ..Bounds::default() };
+    }
+
     /// Lets go of the client.
     pub fn end(&self) {
         *self.lock() = Bounds::default();

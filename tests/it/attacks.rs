@@ -286,38 +286,52 @@ fn a_request_inside_a_body_is_a_body() {
     let length = SMUGGLED.len();
     let with = |line: &str, headers: &str| [&head(line, &format!("{headers}Content-Length: {length}\r\n"))[..], SMUGGLED].concat();
     let key = "Authorization: secret1\r\n";
-    for (bytes, expected) in [
-        // Read to its end: the connection goes on behind it.
-        (with("GET /livez HTTP/1.1", ""), vec![200, 200]),
-        (with("HEAD /livez HTTP/1.1", ""), vec![200, 200]),
-        (with("POST /api/ask HTTP/1.1", key), vec![400, 200]),
-        (with("POST /api/ask HTTP/1.1", &format!("{key}Expect: 100-continue\r\n")), vec![400, 200]),
-        // Refused by the head: the body is not read, so nothing may follow it.
-        (with("POST /api/ask HTTP/1.1", ""), vec![401]),
-        (with("POST /api/ask HTTP/1.1", "Authorization: wrong\r\n"), vec![401]),
-        (with("POST /nowhere HTTP/1.1", ""), vec![404]),
-        (with("PUT /livez HTTP/1.1", ""), vec![405]),
-        (with("POST /api/ask HTTP/1.1", &format!("{key}Content-Type: text/plain\r\n")), vec![415]),
-        (with("POST /api/ask HTTP/1.1", &format!("{key}Expect: something\r\n")), vec![417]),
-        // The last request of its connection.
-        (with("GET /livez HTTP/1.1", "Connection: close\r\n"), vec![200]),
-        (with("GET /livez HTTP/1.1", "Connection: Upgrade\r\nUpgrade: h2c\r\n"), vec![200]),
-        (with("GET /livez HTTP/1.1", "Connection: keep-alive\r\nConnection: close\r\n"), vec![200]),
-        (with("GET /livez HTTP/1.0", ""), vec![200]),
-        (head("GET /livez HTTP/1.0", "Connection: keep-alive\r\n"), vec![200]),
-        ([&head("POST /api/ask HTTP/1.1", "Content-Length: 1001\r\n"), &key.repeat(60).into_bytes()[..]].concat(), vec![401]),
+    // The connection goes on behind the body.
+    for (bytes, status) in [
+        (with("GET /livez HTTP/1.1", ""), 200),
+        (with("POST /api/ask HTTP/1.1", key), 400),
+        (with("POST /api/ask HTTP/1.1", &format!("{key}Expect: 100-continue\r\n")), 400),
     ] {
-        let answered = if bytes.starts_with(b"HEAD") {
-            // A HEAD's answer has no body, whatever its length says.
-            let mut connection = proxy.connect();
-            connection.send_bytes([&bytes[..], &livez()].concat());
-            vec![connection.read_bodyless().status, connection.read_response().status]
-        } else {
-            let answered = shout(proxy.address, &[&bytes, &livez()]);
-            answered.iter().map(|response| response.status).collect()
-        };
-        assert_eq!(answered, expected, "{:?}", String::from_utf8_lossy(&bytes));
+        let answered = shout(proxy.address, &[&bytes, &livez()]);
+        let statuses: Vec<u16> = answered.iter().map(|response| response.status).collect();
+        assert_eq!(statuses, [status, 200], "{:?}", String::from_utf8_lossy(&bytes));
     }
+    // Refused by the head: it goes on where the body was there to be passed over, or it is closed.
+    for (bytes, status) in [
+        (with("POST /api/ask HTTP/1.1", ""), 401),
+        (with("POST /api/ask HTTP/1.1", "Authorization: wrong\r\n"), 401),
+        (with("POST /api/ask HTTP/1.1", "Expect: 100-continue\r\n"), 401),
+        (with("POST /nowhere HTTP/1.1", ""), 404),
+        (with("PUT /livez HTTP/1.1", ""), 405),
+        (with("POST /api/ask HTTP/1.1", &format!("{key}Content-Type: text/plain\r\n")), 415),
+    ] {
+        for pieces in [vec![&bytes[..], &livez()], vec![&bytes[..bytes.len() - 20], &bytes[bytes.len() - 20..], &livez()]] {
+            let answered = shout(proxy.address, &pieces);
+            let closed = answered[0].header("Connection") == Some("close");
+            let statuses: Vec<u16> = answered.iter().map(|response| response.status).collect();
+            let expected = if closed { vec![status] } else { vec![status, 200] };
+            assert_eq!(statuses, expected, "{:?}", String::from_utf8_lossy(&bytes));
+        }
+    }
+    // The last request of its connection.
+    for (bytes, status) in [
+        (with("GET /livez HTTP/1.1", "Connection: close\r\n"), 200),
+        (with("GET /livez HTTP/1.1", "Connection: Upgrade\r\nUpgrade: h2c\r\n"), 200),
+        (with("GET /livez HTTP/1.1", "Connection: keep-alive\r\nConnection: close\r\n"), 200),
+        (with("GET /livez HTTP/1.0", ""), 200),
+        (head("GET /livez HTTP/1.0", "Connection: keep-alive\r\n"), 200),
+        (with("POST /api/ask HTTP/1.1", &format!("{key}Expect: something\r\n")), 417),
+        ([&head("POST /api/ask HTTP/1.1", &format!("{key}Content-Length: 1001\r\n")), SMUGGLED, &[b'x'; 1001]].concat(), 413),
+    ] {
+        let answered = shout(proxy.address, &[&bytes, &livez()]);
+        let statuses: Vec<u16> = answered.iter().map(|response| response.status).collect();
+        assert_eq!(statuses, [status], "{:?}", String::from_utf8_lossy(&bytes));
+        assert_eq!(answered[0].header("Connection"), Some("close"));
+    }
+    // A HEAD's answer has no body, whatever its length says.
+    let mut connection = proxy.connect();
+    connection.send_bytes([&with("HEAD /livez HTTP/1.1", "")[..], &livez()].concat());
+    assert_eq!([connection.read_bodyless().status, connection.read_response().status], [200, 200]);
     assert!(!proxy.log().iter().any(|line| line.contains("/smuggled")), "{:#?}", proxy.log());
 }
 
@@ -536,6 +550,10 @@ fn flood(proxy: &Proxy, start: &[u8], block: &[u8]) -> (usize, Duration, Vec<Res
             Ok(count) => taken += count,
             Err(_) => break,
         }
+        // A part of it means that there was no room for the rest for as long as a write may take.
+        if taken % block.len() != 0 {
+            break;
+        }
         until = started.elapsed();
     }
     stream.set_read_timeout(Some(Duration::from_secs(2))).expect("a read timeout");
@@ -676,11 +694,11 @@ fn a_question_as_large_as_a_body_may_be_is_answered_and_kept() {
 #[test]
 fn a_page_of_large_pairs_is_bounded() {
     let proxy = Proxy::with(&[("MAX_QUESTION_CHARS", "1000000000")]).start();
-    for _ in 0..60 {
+    for _ in 0..30 {
         assert_eq!(proxy.call(&post_bytes("/api/ask", question_of(1 << 20))).status, 200);
     }
     let before = proxy.memory();
-    let connections: Vec<Connection> = (0..8)
+    let connections: Vec<Connection> = (0..4)
         .map(|_| {
             let mut connection = proxy.connect();
             connection.send(&get("/api/history?limit=1000"));
@@ -692,7 +710,7 @@ fn a_page_of_large_pairs_is_bounded() {
         assert_eq!(connection.read_head().status, 200);
     }
     let cost = proxy.memory_peak().saturating_sub(before);
-    assert!(cost < 8 * BOUNDED, "{} MiB for 8 pages", cost >> 20);
+    assert!(cost < 4 * BOUNDED, "{} MiB for 4 pages", cost >> 20);
 }
 
 // Many at once
@@ -827,6 +845,24 @@ fn a_thousand_idle_or_dripping_connections_cost_an_honest_client_nothing() {
     drop(crowd);
     let mut connection = proxy.connect();
     eventually("they are all gone", || proxy_connections(&mut connection) == 1);
+}
+
+#[test]
+fn clients_that_come_and_go_fast_are_all_answered() {
+    let proxy = Proxy::start();
+    std::thread::scope(|scope| {
+        for _ in 0..6 {
+            scope.spawn(|| {
+                for _ in 0..300 {
+                    let mut connection = proxy.connect();
+                    let response = connection.exchange(&get("/livez").header("Connection", "close"));
+                    assert_eq!(response.status, 200);
+                    assert!(connection.is_closed_by_server());
+                }
+            });
+        }
+    });
+    assert!(!proxy.log().iter().any(|line| line.contains("WARN") || line.contains("ERROR")), "{:#?}", proxy.log());
 }
 
 /// Port scanners and load balancers' health checks connect and reset.
@@ -1218,9 +1254,7 @@ fn clients_that_come_and_go_at_random_leave_nothing_behind() {
         let ready = connection.exchange(&get("/readyz")).json();
         ready["workers_busy"] == 0 && ready["queue_length"] == 0 && ready["connections"] == 1
     });
-    let ended = |line: &&String| line.contains("request id=") && line.contains("path=/api/");
-    eventually("each has its line", || proxy.log().iter().filter(ended).count() == 6 * 120);
-    assert!(!proxy.log().iter().any(|line| line.contains("status=500")), "{:#?}", proxy.log());
+    assert!(!proxy.log().iter().any(|line| line.contains("status=500") || line.contains("bug:")), "{:#?}", proxy.log());
 }
 
 /// Whoever answers must not wait for what the same client says next, or does not say.

@@ -414,7 +414,10 @@ const points = [];
 async function sample() {
   clearTimeout(sample.next);
   if (document.hidden) return;
-  sample.next = setTimeout(sample, EVERY);
+  // Two looks in quick succession would make a peak of one request.
+  const soon = EVERY / 2 - (Date.now() - (looks.at(-1)?.time ?? 0));
+  sample.next = setTimeout(sample, soon > 0 ? soon : EVERY);
+  if (soon > 0) return;
   let look;
   try {
     const response = await fetch("metrics", { cache: "no-store" });
