@@ -47,7 +47,10 @@ impl Question {
                     );
                 }
                 ("max_tokens", value) => {
-                    let tokens = value.as_u64().filter(|n| (1..=i32::MAX as u64).contains(n));
+                    // In JSON 64.0 is a whole number, too.
+                    let whole = |n: f64| (n.fract() == 0.0 && n >= 0.0).then_some(n as u64);
+                    let tokens =
+                        value.as_u64().or_else(|| value.as_f64().and_then(whole)).filter(|n| (1..=i32::MAX as u64).contains(n));
                     asked.max_tokens = Some(tokens.ok_or_else(|| {
                         ApiError::invalid("max_tokens", "max_tokens must be a whole number from 1 to 2147483647")
                     })?);
@@ -158,6 +161,8 @@ mod tests {
         let asked = Question::parse(br#"{"question":"\u0000 hi","model":null}"#, 10).expect("accepted");
         assert_eq!(asked.question, "\0 hi");
         assert_eq!(asked.model, None);
+        let asked = Question::parse(br#"{"question":"a","max_tokens":64.0}"#, 10).expect("accepted");
+        assert_eq!(asked.max_tokens, Some(64));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use rustix::net::{SendFlags, sockopt};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use std::collections::HashSet;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::Mutex;
 use std::sync::mpsc::channel;
@@ -304,6 +304,8 @@ fn a_request_inside_a_body_is_a_body() {
         (with("POST /nowhere HTTP/1.1", ""), 404),
         (with("PUT /livez HTTP/1.1", ""), 405),
         (with("POST /api/ask HTTP/1.1", &format!("{key}Content-Type: text/plain\r\n")), 415),
+        ([&head("POST /api/ask HTTP/1.1", &format!("{key}Content-Length: 1001\r\n"))[..], SMUGGLED, &[b'x'; 966]].concat(), 413),
+        ([&head("POST /api/ask HTTP/1.1", &format!("{key}Content-Length: 5000\r\n"))[..], SMUGGLED, &[b'x'; 4965]].concat(), 413),
     ] {
         for pieces in [vec![&bytes[..], &livez()], vec![&bytes[..bytes.len() - 20], &bytes[bytes.len() - 20..], &livez()]] {
             let answered = shout(proxy.address, &pieces);
@@ -321,7 +323,6 @@ fn a_request_inside_a_body_is_a_body() {
         (with("GET /livez HTTP/1.0", ""), 200),
         (head("GET /livez HTTP/1.0", "Connection: keep-alive\r\n"), 200),
         (with("POST /api/ask HTTP/1.1", &format!("{key}Expect: something\r\n")), 417),
-        ([&head("POST /api/ask HTTP/1.1", &format!("{key}Content-Length: 1001\r\n")), SMUGGLED, &[b'x'; 1001]].concat(), 413),
     ] {
         let answered = shout(proxy.address, &[&bytes, &livez()]);
         let statuses: Vec<u16> = answered.iter().map(|response| response.status).collect();
@@ -1315,12 +1316,11 @@ fn readers_that_take_nothing_do_not_hold_the_workers() {
         let response = proxy.connect().patient_for(PATIENCE * 4).exchange(&post("/api/ask", &json!({"question": "And me?"})));
         assert_eq!(response.status, 200);
         assert!(started.elapsed() < Duration::from_secs(10), "an honest client waits for {:?}", started.elapsed());
-        // They get their answers, too, once they want them.
-        for stream in lazy {
-            let last = head("GET /livez HTTP/1.1", "Connection: close\r\n");
-            throw(&stream, &[&last]);
-            let (heard, _) = hear(&stream);
-            assert!(responses(&heard).iter().all(|response| response.status == 200));
+        // They are answered as well, as far as they have room.
+        for mut stream in lazy {
+            let mut start = [0; 12];
+            stream.read_exact(&mut start).expect("the beginning of an answer");
+            assert_eq!(&start, b"HTTP/1.1 200");
         }
     }
 }
