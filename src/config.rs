@@ -22,7 +22,7 @@ pub const UPSTREAM_KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// One address of the upstream must accept within this time.
 pub const UPSTREAM_CONNECT: Duration = Duration::from_secs(5);
 /// How long a write waits for a lock that another process holds on the database.
-pub const DATABASE_BUSY: Duration = Duration::from_secs(5);
+pub const DATABASE_BUSY: Duration = Duration::from_secs(2);
 /// The largest answer of the upstream, whole or one event of a stream, in bytes.
 pub const MAX_ANSWER: usize = 16 << 20;
 
@@ -390,9 +390,11 @@ fn upstream_url(given: &Given) -> Result<UpstreamUrl, StartError> {
 
 /// The URL with `user:password@` taken out, where it has one.
 fn redact_userinfo(text: &str) -> String {
-    match (text.find("://"), text.rfind('@')) {
-        (Some(scheme), Some(at)) if at > scheme => format!("{}***{}", &text[..scheme + 3], &text[at..]),
-        _ => text.to_string(),
+    let start = text.find("://").map_or(0, |scheme| scheme + 3);
+    match text.rfind('@') {
+        Some(at) if at >= start => format!("{}***{}", &text[..start], &text[at..]),
+        Some(at) => format!("***{}", &text[at..]),
+        None => text.to_string(),
     }
 }
 

@@ -119,7 +119,7 @@ impl Head {
     }
 
     fn judge_fields(&mut self) -> Result<(), ApiError> {
-        let (mut hosts, mut lengths, mut codings) = (0, 0, 0);
+        let (mut hosts, mut lengths, mut codings, mut connections) = (0, 0, 0, 0);
         for [name, name_end, value, value_end] in &self.fields {
             let (name, value) = (&self.bytes[*name..*name_end], &self.bytes[*value..*value_end]);
             let is = |wanted: &str| name.eq_ignore_ascii_case(wanted.as_bytes());
@@ -148,14 +148,26 @@ impl Head {
                         "Expect is not 100-continue, the only expectation known here",
                     ));
                 }
-                self.expects_continue = !self.http10;
+                // The library would tell an HTTP/1.0 client to go on, which would not understand.
+                if self.http10 || self.expects_continue {
+                    return Err(ApiError::new(
+                        Code::ExpectationFailed,
+                        "Expect has no place in HTTP/1.0, and stands once in HTTP/1.1",
+                    ));
+                }
+                self.expects_continue = true;
             } else if is("connection") {
+                connections += 1;
                 // The library looks for these words anywhere in the value, so we do the same.
                 let value = value.to_ascii_lowercase();
                 let has = |word: &[u8]| value.windows(word.len()).any(|w| w == word);
                 self.upgrade |= has(b"upgrade");
                 self.close |= has(b"close") || has(b"upgrade");
             }
+        }
+        // The library looks at the first one alone.
+        if connections > 1 {
+            return Err(bad("Connection is there more than once"));
         }
         match hosts {
             0 if !self.http10 => return Err(bad("Host is missing")),

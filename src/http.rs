@@ -186,6 +186,8 @@ fn prepare(listener: &TcpListener) -> io::Result<()> {
     sockopt::set_tcp_nodelay(listener, true)?;
     sockopt::set_socket_timeout(listener, sockopt::Timeout::Recv, Some(config::CLIENT_STALL))?;
     sockopt::set_socket_timeout(listener, sockopt::Timeout::Send, Some(config::CLIENT_STALL))?;
+    // An urgent byte that is not in line would be received without being read, and our counting goes astray.
+    sockopt::set_socket_oobinline(listener, true)?;
     sockopt::set_socket_keepalive(listener, true)?;
     sockopt::set_tcp_keepidle(listener, config::KEEP_ALIVE)?;
     sockopt::set_tcp_user_timeout(listener, config::CLIENT_STALL.as_millis() as u32)?;
@@ -467,6 +469,7 @@ impl Connection {
     /// Reads the body within the limits of size and time.
     fn read_body(&self, head: &Head, reader: &mut dyn Read) -> Result<Vec<u8>, ApiError> {
         let mut body = Vec::new();
+        let began = Instant::now();
         let result = match head.framing {
             Framing::Length(length) => {
                 body.reserve_exact((length as usize).min(self.max_body));
@@ -483,6 +486,8 @@ impl Connection {
             Ok(_) => Ok(body),
             Err(e) => Err(match e.kind() {
                 io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => stalled(),
+                // The decoder calls a chunk that does not end in time malformed, too.
+                io::ErrorKind::InvalidInput if began.elapsed() >= config::CLIENT_STALL && !self.has_unread() => stalled(),
                 io::ErrorKind::InvalidInput => {
                     ApiError::new(Code::BadRequest, "malformed request: the chunked body breaks RFC 9112, section 7.1")
                 }
@@ -495,13 +500,13 @@ impl Connection {
     /// Reads a chunked body. The library's decoder would collect a chunk's size line for ever, so a
     /// second thread counts the bytes on the wire while it reads. Chunked bodies are rare.
     fn read_chunked(&self, reader: &mut dyn Read, body: &mut Vec<u8>) -> io::Result<usize> {
-        let wire_limit = self.taken + 8 * self.max_body as u64 + 64 * 1024;
+        let wire_limit = self.taken + 2 * self.max_body as u64 + 64 * 1024;
         let exceeded = AtomicBool::new(false);
         let (done, watching) = crossbeam_channel::bounded::<()>(0);
         let stream = &*self.stream;
         let result = std::thread::scope(|scope| {
             scope.spawn(|| {
-                while let Err(crossbeam_channel::RecvTimeoutError::Timeout) = watching.recv_timeout(Duration::from_millis(20)) {
+                while let Err(crossbeam_channel::RecvTimeoutError::Timeout) = watching.recv_timeout(Duration::from_millis(5)) {
                     if kernel::received(stream).is_ok_and(|received| received > wire_limit) {
                         exceeded.store(true, Ordering::Relaxed);
                         let _ = stream.shutdown(Shutdown::Read);

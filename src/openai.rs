@@ -296,25 +296,24 @@ pub fn parse_chunk(data: &[u8]) -> Result<Chunk, NoAnswer> {
     Ok(chunk)
 }
 
-/// The words for people in the body of an error answer, at most 1,000 characters of them: the message
-/// of an `error` in any of the usual shapes, or the start of whatever text it is.
+/// The words for people in the body of an error answer, of any length: the message of an `error` in any of the usual shapes, or the start of whatever text it is.
 pub fn error_text(body: &[u8]) -> String {
     match serde_json::from_slice::<Value>(body) {
         Ok(value) => error_words(value.get("error").filter(|e| !e.is_null()).unwrap_or(&value)),
-        Err(_) => shorten(String::from_utf8_lossy(body).trim()),
+        Err(_) => one_line(String::from_utf8_lossy(body).trim()),
     }
 }
 
 fn error_words(error: &Value) -> String {
     let text = ["message", "detail", "msg"].iter().find_map(|name| error.get(name)?.as_str());
     match text.or(error.as_str()) {
-        Some(text) => shorten(text),
-        None => shorten(&error.to_string()),
+        Some(text) => one_line(text),
+        None => one_line(&error.to_string()),
     }
 }
 
-fn shorten(text: &str) -> String {
-    text.chars().take(1000).map(|c| if c.is_control() { ' ' } else { c }).collect()
+fn one_line(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 #[derive(Deserialize)]

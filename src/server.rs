@@ -27,9 +27,9 @@ const EXHAUSTED: Duration = Duration::from_millis(50);
 pub fn serve(config: Config) -> Result<(), StartError> {
     let metrics = Arc::new(Api::metrics(&config));
     let upstream = Arc::new(Upstream::new(&config, Arc::clone(&metrics))?);
+    let stop = on_signals().map_err(|e| StartError::machine(format!("signals cannot be watched: {e}")))?;
     let listener = Listener::bind(&config)?;
     let store = Arc::new(Store::open(&config, Arc::clone(&metrics))?);
-    let stop = on_signals().map_err(|e| StartError::machine(format!("signals cannot be watched: {e}")))?;
     raise_descriptor_limit();
 
     let mode = match config.mode {

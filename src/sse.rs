@@ -78,6 +78,7 @@ impl Splitter {
             self.line.drain(..3);
         }
         if self.line.is_empty() {
+            self.idle += 1;
             if !self.lines.is_empty() {
                 self.idle = 0;
                 let lines = std::mem::take(&mut self.lines);
@@ -142,7 +143,7 @@ mod tests {
 
     #[test]
     fn endless_lines_events_and_comments_are_refused() {
-        for piece in [&b"data: aaaaaaaaaaaaaaaa"[..], b"data: aaaa\n", b": c\n", b"event: x\n"] {
+        for piece in [&b"data: aaaaaaaaaaaaaaaa"[..], b"data: aaaa\n", b": c\n", b"event: x\n", b"\n\r"] {
             let mut splitter = Splitter::new(100, 50);
             let mut events = Vec::new();
             let refused = (0..100).any(|_| splitter.push(piece, &mut events).is_err());

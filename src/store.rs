@@ -20,8 +20,11 @@ use crate::handoff::{Giver, handoff};
 use crate::metrics::Metrics;
 
 /// Numbered from 1; the database's `user_version` is the number of the last one applied.
-const MIGRATIONS: &[&str] =
-    &[include_str!("../sql/migrations/0001_history.sql"), include_str!("../sql/migrations/0002_idempotency.sql")];
+const MIGRATIONS: &[&str] = &[
+    include_str!("../sql/migrations/0001_history.sql"),
+    include_str!("../sql/migrations/0002_idempotency.sql"),
+    include_str!("../sql/migrations/0003_deletemerge.sql"),
+];
 
 /// At most so many pairs in one transaction.
 const BATCH: usize = 1000;
@@ -80,6 +83,8 @@ pub struct Store {
     readers: Mutex<Vec<(u64, Connection)>>,
     path: PathBuf,
     state: Arc<State>,
+    /// All pairs are one key's, but for those of keys that are no longer in use.
+    one_key: bool,
     writer: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -89,6 +94,8 @@ struct State {
     failing: AtomicBool,
     /// How often the database was opened: readers of an earlier opening are of no use.
     opening: AtomicU64,
+    /// A probe is under way; one is enough.
+    probing: AtomicBool,
 }
 
 impl Store {
@@ -123,7 +130,15 @@ impl Store {
         let thread = std::thread::Builder::new().name("history".into()).spawn(move || writer.run(&inbox));
         let thread = thread.map_err(|e| failed(format!("no thread for it: {e}")))?;
         let wake = thread.thread().clone();
-        Ok(Store { orders, wake, readers: Mutex::default(), path, state, writer: Mutex::new(Some(thread)) })
+        Ok(Store {
+            orders,
+            wake,
+            readers: Mutex::default(),
+            path,
+            state,
+            one_key: config.api_keys.len() <= 1,
+            writer: Mutex::new(Some(thread)),
+        })
     }
 
     /// Hands a pair over, with what is to be noted of a request that must not be asked twice; `done`
@@ -150,6 +165,9 @@ impl Store {
 
     /// True when a write works: tried anew unless one just did. Waits at most a second.
     pub fn writable(&self) -> bool {
+        if self.state.probing.swap(true, Ordering::Relaxed) {
+            return !self.state.failing.load(Ordering::Relaxed);
+        }
         let (done, answer) = handoff();
         self.order(Order::Probe(done));
         answer.take_within(PROBE_WAIT).unwrap_or(false)
@@ -161,25 +179,31 @@ impl Store {
         if self.state.failing.load(Ordering::Relaxed) && !self.writable() { Err(unavailable()) } else { Ok(()) }
     }
 
-    /// A key's pairs with ids below `before`, newest first, at most `limit`.
+    /// A key's pairs with ids below `before`, newest first, at most `limit` and 4 MiB of text; the first is
+    /// always there.
     pub fn page(&self, key: &str, before: i64, limit: u32) -> Result<Vec<Exchange>, ApiError> {
         self.read(|connection| {
             let mut page = connection.prepare_cached(include_str!("../sql/queries/page.sql"))?;
-            page.query_map(params![key, before, limit], exchange)?.collect()
+            bounded(page.query_map(params![key, before, limit], exchange)?)
         })
     }
 
-    /// A key's pairs that have all of `words` in question or answer, best match first.
+    /// A key's pairs that have all of `words` in question or answer, best match first: of the newest 1,000
+    /// matches, or 4 MiB of them, those where the words are most of the text.
     pub fn search(&self, key: &str, words: &str, before: i64, limit: u32) -> Result<Vec<Exchange>, ApiError> {
-        let Some(query) = match_expression(key, words) else { return Ok(Vec::new()) };
+        let Some(query) = match_expression(key, words, self.one_key) else { return Ok(Vec::new()) };
         let (done, indexed) = handoff();
         self.order(Order::Index(done));
         // A writer in trouble must not keep what is indexed from being found.
         let _ = indexed.take_within(config::DATABASE_BUSY);
-        self.read(|connection| {
+        let mut found = self.read(|connection| {
             let mut search = connection.prepare_cached(include_str!("../sql/queries/search.sql"))?;
-            search.query_map(params![query, before, key, limit], exchange)?.collect()
-        })
+            bounded(search.query_map(params![query, before, key], exchange)?)
+        })?;
+        let words: Vec<String> = words.split_whitespace().map(str::to_lowercase).collect();
+        found.sort_by_cached_key(|pair| std::cmp::Reverse((score(pair, &words), pair.id)));
+        found.truncate(limit as usize);
+        Ok(found)
     }
 
     /// Writes what was handed over, closes the database and ends the writer.
@@ -220,14 +244,48 @@ pub fn unavailable() -> ApiError {
     ApiError::new(Code::HistoryUnavailable, "the history cannot be written or read at the moment; the server's log says why")
 }
 
-/// Any text as an FTS5 query for one key: its words in quotes, all of them needed; FTS5 itself splits
-/// them further. `None` where the text has no words
-/// (<https://sqlite.org/fts5.html#full_text_query_syntax>).
-fn match_expression(key: &str, text: &str) -> Option<String> {
+/// Any text as an FTS5 query: its words in quotes, all of them needed; FTS5 itself splits them further.
+/// Where there is more than one key its own rows are picked out by the index, too. `None` where the text
+/// has no words (<https://sqlite.org/fts5.html#full_text_query_syntax>).
+fn match_expression(key: &str, text: &str, one_key: bool) -> Option<String> {
     let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|w| w.contains(char::is_alphanumeric));
     let words: Vec<String> = words.map(|w| format!("\"{}\"", w.replace('"', "\"\""))).collect();
+    if words.is_empty() {
+        return None;
+    }
+    let words = format!("{{question answer}} : ({})", words.join(" AND "));
+    if one_key {
+        return Some(words);
+    }
     let key: String = key.bytes().map(|b| format!("{b:02X}")).collect();
-    (!words.is_empty()).then(|| format!("key : \"{key}\" AND {{question answer}} : ({})", words.join(" AND ")))
+    Some(format!("key : \"{key}\" AND {words}"))
+}
+
+/// How well a pair matches, in thousandths: the occurrences of the words against the length of the text,
+/// as BM25 weighs them. FTS5's own bm25() counts the matches in the whole history first.
+fn score(pair: &Exchange, words: &[String]) -> u64 {
+    let text = format!("{} {}", pair.question, pair.answer).to_lowercase();
+    let length = text.len() as f64 / 500.0;
+    let weights = words.iter().map(|word| {
+        let count = text.matches(word.as_str()).count() as f64;
+        count * 2.2 / (count + 1.2 * (0.25 + 0.75 * length))
+    });
+    (weights.sum::<f64>() * 1000.0) as u64
+}
+
+/// The rows as far as they fit in an answer: pairs may be large.
+fn bounded(rows: impl Iterator<Item = rusqlite::Result<Exchange>>) -> rusqlite::Result<Vec<Exchange>> {
+    const MOST: usize = 4 << 20;
+    let (mut kept, mut bytes) = (Vec::new(), 0);
+    for row in rows {
+        let row = row?;
+        bytes += row.question.len() + row.answer.len();
+        if bytes > MOST && !kept.is_empty() {
+            break;
+        }
+        kept.push(row);
+    }
+    Ok(kept)
 }
 
 fn exchange(row: &Row) -> rusqlite::Result<Exchange> {
@@ -381,6 +439,7 @@ impl Writer {
                 let probe = include_str!("../sql/queries/probe.sql");
                 let fine =
                     fresh && self.is_in_place() || self.attempt("probed", |connection| connection.execute_batch(probe)).is_some();
+                self.state.probing.store(false, Ordering::Relaxed);
                 let _ = done.give(fine);
             }
             Order::Index(done) => {
@@ -439,7 +498,7 @@ impl Writer {
 
     /// Indexes the words of some rows; true when there may be more to do.
     fn index(&mut self) -> bool {
-        if self.indexed >= self.last_id {
+        if self.indexed >= self.last_id || self.state.failing.load(Ordering::Relaxed) {
             return false;
         }
         let up_to = (self.indexed + CHORE_ROWS).min(self.last_id);
@@ -586,8 +645,9 @@ mod tests {
 
     #[test]
     fn any_text_is_a_query_for_words() {
-        let query = match_expression("a", "\"x\" OR -z\0don't & 🦀");
+        let query = match_expression("a", "\"x\" OR -z\0don't & 🦀", false);
         assert_eq!(query.as_deref(), Some(r#"key : "61" AND {question answer} : ("""x""" AND "OR" AND "-z" AND "don't")"#));
-        assert_eq!(match_expression("a", " \"'*🦀"), None);
+        assert_eq!(match_expression("a", " \"'*🦀", false), None);
+        assert_eq!(match_expression("a", "x", true).as_deref(), Some(r#"{question answer} : ("x")"#));
     }
 }

@@ -28,6 +28,8 @@ use wire::{Ended, NoResolver, Watch, WireConnector};
 
 /// An error answer is read so far for its words.
 const MAX_ERROR_BODY: u64 = 64 * 1024;
+/// Characters of the upstream's words that a message repeats.
+const MAX_WORDS: usize = 1200;
 /// Comments and other noise of a stream between two events, in bytes.
 const MAX_NOISE: usize = 1 << 20;
 const FIRST_BACKOFF: Duration = Duration::from_millis(250);
@@ -98,11 +100,27 @@ impl Upstream {
     }
 
     fn redact(&self, text: &str) -> String {
-        self.secrets.iter().fold(text.to_string(), |text, secret| text.replace(secret, "***"))
+        // Shortened after that: a part of a secret gives it away, too.
+        let text = self.secrets.iter().fold(text.to_string(), |text, secret| text.replace(secret, "***"));
+        text.chars().take(MAX_WORDS).collect()
     }
 
     fn failed(&self, code: Code, text: &str) -> ApiError {
         ApiError::new(code, self.redact(text))
+    }
+
+    /// The fields of the upstream's head that mean something to its clients, where their values are sane.
+    fn passed_on(&self, headers: &HeaderMap) -> Vec<Header> {
+        let fields = headers.iter().filter_map(|(name, value)| {
+            let value = value.to_str().ok().filter(|value| !self.secrets.iter().any(|secret| value.contains(secret)))?;
+            let wanted = match name.as_str() {
+                "x-request-id" => is_sane_id(value),
+                "openai-processing-ms" => value.len() <= 64,
+                name => name.starts_with("x-ratelimit-") && value.len() <= 64,
+            };
+            wanted.then(|| (name.as_str().to_string().into(), value.to_string()))
+        });
+        fields.collect()
     }
 
     /// An attempt that ended without an answer's head.
@@ -147,9 +165,11 @@ impl Upstream {
         let mut error = self.failed(code, &text);
         let retry_after = retry_after(response.headers());
         if matches!(code.status(), 429 | 503) {
-            error.retry_after = retry_after.map(str::to_string).or(error.retry_after);
+            let clean = retry_after.filter(|value| !self.secrets.iter().any(|secret| value.contains(secret)));
+            error.retry_after = clean.map(str::to_string).or(error.retry_after);
         }
-        error.headers.extend(passed_on(response.headers()).filter(|(name, _)| name.starts_with("x-ratelimit-")));
+        let limits = self.passed_on(response.headers()).into_iter().filter(|(name, _)| name.starts_with("x-ratelimit-"));
+        error.headers.extend(limits);
         // OpenAI's word for an account without money, which no waiting fills.
         let quota = status == 429 && body.windows(18).any(|w| w == b"insufficient_quota");
         let wait = retry_after.and_then(wait_of);
@@ -169,19 +189,6 @@ struct Failure {
     wait: Option<Duration>,
     /// A 404: another model may be there.
     unknown_model: bool,
-}
-
-/// The fields of the upstream's head that mean something to its clients, where their values are sane.
-fn passed_on(headers: &HeaderMap) -> impl Iterator<Item = Header> {
-    headers.iter().filter_map(|(name, value)| {
-        let value = value.to_str().ok()?;
-        let wanted = match name.as_str() {
-            "x-request-id" => is_sane_id(value),
-            "openai-processing-ms" => value.len() <= 64,
-            name => name.starts_with("x-ratelimit-") && value.len() <= 64,
-        };
-        wanted.then(|| (name.as_str().to_string().into(), value.to_string()))
-    })
 }
 
 /// A whole answer.
@@ -243,7 +250,7 @@ impl Line {
             let (body, headers) = match self.upstream.mode {
                 Mode::Upstream => {
                     let response = self.call(chat)?;
-                    let headers = passed_on(response.headers()).collect();
+                    let headers = self.upstream.passed_on(response.headers());
                     (self.whole(response)?, headers)
                 }
                 _ => {
@@ -300,7 +307,7 @@ impl Line {
                     };
                     return Err(self.upstream.failed(Code::UpstreamBadAnswer, &format!("the LLM did not stream: {why}")));
                 }
-                let headers = passed_on(response.headers()).collect();
+                let headers = self.upstream.passed_on(response.headers());
                 let splitter = Splitter::new(config::MAX_ANSWER, MAX_NOISE);
                 (Source::Upstream { reader: response.into_body().into_reader(), splitter }, headers)
             }
@@ -371,6 +378,11 @@ impl Line {
     /// The head of a successful answer, after as many attempts as are allowed and fit the time.
     fn attempts(&mut self, request: &http::request::Parts, body: &[u8]) -> Result<Response<Body>, Box<Failure>> {
         let mut retries = 0;
+        // Whoever left while waiting for a worker is not worth a call.
+        if let Err(ended) = self.watch.check() {
+            let error = self.upstream.unanswered(&ended.into(), Some(ended)).error;
+            return Err(Box::new(Failure { error, retry: false, wait: None, unknown_model: false }));
+        }
         loop {
             self.watch.forget_reuse();
             self.upstream.metrics.upstream_attempts.inc();

@@ -24,7 +24,8 @@ import time
 import urllib.error
 import urllib.request
 
-from openapi import KEY, Server, enter_venv
+sys.dont_write_bytecode = True  # No __pycache__ in the tree.
+from openapi import KEY, Server, enter_venv  # noqa: E402
 
 NEEDS = ["playwright==1.65.2"]
 FLAGS = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update --disable-sync"

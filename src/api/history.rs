@@ -19,11 +19,13 @@ pub fn history(api: &Api, request: &Request) -> Result<Reply, ApiError> {
     let key = request.key;
     let wanted = parse(request.query, api.config.history_limit)?;
     let (items, next_before) = if wanted.words.trim().is_empty() {
-        // One more than asked for tells whether this is the end.
-        let mut items = api.store.page(key, wanted.before, wanted.limit + 1)?;
-        let more = items.len() > wanted.limit as usize;
-        items.truncate(wanted.limit as usize);
-        let next = items.last().map(|last| last.id).filter(|_| more);
+        let items = api.store.page(key, wanted.before, wanted.limit)?;
+        // A page of large pairs may be shorter than asked for, so only another look tells whether this is
+        // the end.
+        let next = match items.last() {
+            Some(last) => api.store.page(key, last.id, 1)?.first().map(|_| last.id),
+            None => None,
+        };
         (items, next)
     } else {
         (api.store.search(key, &wanted.words, wanted.before, wanted.limit)?, None)

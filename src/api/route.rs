@@ -87,7 +87,9 @@ pub fn route(method: &str, path: &str) -> Result<Endpoint, ApiError> {
 
 /// A model's name as it stands in a path; OpenRouter's have a slash.
 fn is_model(name: &str) -> bool {
-    let sane = |b: u8| b.is_ascii_alphanumeric() || b"._-:@/%~".contains(&b);
+    // Clients may write the slash so; other bytes have no reason to hide.
+    let name = name.replace("%2F", "/").replace("%2f", "/");
+    let sane = |b: u8| b.is_ascii_alphanumeric() || b"._-:@/~".contains(&b);
     (1..=200).contains(&name.len())
         && name.bytes().all(sane)
         && !name.contains("..")

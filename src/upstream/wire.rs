@@ -98,12 +98,24 @@ impl Watch {
         }
     }
 
+    /// Errs where the client has gone already.
+    pub fn check(&self) -> Result<(), Ended> {
+        match self.wait_until(None, Some(Instant::now())) {
+            Err(Ended::ClientGone) => self.ended_by(Ended::ClientGone),
+            _ => Ok(()),
+        }
+    }
+
     /// Waits until `fd` is ready. Errs when the client goes or the time is over first.
     fn wait(&self, fd: BorrowedFd, flags: PollFlags) -> Result<(), Ended> {
         let (until, silence) = {
             let bounds = self.lock();
             (bounds.until, bounds.silence)
         };
+        // An upstream that never pauses is never waited for.
+        if until.is_some_and(|until| Instant::now() >= until) {
+            return self.ended_by(Ended::TimedOut);
+        }
         let silence = silence.map(|silence| Instant::now() + silence);
         let until = [until, silence].into_iter().flatten().min();
         self.wait_until(Some((fd, flags)), until).or_else(|ended| self.ended_by(ended))

@@ -7,7 +7,7 @@ use crate::support::proxy::{Proxy, Setup};
 use crate::support::upstream::{FakeUpstream, Step, answer, delta, event, refusal, send, stream_head, streamed};
 use crate::support::{PATIENCE, eventually};
 use rustix::net::{SendFlags, sockopt};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, prlimit, setrlimit};
 use serde_json::{Value, json};
 use std::collections::HashSet;
 use std::io::{Read, Write};
@@ -232,7 +232,8 @@ fn a_chunked_body_that_breaks_the_rules_is_400_and_nothing_behind_it_is_a_reques
 #[test]
 fn a_chunked_body_means_what_its_chunks_say_or_nothing() {
     let mut chance = Chance::new(1);
-    let poison: &[&[u8]] = &[b"\r\n", b"\n", b"\r", b"\0", b"0\r\n\r\n", b"0\r\n", b";", b" ", b"+", b"-1", b"ffffffffffffffff", b"g"];
+    let poison: &[&[u8]] =
+        &[b"\r\n", b"\n", b"\r", b"\0", b"0\r\n\r\n", b"0\r\n", b";", b" ", b"+", b"-1", b"ffffffffffffffff", b"g"];
     let proxy = Proxy::start();
     for _ in 0..400 {
         let text: String = (0..chance.below(60)).map(|_| *chance.pick(&['a', 'é', '🙂', '"', '\n', '0'])).collect();
@@ -272,7 +273,9 @@ fn a_chunked_body_means_what_its_chunks_say_or_nothing() {
         }
         for answered in answered {
             match answered.status {
-                200 => assert_eq!(Some(&answered.json()["question"]), meant.as_ref().map(|asked| &asked["question"]), "{shown:?}"),
+                200 => {
+                    assert_eq!(Some(&answered.json()["question"]), meant.as_ref().map(|asked| &asked["question"]), "{shown:?}")
+                }
                 400 | 413 | 422 => {}
                 _ => panic!("{shown:?}: {answered:?}"),
             }
@@ -284,7 +287,8 @@ fn a_chunked_body_means_what_its_chunks_say_or_nothing() {
 fn a_request_inside_a_body_is_a_body() {
     let proxy = Proxy::with(&[("API_KEYS", "alice:secret1"), ("MAX_BODY_BYTES", "1000")]).start();
     let length = SMUGGLED.len();
-    let with = |line: &str, headers: &str| [&head(line, &format!("{headers}Content-Length: {length}\r\n"))[..], SMUGGLED].concat();
+    let with =
+        |line: &str, headers: &str| [&head(line, &format!("{headers}Content-Length: {length}\r\n"))[..], SMUGGLED].concat();
     let key = "Authorization: secret1\r\n";
     // The connection goes on behind the body.
     for (bytes, status) in [
@@ -344,7 +348,8 @@ fn whatever_is_refused_is_refused_in_our_words() {
     for bytes in [
         head("GET /livez HTTP/1.1", "User-Agent: a\tb\r\n"),
         head("GET /livez HTTP/1.1", "X-Odd: \"\t\"\r\n"),
-        [&head("POST /api/ask HTTP/1.1", "Connection: keep-alive\r\nConnection: upgrade\r\nContent-Length: 20\r\n")[..], half].concat(),
+        [&head("POST /api/ask HTTP/1.1", "Connection: keep-alive\r\nConnection: upgrade\r\nContent-Length: 20\r\n")[..], half]
+            .concat(),
         [&head("POST /api/ask HTTP/1.1", "Content-Length: 20\r\n")[..], half].concat(),
         [&head("POST /api/ask HTTP/1.1", "Content-Length: 2000\r\n")[..], half].concat(),
         [&head("POST /api/ask HTTP/1.1", "Expect: 100-continue\r\nContent-Length: 20\r\n")[..], half].concat(),
@@ -369,7 +374,7 @@ fn an_http_1_0_client_is_never_told_to_go_on() {
     let head = format!("POST /api/ask HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: {}\r\n\r\n", body.len());
     let mut connection = proxy.connect();
     connection.send_bytes(format!("{head}{body}"));
-    assert_eq!(connection.read_head().status, 200, "RFC 9110, section 10.1.1");
+    assert_eq!(connection.read_head().status, 417, "RFC 9110, section 10.1.1: never told to go on");
 }
 
 // Limits of the head
@@ -682,7 +687,8 @@ fn a_question_as_large_as_a_body_may_be_is_answered_and_kept() {
     for path in ["/api/ask", "/api/streaming"] {
         assert_eq!(proxy.call(&post_bytes(path, body.clone())).status, 200);
     }
-    let chunks: String = body.as_bytes().chunks(1000).map(|c| format!("{:x}\r\n{}\r\n", c.len(), String::from_utf8_lossy(c))).collect();
+    let chunks: String =
+        body.as_bytes().chunks(1000).map(|c| format!("{:x}\r\n{}\r\n", c.len(), String::from_utf8_lossy(c))).collect();
     let chunked = post_bytes("/api/ask", format!("{chunks}0\r\n\r\n")).without("Content-Length");
     assert_eq!(proxy.call(&chunked.header("Transfer-Encoding", "chunked")).status, 200);
     let asked: Value = serde_json::from_str(&body).expect("JSON");
@@ -738,7 +744,9 @@ fn a_hundred_requests_in_one_write_are_answered_in_order() {
         let stream = plug_in(proxy.address);
         let answered = std::thread::scope(|scope| {
             // Whoever sends so much without reading may find both ways full.
-            scope.spawn(|| throw(&stream, &[&bytes, &head("GET /livez HTTP/1.1", "Connection: close\r\nX-Request-Id: p-100\r\n")]));
+            scope.spawn(|| {
+                throw(&stream, &[&bytes, &head("GET /livez HTTP/1.1", "Connection: close\r\nX-Request-Id: p-100\r\n")])
+            });
             let (heard, end) = hear(&stream);
             assert_eq!(end, End::Closed, "{what}");
             responses(&heard)
@@ -838,7 +846,10 @@ fn a_thousand_idle_or_dripping_connections_cost_an_honest_client_nothing() {
         during
     });
     let ratio = during.0.as_secs_f64() / before.0.as_secs_f64();
-    eprintln!("beside {count}: median {:?}, worst {:?}; alone {:?}, {:?}; ratio {ratio:.1}", during.0, during.1, before.0, before.1);
+    eprintln!(
+        "beside {count}: median {:?}, worst {:?}; alone {:?}, {:?}; ratio {ratio:.1}",
+        during.0, during.1, before.0, before.1
+    );
     assert!(during.0 < before.0 * 10 + Duration::from_millis(100), "median {:?}, alone {:?}", during.0, before.0);
     assert!(during.1 < Duration::from_secs(2), "worst {:?}", during.1);
     let memory = proxy.memory();
@@ -917,6 +928,38 @@ fn the_soft_limit_of_descriptors_is_raised_at_the_start() {
     let crowd: Vec<Connection> = (0..40).map(|_| proxy.connect()).collect();
     assert_eq!(proxy.get("/livez").status, 200);
     drop(crowd);
+}
+
+/// No room for another thread's stack: the limit is a little more than what is in use.
+#[test]
+fn a_lack_of_threads_is_503_or_a_close_and_never_500() {
+    let proxy = Proxy::start();
+    let body = json!({"question": "Anybody?"}).to_string();
+    let chunked = post_bytes("/api/ask", format!("{:x}\r\n{body}\r\n0\r\n\r\n", body.len()));
+    let chunked = chunked.without("Content-Length").header("Transfer-Encoding", "chunked");
+    let known: Vec<TcpStream> = (0..4).map(|_| plug_in(proxy.address)).collect();
+    for mut stream in &known {
+        let mut start = [0; 12];
+        throw(stream, &[&livez()]);
+        stream.read_exact(&mut start).expect("an answer");
+    }
+    let room = getrlimit(Resource::As);
+    let limit = |bytes: Option<u64>| {
+        prlimit(Some(proxy.pid()), Resource::As, Rlimit { current: bytes.or(room.maximum), maximum: room.maximum })
+    };
+    limit(Some(proxy.address_space() as u64 + (300 << 10))).expect("the limit of a child can be set");
+    for stream in &known {
+        throw(stream, &[&chunked.bytes()]);
+        let _ = stream.shutdown(Shutdown::Write);
+        let (heard, _) = hear(stream);
+        let status = |at: usize| String::from_utf8_lossy(&heard[at..]).get(9..12).map(str::to_owned);
+        let starts = heard.windows(7).enumerate().filter(|(_, window)| window == b"HTTP/1.").map(|(at, _)| at);
+        let statuses: Vec<String> = starts.filter_map(status).collect();
+        assert!(statuses.iter().all(|status| ["200", "503"].contains(&&**status)), "{statuses:?}");
+    }
+    limit(None).expect("the limit of a child can be set");
+    eventually("service is back", || proxy.ask("Back?").status == 200);
+    assert!(!proxy.log().iter().any(|line| line.contains("bug:")), "{:#?}", proxy.log());
 }
 
 // Overload
@@ -1113,10 +1156,13 @@ fn most_answers(mut bytes: &[u8]) -> usize {
         bytes = &bytes[end + 4..];
         let text = String::from_utf8_lossy(head);
         let lines: Vec<&str> = text.split_terminator("\r\n").collect();
-        let odd = |line: &&str| line.is_empty() || line.contains(|c: char| (c.is_control() && c != '\t') || c == char::REPLACEMENT_CHARACTER);
-        let folded = |line: &&str| line.starts_with([' ', '\t']) || line.split(':').next().is_some_and(|name| name.contains([' ', '\t']));
+        let odd = |line: &&str| {
+            line.is_empty() || line.contains(|c: char| (c.is_control() && c != '\t') || c == char::REPLACEMENT_CHARACTER)
+        };
+        let folded =
+            |line: &&str| line.starts_with([' ', '\t']) || line.split(':').next().is_some_and(|name| name.contains([' ', '\t']));
         let ends = |line: &str| line.ends_with(" HTTP/1.1") && line.split(' ').count() == 3;
-        if lines.iter().any(|line| odd(line)) || lines[1..].iter().any(|line| folded(line) || !line.contains(':')) || !ends(lines[0]) {
+        if lines.iter().any(odd) || lines[1..].iter().any(|line| folded(line) || !line.contains(':')) || !ends(lines[0]) {
             return count;
         }
         let values = |name: &str| -> Vec<&str> {
@@ -1148,7 +1194,8 @@ fn random_bytes_never_break_it_and_a_broken_request_is_the_last() {
     let small = json!({"question": ""}).to_string();
     let large = question_of(3000);
     let post = |path: &str, headers: &str, body: &str| {
-        [&head(&format!("POST {path} HTTP/1.1"), &format!("{headers}Content-Length: {}\r\n", body.len()))[..], body.as_bytes()].concat()
+        [&head(&format!("POST {path} HTTP/1.1"), &format!("{headers}Content-Length: {}\r\n", body.len()))[..], body.as_bytes()]
+            .concat()
     };
     let chunked = "Transfer-Encoding: chunked\r\n";
     let good: Vec<Vec<u8>> = vec![
@@ -1168,9 +1215,30 @@ fn random_bytes_never_break_it_and_a_broken_request_is_the_last() {
     ];
     let long = vec![b'a'; 20_000];
     let poison: &[&[u8]] = &[
-        b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"\r\n\r\n", b"\x80", b"\xff\xfe", b"%", b"0\r\n\r\n", b"-1", b"ffffffffffffffff",
-        b"Content-Length: 5\r\n", b"Content-Length: 0\r\n", b"Transfer-Encoding: chunked\r\n", b"Host: b\r\n", b"Expect: 100-continue\r\n",
-        b"Connection: close\r\n", b"Connection: upgrade\r\n", b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n", b"HTTP/1.1", &long,
+        b"\r\n",
+        b"\n",
+        b"\r",
+        b"\0",
+        b" ",
+        b"\t",
+        b":",
+        b"\r\n\r\n",
+        b"\x80",
+        b"\xff\xfe",
+        b"%",
+        b"0\r\n\r\n",
+        b"-1",
+        b"ffffffffffffffff",
+        b"Content-Length: 5\r\n",
+        b"Content-Length: 0\r\n",
+        b"Transfer-Encoding: chunked\r\n",
+        b"Host: b\r\n",
+        b"Expect: 100-continue\r\n",
+        b"Connection: close\r\n",
+        b"Connection: upgrade\r\n",
+        b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"HTTP/1.1",
+        &long,
     ];
     let proxy = Proxy::start();
     let seen = Mutex::new(HashSet::new());
@@ -1204,7 +1272,8 @@ fn random_bytes_never_break_it_and_a_broken_request_is_the_last() {
                         let code = response.json()["error"]["code"].as_str().expect("a code").to_owned();
                         response.expect_error(response.status, &code);
                         assert!(matches!(response.status, 400..=431 | 505), "{response:?} to {shown:?}");
-                        let fatal = ["bad_request", "headers_too_large", "uri_too_long", "body_too_large", "http_version_not_supported"];
+                        let fatal =
+                            ["bad_request", "headers_too_large", "uri_too_long", "body_too_large", "http_version_not_supported"];
                         assert!(closing || !fatal.contains(&&*code), "kept open after {response:?} to {shown:?}");
                     }
                 }
@@ -1264,7 +1333,9 @@ fn requests_that_never_become_whole_do_not_hold_the_workers() {
     let upstream = FakeUpstream::answering(|request| if request.is_streaming() { streamed(&["Yes"]) } else { answer("Yes") });
     for path in ["/api/ask", "/api/streaming"] {
         let body = json!({"question": "First?"}).to_string();
-        let first = [&head(&format!("POST {path} HTTP/1.1"), &format!("Content-Length: {}\r\n", body.len()))[..], body.as_bytes()].concat();
+        let first =
+            [&head(&format!("POST {path} HTTP/1.1"), &format!("Content-Length: {}\r\n", body.len()))[..], body.as_bytes()]
+                .concat();
         for begun in [
             &b"P"[..],
             b"POST /api/ask HTTP/1.1\r\nHost: a\r\nX: ",

@@ -5,7 +5,8 @@ use crate::support::gate::Gate;
 use crate::support::hostile::{Chance, within};
 use crate::support::proxy::{Proxy, Setup, UPSTREAM_KEY};
 use crate::support::upstream::{
-    FakeUpstream, Step, answer, completion, delta, end, event, finish, piece, receive, reply, reply_json, send, stream_head, streamed,
+    FakeUpstream, Step, answer, completion, delta, end, event, finish, piece, receive, reply, reply_json, send, stream_head,
+    streamed,
 };
 use crate::support::{PATIENCE, eventually};
 use serde_json::{Value, json};
@@ -48,21 +49,25 @@ fn a_byte_a_second_is_given_up_when_the_time_is_over() {
         [send(start)].into_iter().chain(slowly).collect()
     };
     let long = "x".repeat(60);
-    for (what, steps) in [
+    let slow = [
         ("a head", drip("HTTP/1.1 200 OK\r\nX-Slow: ", &long)),
         ("a body", drip(&format!("{JSON_HEAD}Content-Length: 1000\r\n\r\n{{"), &long)),
         ("a chunked body", drip(&format!("{JSON_HEAD}Transfer-Encoding: chunked\r\n\r\n1000\r\n{{"), &long)),
         ("a chunk's size", drip(&format!("{JSON_HEAD}Transfer-Encoding: chunked\r\n\r\n"), &"0".repeat(60))),
         ("an error", drip("HTTP/1.1 500 No\r\nContent-Length: 1000\r\n\r\n", &long)),
-    ] {
-        let upstream = FakeUpstream::always(steps);
-        let proxy = Proxy::facing(&upstream).set("UPSTREAM_TIMEOUT_SECS", "2").start();
-        let started = Instant::now();
-        let response = proxy.ask("How long?");
-        expect_blame(&response);
-        assert!(started.elapsed() < Duration::from_secs(5), "{what}: {:?}", started.elapsed());
-        upstream.wait_until_left(1);
-    }
+    ];
+    std::thread::scope(|scope| {
+        for (what, steps) in slow {
+            scope.spawn(move || {
+                let upstream = FakeUpstream::always(steps);
+                let proxy = Proxy::facing(&upstream).set("UPSTREAM_TIMEOUT_SECS", "2").start();
+                let started = Instant::now();
+                expect_blame(&proxy.ask("How long?"));
+                assert!(started.elapsed() < Duration::from_secs(5), "{what}: {:?}", started.elapsed());
+                upstream.wait_until_left(1);
+            });
+        }
+    });
 }
 
 /// There is always something to read, and it never comes to a point.
@@ -93,19 +98,23 @@ fn an_upstream_that_never_pauses_is_given_up_when_the_time_is_over() {
 
 #[test]
 fn a_stream_that_only_seems_to_live_ends_with_its_client() {
-    for (what, again) in [("comments", ": c\n\n"), ("blank lines", "\n"), ("other fields", "event: x\nid: 1\nretry: 5\n")] {
-        let slowly = [Step::Pause(Duration::from_millis(200)), send(again)];
-        let steps: Vec<Step> = [send(SSE_HEAD)].into_iter().chain(slowly.into_iter().cycle().take(100)).collect();
-        let upstream = FakeUpstream::always(steps);
-        let proxy = Proxy::facing(&upstream).set("STREAM_HEARTBEAT_SECS", "1").start();
-        let mut stream = proxy.stream("Alive?");
-        stream.expect_heartbeat();
-        stream.expect_heartbeat();
-        drop(stream);
-        let left = Instant::now();
-        upstream.wait_until_left(1);
-        assert!(left.elapsed() < Duration::from_secs(3), "{what}: {:?}", left.elapsed());
-    }
+    std::thread::scope(|scope| {
+        for (what, again) in [("comments", ": c\n\n"), ("blank lines", "\n"), ("other fields", "event: x\nid: 1\nretry: 5\n")] {
+            scope.spawn(move || {
+                let slowly = [Step::Pause(Duration::from_millis(200)), send(again)];
+                let steps: Vec<Step> = [send(SSE_HEAD)].into_iter().chain(slowly.into_iter().cycle().take(100)).collect();
+                let upstream = FakeUpstream::always(steps);
+                let proxy = Proxy::facing(&upstream).set("STREAM_HEARTBEAT_SECS", "1").start();
+                let mut stream = proxy.stream("Alive?");
+                stream.expect_heartbeat();
+                stream.expect_heartbeat();
+                drop(stream);
+                let left = Instant::now();
+                upstream.wait_until_left(1);
+                assert!(left.elapsed() < Duration::from_secs(3), "{what}: {:?}", left.elapsed());
+            });
+        }
+    });
 }
 
 // Size
@@ -192,9 +201,10 @@ fn a_stream_of_nothing_or_of_too_much_is_cut_and_costs_little_memory() {
 
 #[test]
 fn an_answer_of_any_depth_is_an_answer_or_502() {
-    let nested = |open: &str, depth: usize, middle: &str, close: &str| format!("{}{middle}{}", open.repeat(depth), close.repeat(depth));
+    let nested =
+        |open: &str, depth: usize, middle: &str, close: &str| format!("{}{middle}{}", open.repeat(depth), close.repeat(depth));
     let mut bodies = Vec::new();
-    for depth in [50, 58, 60, 62, 64, 120, 126, 128, 1000, 100_000] {
+    for depth in [50, 60, 62, 64, 124, 128, 100_000] {
         for value in [
             nested("[", depth, "1", "]"),
             nested("{\"a\":", depth, "1", "}"),
@@ -208,12 +218,17 @@ fn an_answer_of_any_depth_is_an_answer_or_502() {
             bodies.push(format!("{{\"choices\":[{{\"message\":{{\"tool_calls\":{value}}}}}]}}"));
         }
     }
-    let upstream = FakeUpstream::script(bodies.iter().flat_map(|body| {
-        let whole = reply(200, &[("Content-Type", "application/json")], body);
-        let stream = vec![send(SSE_HEAD), send(format!("data: {body}\n\ndata: [DONE]\n\n")), Step::Close];
-        let failure = reply(500, &[], body);
-        [whole, stream, failure]
-    }).collect());
+    let upstream = FakeUpstream::script(
+        bodies
+            .iter()
+            .flat_map(|body| {
+                let whole = reply(200, &[("Content-Type", "application/json")], body);
+                let stream = vec![send(SSE_HEAD), send(format!("data: {body}\n\ndata: [DONE]\n\n")), Step::Close];
+                let failure = reply(500, &[], body);
+                [whole, stream, failure]
+            })
+            .collect(),
+    );
     let proxy = Proxy::facing(&upstream).start();
     for body in &bodies {
         let shown = &body[..body.len().min(60)];
@@ -231,17 +246,35 @@ fn an_answer_of_any_depth_is_an_answer_or_502() {
 #[test]
 fn garbage_is_the_upstreams_fault_and_nobody_elses() {
     let mut chance = Chance::new(21);
-    let mut said: Vec<Vec<u8>> = (0..60).map(|_| { let size = chance.below(600); chance.bytes(size) }).collect();
+    let mut said: Vec<Vec<u8>> = (0..60)
+        .map(|_| {
+            let size = chance.below(600);
+            chance.bytes(size)
+        })
+        .collect();
     let json = format!("{JSON_HEAD}Content-Length: ");
     for text in [
-        "HTTP/1.1 200\r\n\r\n", "HTTP/1.1 099 No\r\n\r\n", "HTTP/1.1 -200 No\r\n\r\n", "HTTP/9.9 200 OK\r\n\r\n", "HTTP/1.0 200 OK\r\n\r\n",
-        "ICY 200 OK\r\n\r\n", "\r\n\r\n\r\n", "HTTP/1.1 204 No Content\r\n\r\n", "HTTP/1.1 304 Not Modified\r\n\r\n",
-        "HTTP/1.1 101 Switching Protocols\r\n\r\n", "HTTP/1.1 600 What\r\n\r\n", "HTTP/1.1 200 OK\nContent-Length: 2\n\n{}",
+        "HTTP/1.1 200\r\n\r\n",
+        "HTTP/1.1 099 No\r\n\r\n",
+        "HTTP/1.1 -200 No\r\n\r\n",
+        "HTTP/9.9 200 OK\r\n\r\n",
+        "HTTP/1.0 200 OK\r\n\r\n",
+        "ICY 200 OK\r\n\r\n",
+        "\r\n\r\n\r\n",
+        "HTTP/1.1 204 No Content\r\n\r\n",
+        "HTTP/1.1 304 Not Modified\r\n\r\n",
+        "HTTP/1.1 101 Switching Protocols\r\n\r\n",
+        "HTTP/1.1 600 What\r\n\r\n",
+        "HTTP/1.1 200 OK\nContent-Length: 2\n\n{}",
         "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{} ",
         "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
-        "HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n{}", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n",
-        "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n0\r\n\r\n", "HTTP/1.1 200 OK\r\nX: \0\r\n\r\n{}",
-        "HTTP/1.1 200 OK\r\n: x\r\n\r\n{}", "HTTP/1.1 200 OK\r\nno colon\r\n\r\n{}", "\u{15}\u{3}\u{1}\0\u{2}\u{2}\u{28}",
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n{}",
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n",
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n0\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nX: \0\r\n\r\n{}",
+        "HTTP/1.1 200 OK\r\n: x\r\n\r\n{}",
+        "HTTP/1.1 200 OK\r\nno colon\r\n\r\n{}",
+        "\u{15}\u{3}\u{1}\0\u{2}\u{2}\u{28}",
     ] {
         said.push(text.as_bytes().to_vec());
     }
@@ -266,14 +299,40 @@ fn garbage_is_the_upstreams_fault_and_nobody_elses() {
 fn damaged_answers_are_whole_answers_or_failures_and_never_hang() {
     let mut chance = Chance::new(22);
     let poison: &[&[u8]] = &[
-        b"\r\n", b"\n", b"\r", b"\0", b"\n\n", b"data: ", b"data: [DONE]\n\n", b"0\r\n\r\n", b"ffffffff\r\n", b"-1", b"{", b"}", b"\"", b",",
-        b"\xff", b": c\n", b"event: x\n", b"null", b"[]", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"Connection: close\r\n",
+        b"\r\n",
+        b"\n",
+        b"\r",
+        b"\0",
+        b"\n\n",
+        b"data: ",
+        b"data: [DONE]\n\n",
+        b"0\r\n\r\n",
+        b"ffffffff\r\n",
+        b"-1",
+        b"{",
+        b"}",
+        b"\"",
+        b",",
+        b"\xff",
+        b": c\n",
+        b"event: x\n",
+        b"null",
+        b"[]",
+        b"Content-Length: 5\r\n",
+        b"Transfer-Encoding: chunked\r\n",
+        b"Connection: close\r\n",
     ];
     let body = completion("Sound").to_string();
     let whole = format!("{JSON_HEAD}Content-Length: {}\r\n\r\n{body}", body.len()).into_bytes();
     let chunks = format!("{JSON_HEAD}Transfer-Encoding: chunked\r\n\r\n{:x}\r\n{body}\r\n0\r\n\r\n", body.len()).into_bytes();
     let steps = streamed(&["So", "und"]);
-    let stream: Vec<u8> = steps.into_iter().flat_map(|step| match step { Step::Send(bytes) => bytes, _ => Vec::new() }).collect();
+    let stream: Vec<u8> = steps
+        .into_iter()
+        .flat_map(|step| match step {
+            Step::Send(bytes) => bytes,
+            _ => Vec::new(),
+        })
+        .collect();
     let mut script = Vec::new();
     let mut sent = Vec::new();
     for round in 0..240 {
@@ -320,9 +379,17 @@ fn damaged_answers_are_whole_answers_or_failures_and_never_hang() {
 #[test]
 fn a_gzip_that_nobody_asked_for_is_502_and_is_not_unpacked() {
     // gzip of `{"choices":[{"message":{"content":"Yes"}}]}` as `printf ... | gzip -nc` makes it.
-    let packed: [u8; 62] = [0x1f, 0x8b, 0x08, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x03, 0xab, 0x56, 0x4a, 0xce, 0xc8, 0xcf, 0x4c, 0x4e, 0x2d, 0x56, 0xb2, 0x8a, 0xae, 0x56, 0xca, 0x4d, 0x2d, 0x2e, 0x4e, 0x4c, 0x4f, 0x55, 0xb2, 0xaa, 0x56, 0x4a, 0xce, 0xcf, 0x2b, 0x49, 0xcd, 0x2b, 0x51, 0xb2, 0x52, 0x8a, 0x04, 0x4a, 0xd6, 0xd6, 0xc6, 0xd6, 0x02, 0x00, 0xa8, 0x13, 0xcb, 0xae, 0x2b, 0x00, 0x00, 0x00];
+    let packed: [u8; 62] = [
+        0x1f, 0x8b, 0x08, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x03, 0xab, 0x56, 0x4a, 0xce, 0xc8, 0xcf, 0x4c, 0x4e, 0x2d, 0x56,
+        0xb2, 0x8a, 0xae, 0x56, 0xca, 0x4d, 0x2d, 0x2e, 0x4e, 0x4c, 0x4f, 0x55, 0xb2, 0xaa, 0x56, 0x4a, 0xce, 0xcf, 0x2b, 0x49,
+        0xcd, 0x2b, 0x51, 0xb2, 0x52, 0x8a, 0x04, 0x4a, 0xd6, 0xd6, 0xc6, 0xd6, 0x02, 0x00, 0xa8, 0x13, 0xcb, 0xae, 0x2b, 0x00,
+        0x00, 0x00,
+    ];
     for kind in ["application/json", "text/event-stream"] {
-        let head = format!("HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nContent-Encoding: gzip\r\nContent-Length: {}\r\n\r\n", packed.len());
+        let head = format!(
+            "HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nContent-Encoding: gzip\r\nContent-Length: {}\r\n\r\n",
+            packed.len()
+        );
         let upstream = FakeUpstream::always(vec![send([head.as_bytes(), &packed].concat())]);
         let proxy = Proxy::facing(&upstream).start();
         on_both(&proxy, |_, response| {
@@ -339,7 +406,9 @@ fn a_gzip_that_nobody_asked_for_is_502_and_is_not_unpacked() {
 fn a_redirect_is_502_and_the_key_stays_at_home() {
     let elsewhere = FakeUpstream::always(answer("Give me your key"));
     for status in [300, 301, 302, 303, 304, 305, 307, 308] {
-        for location in [elsewhere.url(), format!("//{}/v1", elsewhere.address()), "/v1/elsewhere".into(), "\u{1}".into(), String::new()] {
+        for location in
+            [elsewhere.url(), format!("//{}/v1", elsewhere.address()), "/v1/elsewhere".into(), "\u{1}".into(), String::new()]
+        {
             let upstream = FakeUpstream::always(reply(status, &[("Location", &location)], ""));
             let proxy = Proxy::facing(&upstream).start();
             on_both(&proxy, |_, response| expect_blame(&response));
@@ -393,7 +462,8 @@ fn a_kept_connection_that_is_closed_at_any_moment_costs_no_client_an_error() {
     fn say_408(stream: TcpStream) {
         let _ = (&stream).write_all(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
     }
-    let deeds: [(&str, bool, fn(TcpStream)); 5] = [
+    type Deed = (&'static str, bool, fn(TcpStream));
+    let deeds: [Deed; 5] = [
         ("closes behind the answer", true, close),
         ("resets behind the answer", true, reset),
         ("says 408 behind the answer", true, say_408),
@@ -442,7 +512,8 @@ fn connections_that_are_closed_at_random_under_load_cost_no_client_an_error() {
                 let mut connection = proxy.connect();
                 for number in 0..100 {
                     let path = ["/api/ask", "/api/streaming"][number % 2];
-                    let response = connection.exchange(&post(path, &json!({"question": format!("Number {}", client * 1000 + number)})));
+                    let response =
+                        connection.exchange(&post(path, &json!({"question": format!("Number {}", client * 1000 + number)})));
                     assert_eq!(response.status, 200, "client {client}, {number}: {response:?}");
                 }
             });
@@ -457,7 +528,10 @@ fn what_comes_behind_an_answer_is_nobodys_answer() {
     let evil = || reply_json(200, &completion("Evil"));
     let done = |tail: Vec<Step>| [streamed(&["Good"]), tail].concat();
     let glued = |steps: Vec<Step>| -> Vec<Step> {
-        let bytes = steps.into_iter().flat_map(|step| match step { Step::Send(bytes) => bytes, _ => Vec::new() });
+        let bytes = steps.into_iter().flat_map(|step| match step {
+            Step::Send(bytes) => bytes,
+            _ => Vec::new(),
+        });
         vec![Step::Send(bytes.collect())]
     };
     for in_one_write in [true, false] {
@@ -508,7 +582,8 @@ fn an_upstream_that_refuses_before_it_has_read_is_understood() {
 #[test]
 fn whatever_retry_after_says_the_answer_comes_in_time() {
     let dates = ["Fri, 31 Dec 2100 23:59:59 GMT", "Thu, 01 Jan 1970 00:00:00 GMT", "Friday, 31-Dec-99 23:59:59 GMT"];
-    let numbers = ["259200", "0", "-1", "1e308", "NaN", "inf", "-inf", "18446744073709551616", "0.000001", "99999999999999999999999999"];
+    let numbers =
+        ["259200", "0", "-1", "1e308", "NaN", "inf", "-inf", "18446744073709551616", "0.000001", "99999999999999999999999999"];
     let nonsense = ["soon", "3 days", "1,5", "\"7\"", "7;8", "Fri, 99 Foo 2100 99:99:99 GMT"];
     for after in dates.iter().chain(&numbers).chain(&nonsense) {
         for (status, ours) in [(429, 429), (503, 503)] {
@@ -537,7 +612,9 @@ fn a_stream_is_what_it_says_however_it_is_written_and_cut() {
     let mut chance = Chance::new(23);
     for round in 0..40 {
         let words: Vec<String> = (0..1 + chance.below(8))
-            .map(|_| (0..chance.below(12)).map(|_| *chance.pick(&['a', ' ', 'é', '🙂', '\u{2028}', 'ж', '"', '\\', '\n'])).collect())
+            .map(|_| {
+                (0..chance.below(12)).map(|_| *chance.pick(&['a', ' ', 'é', '🙂', '\u{2028}', 'ж', '"', '\\', '\n'])).collect()
+            })
             .collect();
         let mut data: Vec<String> = words.iter().map(|word| delta(word)).collect();
         data.push(finish("stop"));
@@ -548,7 +625,9 @@ fn a_stream_is_what_it_says_however_it_is_written_and_cut() {
         for data in data.iter().map(String::as_str).chain(["[DONE]"]) {
             let newline = *chance.pick(&["\n", "\r\n", "\r"]);
             for _ in 0..chance.below(3) {
-                body.extend(chance.pick(&[": comment", ":", "event: message", "id: 7", "retry: 10", "unknown", "datum: x"]).as_bytes());
+                body.extend(
+                    chance.pick(&[": comment", ":", "event: message", "id: 7", "retry: 10", "unknown", "datum: x"]).as_bytes(),
+                );
                 body.extend(newline.as_bytes());
             }
             if chance.one_in(5) {
@@ -582,7 +661,7 @@ fn good_answers_come_through_beside_bad_ones() {
     let upstream = FakeUpstream::answering(move |request| match request.question().as_str() {
         "silence" => vec![Step::Silence],
         "garbage" => vec![send([0xff; 3000]), Step::Close],
-        "flood" => vec![send(SSE_HEAD), Step::Repeat(vec![b'x'; 1 << 16])],
+        "flood" => vec![send(SSE_HEAD), Step::Repeat(vec![b'x'; 1 << 20])],
         "reset" => vec![Step::Reset],
         "half" => vec![stream_head(), event(&delta("Half")), Step::Wait(held.clone()), Step::Close],
         _ if request.is_streaming() => streamed(&["Good"]),

@@ -2,7 +2,9 @@
 
 use crate::support::client::{Request, Response, get, post, post_bytes, streaming};
 use crate::support::proxy::{Proxy, Setup, UPSTREAM_KEY};
-use crate::support::upstream::{FakeUpstream, Step, answer, completion, delta, event, refusal, reply, reply_json, stream_head, streamed};
+use crate::support::upstream::{
+    FakeUpstream, Step, answer, completion, delta, event, refusal, reply, reply_json, stream_head, streamed,
+};
 use serde_json::{Value, json};
 use std::fs;
 
@@ -54,7 +56,10 @@ fn no_key_is_found_in_logs_answers_or_the_database() {
         ("an odd shape", reply_json(500, &json!({"error": {"code": echo, "metadata": [echo]}}))),
         ("an error in a 200", reply_json(200, &json!({"error": {"message": echo, "code": 401}}))),
         ("an error in a stream", vec![stream_head(), event(&json!({"error": {"message": echo}}).to_string()), Step::Close]),
-        ("an error behind a delta", vec![stream_head(), event(&delta("a")), event(&json!({"error": echo}).to_string()), Step::Close]),
+        (
+            "an error behind a delta",
+            vec![stream_head(), event(&delta("a")), event(&json!({"error": echo}).to_string()), Step::Close],
+        ),
         // Where words are shortened, a key may be cut in two.
         ("978 and a key", refusal(400, &long(978))),
         ("980 and a key", reply(500, &[], &long(979))),
@@ -122,7 +127,8 @@ fn reply_json_with(status: u16, headers: &[(&str, &str)]) -> Vec<Step> {
 fn an_upstream_that_answers_with_its_key_does_not_bring_it_into_the_log() {
     let mut body = completion("Yes");
     body["model"] = json!(UPSTREAM_KEY);
-    let head_fields = [("Content-Type", "application/json"), ("X-Request-Id", UPSTREAM_KEY), ("OpenAI-Processing-Ms", UPSTREAM_KEY)];
+    let head_fields =
+        [("Content-Type", "application/json"), ("X-Request-Id", UPSTREAM_KEY), ("OpenAI-Processing-Ms", UPSTREAM_KEY)];
     let upstream = FakeUpstream::always(reply(200, &head_fields, &body.to_string()));
     let proxy = Proxy::facing(&upstream).set("LOG_LEVEL", "trace").start();
     let chat = json!({"messages": [{"role": "user", "content": "Who?"}]});
@@ -176,10 +182,35 @@ fn a_key_sees_its_own_history_only_whatever_it_asks_for() {
     let mut queries: Vec<String> =
         [0, 1, 2, last / 2, last, last + 1, i64::MAX].iter().map(|before| format!("limit=1000&before={before}")).collect();
     let words = [
-        "treasure", "Marked answer", "asks number", "alice", "ALICE", "al", "bob", "key", "616C696365", "626F62", "treasure 626F62",
-        "key:626F62", "key : \"626F62\"", "\"626F62\"", "treasure\" OR key : \"626F62", "\" OR \"", "treasure) OR (key:626F62",
-        "{key} : 626F62", "-key:626F62", "treasure NOT 616C696365", "treasure NEAR 626F62", "^treasure", "treas*", "*", "' OR 1=1 --",
-        "treasure\0OR\0626F62", "question : treasure", "{question answer} : treasure", "bob asks treasure",
+        "treasure",
+        "Marked answer",
+        "asks number",
+        "alice",
+        "ALICE",
+        "al",
+        "bob",
+        "key",
+        "616C696365",
+        "626F62",
+        "treasure 626F62",
+        "key:626F62",
+        "key : \"626F62\"",
+        "\"626F62\"",
+        "treasure\" OR key : \"626F62",
+        "\" OR \"",
+        "treasure) OR (key:626F62",
+        "{key} : 626F62",
+        "-key:626F62",
+        "treasure NOT 616C696365",
+        "treasure NEAR 626F62",
+        "^treasure",
+        "treas*",
+        "*",
+        "' OR 1=1 --",
+        "treasure\u{0}OR\u{0}626F62",
+        "question : treasure",
+        "{question answer} : treasure",
+        "bob asks treasure",
     ];
     for word in words {
         queries.push(format!("limit=1000&q={}", encode(word)));
@@ -232,8 +263,27 @@ fn the_upstreams_key_reaches_no_other_path_than_ours() {
     let upstream = FakeUpstream::always(reply_json(200, &json!({"object": "list", "data": []})));
     let proxy = Proxy::facing(&upstream).start();
     for name in [
-        "%2e%2e/files", "%2E%2E%2Ffiles", ".%2e/files", "%2e./files", "a/%2e%2e/%2e%2e/files", "../files", "..", ".", "./x", "a/./b",
-        "..%2ffiles", "..%5cfiles", "a//b", "%2f", "%00", "%0d%0aX:y", "a?b", "a%3fb", "a%23b", "@b", "\\..\\files",
+        "%2e%2e/files",
+        "%2E%2E%2Ffiles",
+        ".%2e/files",
+        "%2e./files",
+        "a/%2e%2e/%2e%2e/files",
+        "../files",
+        "..",
+        ".",
+        "./x",
+        "a/./b",
+        "..%2ffiles",
+        "..%5cfiles",
+        "a//b",
+        "%2f",
+        "%00",
+        "%0d%0aX:y",
+        "a?b",
+        "a%3fb",
+        "a%23b",
+        "@b",
+        "\\..\\files",
     ] {
         proxy.call(&get(&format!("/v1/models/{name}")));
     }

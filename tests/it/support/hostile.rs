@@ -224,6 +224,11 @@ impl Proxy {
         self.memory_line("VmHWM")
     }
 
+    /// Bytes of addresses in use, with memory behind them or not.
+    pub fn address_space(&self) -> usize {
+        self.memory_line("VmSize")
+    }
+
     /// Open file descriptors.
     pub fn descriptors(&self) -> usize {
         fs::read_dir(format!("/proc/{}/fd", self.pid().as_raw_nonzero())).expect("the program runs").count()
