@@ -119,7 +119,8 @@ impl Head {
     }
 
     fn judge_fields(&mut self) -> Result<(), ApiError> {
-        let (mut hosts, mut lengths, mut codings, mut connections) = (0, 0, 0, 0);
+        let (mut hosts, mut lengths, mut codings) = (0, 0, 0);
+        let mut first_upgrades = None;
         for [name, name_end, value, value_end] in &self.fields {
             let (name, value) = (&self.bytes[*name..*name_end], &self.bytes[*value..*value_end]);
             let is = |wanted: &str| name.eq_ignore_ascii_case(wanted.as_bytes());
@@ -157,17 +158,16 @@ impl Head {
                 }
                 self.expects_continue = true;
             } else if is("connection") {
-                connections += 1;
                 // The library looks for these words anywhere in the value, so we do the same.
                 let value = value.to_ascii_lowercase();
                 let has = |word: &[u8]| value.windows(word.len()).any(|w| w == word);
+                // It looks at the first of several alone.
+                if *first_upgrades.get_or_insert(has(b"upgrade")) != has(b"upgrade") {
+                    return Err(bad("one Connection asks for an upgrade and another does not"));
+                }
                 self.upgrade |= has(b"upgrade");
                 self.close |= has(b"close") || has(b"upgrade");
             }
-        }
-        // The library looks at the first one alone.
-        if connections > 1 {
-            return Err(bad("Connection is there more than once"));
         }
         match hosts {
             0 if !self.http10 => return Err(bad("Host is missing")),

@@ -491,6 +491,9 @@ impl Connection {
                 io::ErrorKind::InvalidInput => {
                     ApiError::new(Code::BadRequest, "malformed request: the chunked body breaks RFC 9112, section 7.1")
                 }
+                io::ErrorKind::OutOfMemory => {
+                    ApiError::new(Code::Overloaded, "no thread is left to watch a chunked body; try again")
+                }
                 io::ErrorKind::FileTooLarge => too_large(self.max_body),
                 _ => client_gone(),
             }),
@@ -505,7 +508,7 @@ impl Connection {
         let (done, watching) = crossbeam_channel::bounded::<()>(0);
         let stream = &*self.stream;
         let result = std::thread::scope(|scope| {
-            scope.spawn(|| {
+            let watch = std::thread::Builder::new().name("body".into()).stack_size(64 * 1024).spawn_scoped(scope, || {
                 while let Err(crossbeam_channel::RecvTimeoutError::Timeout) = watching.recv_timeout(Duration::from_millis(5)) {
                     if kernel::received(stream).is_ok_and(|received| received > wire_limit) {
                         exceeded.store(true, Ordering::Relaxed);
@@ -514,6 +517,7 @@ impl Connection {
                     }
                 }
             });
+            watch.map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
             let result = reader.take(self.max_body as u64 + 1).read_to_end(body);
             drop(done);
             result

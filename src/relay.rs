@@ -359,7 +359,7 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
                 done = Some([&event.lines[..], b"\n"].concat());
                 break;
             }
-            match take_in(&event.data, draft) {
+            match take_in(&event.data, draft, events) {
                 Ok(true) => {
                     began = true;
                     out.extend_from_slice(&event.lines);
@@ -399,15 +399,15 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
 }
 
 /// Adds what an event says to the draft; true when the event goes on to the client.
-fn take_in(data: &[u8], draft: &mut Draft) -> Result<bool, NoAnswer> {
+fn take_in(data: &[u8], draft: &mut Draft, events: &Events) -> Result<bool, NoAnswer> {
     let chunk = openai::parse_chunk(data)?;
     if draft.answer.len() + chunk.delta.len() + draft.tool_calls.len() > MAX_ANSWER {
         return Err(format!("its answer is larger than {MAX_ANSWER} bytes").into());
     }
     draft.answer.push_str(&chunk.delta);
     draft.tool_calls.add(chunk.tool_calls);
-    if let Some(model) = chunk.model.filter(|model| !model.is_empty()) {
-        draft.model = model;
+    if let Some(model) = chunk.model.filter(|model| !model.is_empty() && *model != draft.model) {
+        draft.model = events.redact(&model);
     }
     draft.finish_reason = chunk.finish_reason.or(draft.finish_reason.take());
     draft.usage = chunk.usage.or(draft.usage);

@@ -259,7 +259,10 @@ impl Line {
                 }
             };
             match openai::parse_completion(&body) {
-                Ok(completion) => return Ok(Whole { body, completion, headers }),
+                Ok(mut completion) => {
+                    completion.model = completion.model.map(|model| self.upstream.redact(&model));
+                    return Ok(Whole { body, completion, headers });
+                }
                 Err(no) if no.passing && chat.fall_back(&self.upstream.fallbacks) => {}
                 Err(no) => {
                     return Err(self.upstream.failed(Code::UpstreamBadAnswer, &format!("the LLM gave no answer: {}", no.why)));
@@ -556,6 +559,11 @@ impl Events<'_> {
                 left -= 1;
             }
         }
+    }
+
+    /// A word of the upstream's that goes into log and history.
+    pub fn redact(&self, word: &str) -> String {
+        self.line.upstream.redact(word)
     }
 
     /// The stream came to no good end.

@@ -90,11 +90,7 @@ fn is_model(name: &str) -> bool {
     // Clients may write the slash so; other bytes have no reason to hide.
     let name = name.replace("%2F", "/").replace("%2f", "/");
     let sane = |b: u8| b.is_ascii_alphanumeric() || b"._-:@/~".contains(&b);
-    (1..=200).contains(&name.len())
-        && name.bytes().all(sane)
-        && !name.contains("..")
-        && !name.starts_with('/')
-        && !name.ends_with('/')
+    (1..=200).contains(&name.len()) && name.bytes().all(sane) && name.split('/').all(|step| !matches!(step, "" | "." | ".."))
 }
 
 #[cfg(test)]

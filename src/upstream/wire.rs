@@ -263,6 +263,8 @@ struct SmallBuffers {
 impl SmallBuffers {
     const OUTPUT: usize = 4 * 1024;
     const INPUT: usize = 2 * 1024;
+    /// More than the largest head that ureq takes; what needs more than that at once is nothing sane.
+    const MOST_INPUT: usize = 128 * 1024;
 }
 
 impl Buffers for SmallBuffers {
@@ -281,8 +283,7 @@ impl Buffers for SmallBuffers {
             self.filled -= self.consumed;
             self.consumed = 0;
         }
-        if self.filled == self.input.len() {
-            // A head that does not fit: ureq gives up before it is too large.
+        if self.filled == self.input.len() && self.filled < Self::MOST_INPUT {
             self.input.resize((2 * self.input.len()).max(Self::INPUT), 0);
         }
         &mut self.input[self.filled..]
@@ -353,7 +354,11 @@ impl Transport for Wire {
         self.send_pending()?;
         loop {
             self.watch.wait(self.stream.as_fd(), PollFlags::IN)?;
-            match (&self.stream).read(self.buffers.input_append_buf()) {
+            let space = self.buffers.input_append_buf();
+            if space.is_empty() {
+                return Err(ureq::Error::BodyStalled);
+            }
+            match (&self.stream).read(space) {
                 Ok(amount) => {
                     self.buffers.input_appended(amount);
                     self.just_read = amount > 0;
