@@ -503,7 +503,7 @@ impl Connection {
     /// Reads a chunked body. The library's decoder would collect a chunk's size line for ever, so a
     /// second thread counts the bytes on the wire while it reads. Chunked bodies are rare.
     fn read_chunked(&self, reader: &mut dyn Read, body: &mut Vec<u8>) -> io::Result<usize> {
-        let wire_limit = self.taken + 2 * self.max_body as u64 + 64 * 1024;
+        let wire_limit = self.taken + self.max_body as u64 * 5 / 4 + 64 * 1024;
         let exceeded = AtomicBool::new(false);
         let (done, watching) = crossbeam_channel::bounded::<()>(0);
         let stream = &*self.stream;
