@@ -31,6 +31,17 @@ fn expect_refusal(said: &[u8], answered: &[Response], status: u16, code: &str) {
     assert_eq!(answered[0].header("Connection"), Some("close"), "{said:?}: {answered:?}");
 }
 
+/// The same behind a good request. Where bytes came in just when the first answer was ready, that answer may be the last.
+#[track_caller]
+fn expect_refusal_behind_another(said: &[u8], mut answered: Vec<Response>, status: u16, code: &str) {
+    let first = answered.remove(0);
+    assert_eq!(first.status, 200);
+    match first.header("Connection") {
+        Some("close") => assert!(answered.is_empty(), "{:?}: {answered:?}", String::from_utf8_lossy(said)),
+        _ => expect_refusal(said, &answered, status, code),
+    }
+}
+
 /// A keep-alive request that brings nothing but its line and these headers.
 fn head(line: &str, headers: &str) -> Vec<u8> {
     format!("{line}\r\nHost: a\r\n{headers}\r\n").into_bytes()
@@ -172,9 +183,7 @@ fn what_breaks_http_is_400_and_nothing_behind_it_is_a_request() {
         let drops: Vec<&[u8]> = all.chunks(1).collect();
         expect_refusal(broken, &shout(proxy.address, &drops), 400, "bad_request");
         // Behind a good request, on a connection that is kept alive.
-        let mut answered = shout(proxy.address, &[&livez(), &all]);
-        assert_eq!(answered.remove(0).status, 200);
-        expect_refusal(broken, &answered, 400, "bad_request");
+        expect_refusal_behind_another(broken, shout(proxy.address, &[&livez(), &all]), 400, "bad_request");
     }
     assert!(!proxy.log().iter().any(|line| line.contains("/smuggled")), "{:#?}", proxy.log());
     assert_eq!(proxy.get("/livez").status, 200);
@@ -298,8 +307,10 @@ fn a_request_inside_a_body_is_a_body() {
         (with("POST /api/ask HTTP/1.1", &format!("{key}Expect: 100-continue\r\n")), 400),
     ] {
         let answered = shout(proxy.address, &[&bytes, &livez()]);
+        let closed = answered[0].header("Connection") == Some("close");
         let statuses: Vec<u16> = answered.iter().map(|response| response.status).collect();
-        assert_eq!(statuses, [status, 200], "{:?}", String::from_utf8_lossy(&bytes));
+        let expected = if closed { vec![status] } else { vec![status, 200] };
+        assert_eq!(statuses, expected, "{:?}", String::from_utf8_lossy(&bytes));
     }
     // Refused by the head: it goes on where the body was there to be passed over, or it is closed.
     for (bytes, status) in [
@@ -407,9 +418,7 @@ fn what_is_too_long_is_414_or_431_before_and_after_its_end() {
         (fields(2000), 431, "headers_too_large"),
     ] {
         expect_refusal(&bytes[..60], &shout(proxy.address, &[&bytes, SMUGGLED]), status, code);
-        let mut behind_another = shout(proxy.address, &[&livez(), &bytes, SMUGGLED]);
-        assert_eq!(behind_another.remove(0).status, 200);
-        expect_refusal(&bytes[..60], &behind_another, status, code);
+        expect_refusal_behind_another(&bytes[..60], shout(proxy.address, &[&livez(), &bytes, SMUGGLED]), status, code);
     }
     assert!(!proxy.log().iter().any(|line| line.contains("/smuggled")), "{:#?}", proxy.log());
 }
@@ -1193,7 +1202,8 @@ fn most_answers(mut bytes: &[u8]) -> usize {
 #[test]
 fn random_bytes_never_break_it_and_a_broken_request_is_the_last() {
     let small = json!({"question": ""}).to_string();
-    let large = question_of(3000);
+    // A field that nobody knows: what is answered at once is not cut by the client's leave.
+    let large = json!({"questions": "q".repeat(3000)}).to_string();
     let post = |path: &str, headers: &str, body: &str| {
         [&head(&format!("POST {path} HTTP/1.1"), &format!("{headers}Content-Length: {}\r\n", body.len()))[..], body.as_bytes()]
             .concat()
