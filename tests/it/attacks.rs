@@ -1019,6 +1019,23 @@ fn overload_is_said_in_milliseconds_and_what_was_accepted_is_answered() {
     assert_eq!(proxy.count_rows(), 10);
 }
 
+/// A question that comes just when a worker becomes free is for that worker.
+#[test]
+fn no_question_is_forgotten_between_the_queue_and_the_workers() {
+    let proxy = Proxy::with(&[("WORKERS", "1"), ("QUEUE_SIZE", "10")]).start();
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                for number in 0..700 {
+                    let question = post("/api/ask", &json!({"question": format!("Number {number}?")}));
+                    let response = proxy.connect().patient_for(Duration::from_secs(5)).exchange(&question);
+                    assert_eq!(response.status, 200, "{response:?}");
+                }
+            });
+        }
+    });
+}
+
 // Clients that leave
 
 #[test]
