@@ -1022,11 +1022,12 @@ fn overload_is_said_in_milliseconds_and_what_was_accepted_is_answered() {
 /// A question that comes just when a worker becomes free is for that worker.
 #[test]
 fn no_question_is_forgotten_between_the_queue_and_the_workers() {
-    let proxy = Proxy::with(&[("WORKERS", "1"), ("QUEUE_SIZE", "10")]).start();
+    // One client each, so that no other question wakes the worker; several servers, so that they are interrupted anywhere.
     std::thread::scope(|scope| {
-        for _ in 0..3 {
+        for _ in 0..6 {
             scope.spawn(|| {
-                for number in 0..700 {
+                let proxy = Proxy::with(&[("WORKERS", "1"), ("QUEUE_SIZE", "10")]).start();
+                for number in 0..800 {
                     let question = post("/api/ask", &json!({"question": format!("Number {number}?")}));
                     let response = proxy.connect().patient_for(Duration::from_secs(5)).exchange(&question);
                     assert_eq!(response.status, 200, "{response:?}");
