@@ -4,7 +4,7 @@
     python3 tests/openapi.py
 
 Every example in the document fits its schema; schemathesis (PyPI), with all its checks, asks a server in mock mode that
-was built from this tree and finds nothing; and all the while the server logs no error and answers no 500. Takes a minute
+was built from this tree and finds nothing; Prometheus' own parser reads its /metrics; and all the while the server logs no error and answers no 500. Takes a minute
 or two. Makes itself a virtual environment under ${CARGO_TARGET_DIR:-target}. EXAMPLES (per operation) and SEED can be set.
 """
 
@@ -20,7 +20,7 @@ import uuid
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target").resolve()
-NEEDS = ["schemathesis==4.32.5", "jsonschema-rs"]
+NEEDS = ["schemathesis==4.32.5", "jsonschema-rs", "prometheus-client"]
 KEY = "secret1"
 
 # What schemathesis takes for a refusal, beyond its own list: a body that is too large is one. What it does not: a 5xx.
@@ -103,6 +103,22 @@ def misfits(document):
     return found
 
 
+def metrics_misread(text):
+    """What Prometheus' own parser does not find in the text of /metrics."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    answered = sum(sample.value for sample in families["ai_proxy_requests"].samples)
+    wrong = [] if answered > 0 else ["/metrics counts no requests"]
+    for name, family in families.items():
+        if not family.documentation or family.type == "unknown":
+            wrong.append(f"/metrics does not describe {name}")
+    for name in ["ai_proxy_request_duration_seconds", "ai_proxy_time_to_first_token_seconds", "ai_proxy_history_batch_size"]:
+        if families[name].type != "histogram":
+            wrong.append(f"/metrics: {name} is no histogram")
+    return wrong
+
+
 def main():
     with tempfile.TemporaryDirectory() as folder:
         server = Server(folder, MOCK_DELAY_MS="0", HISTORY_SYNC="normal")
@@ -119,6 +135,7 @@ def main():
             hooks = {"SCHEMATHESIS_HOOKS": "openapi", "PYTHONPATH": str(ROOT / "tests"), "PYTHONDONTWRITEBYTECODE": "1"}
             if subprocess.run(command, cwd=folder, env=os.environ | hooks).returncode:
                 wrong.append("schemathesis has findings")
+            wrong += metrics_misread(urllib.request.urlopen(f"{server.url}/metrics", timeout=10).read().decode())
         finally:
             wrong_in_log = server.stop()
     for line in wrong + wrong_in_log:

@@ -272,6 +272,10 @@ fn a_database_that_cannot_be_written_is_refused_with_what_to_do() {
     mode(&proxy.database_path(), 0o444);
     refused(&setup, "history.db");
     mode(&proxy.database_path(), 0o644);
+    // What the attempt left beside it, with the same rights as the database had.
+    for name in ["history.db-wal", "history.db-shm"] {
+        let _ = fs::remove_file(proxy.database_path().with_file_name(name));
+    }
     mode(setup.folder(), 0o555);
     refused(&setup, "history.db");
     mode(setup.folder(), 0o755);
