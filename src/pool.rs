@@ -125,11 +125,19 @@ impl<W: 'static> Pool<W> {
 impl<W> Place<W> {
     /// Hands the job over; it will be done.
     pub fn fill(self, job: Job<W>) {
-        match self {
-            // A thread that is promised a job waits for it.
-            Place::Thread(giver) => drop(giver.give(job)),
-            Place::Queue(queued) => queued.0.lock().queue.push_back(job),
-        }
+        let giver = match self {
+            Place::Thread(giver) => giver,
+            Place::Queue(queued) => {
+                let mut state = queued.0.lock();
+                match state.idle.pop() {
+                    // A thread found the queue empty and went to sleep after the place was reserved.
+                    Some((_, idle)) => idle,
+                    None => return state.queue.push_back(job),
+                }
+            }
+        };
+        // A thread that is promised a job waits for it.
+        drop(giver.give(job));
     }
 }
 
@@ -212,7 +220,8 @@ impl<W> Shared<W> {
                     let mut state = self.lock();
                     let idle = state.idle.len();
                     state.idle.retain(|(other, _)| *other != id);
-                    if state.idle.len() < idle {
+                    // Who holds a place in the queue counts on a thread.
+                    if state.idle.len() < idle && state.promised == 0 {
                         state.threads -= 1;
                         return None;
                     }
@@ -224,5 +233,60 @@ impl<W> Shared<W> {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    /// A pool of one thread that is busy until the returned sender is dropped.
+    fn one_busy(queue_size: usize) -> (Pool<()>, mpsc::Sender<()>) {
+        let pool = Pool::new("test", 1, queue_size, LONG, || ());
+        let (busy, until) = mpsc::channel::<()>();
+        pool.reserve().expect("a thread").fill(Box::new(move |()| assert!(until.recv().is_err())));
+        (pool, busy)
+    }
+
+    fn until_idle(pool: &Pool<()>) {
+        while pool.load().busy > 0 {
+            thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn a_place_in_the_queue_that_is_filled_when_the_thread_is_idle_already_wakes_it() {
+        let (pool, busy) = one_busy(1);
+        let place = pool.reserve().expect("a place in the queue");
+        assert!(matches!(place, Place::Queue(_)));
+        drop(busy);
+        until_idle(&pool);
+        let (done, told) = mpsc::channel();
+        place.fill(Box::new(move |()| done.send(()).expect("the test waits")));
+        assert_eq!(told.recv_timeout(LONG), Ok(()));
+        until_idle(&pool);
+        assert_eq!(pool.load().queued, 0);
+    }
+
+    #[test]
+    fn places_end_and_a_place_that_is_not_filled_is_given_back() {
+        let (pool, _busy) = one_busy(1);
+        let place = pool.reserve().expect("a place in the queue");
+        assert!(pool.reserve().is_none());
+        drop(place);
+        assert!(matches!(pool.reserve(), Some(Place::Queue(_))));
+    }
+
+    #[test]
+    fn a_job_that_panics_costs_only_itself() {
+        let (pool, busy) = one_busy(2);
+        pool.reserve().expect("a place").fill(Box::new(|()| panic!("on purpose")));
+        let (done, told) = mpsc::channel();
+        pool.reserve().expect("a place").fill(Box::new(move |()| done.send(()).expect("the test waits")));
+        drop(busy);
+        assert_eq!(told.recv_timeout(LONG), Ok(()));
     }
 }
