@@ -2,7 +2,11 @@
 //! within limits, writes answers and streams. Knows nothing of what requests mean.
 //!
 //! tiny_http parses and delimits; everything it has no limit for is looked at before it reads
-//! (`Connection::next_head`), with the pure rules of `head`.
+//! (`Connection::next_head`), with the pure rules of `head`. Chunked bodies, which it takes too easily, are
+//! read past it, from the same socket.
+
+mod chunked;
+mod head;
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -21,8 +25,10 @@ use tiny_http::{Request, Server, SslContextWrap};
 
 use crate::config::{self, Config};
 use crate::error::{ApiError, Code, Header, StartError, is_sane_id};
-use crate::head::{Framing, Head, MAX_HEAD};
 use crate::kernel;
+use chunked::Decoder;
+pub use head::Head;
+use head::{Framing, MAX_HEAD};
 
 /// Bodies up to this size are read by the library together with the head, without asking us.
 const EAGER_BODY: usize = 1024;
@@ -317,12 +323,16 @@ impl Connection {
             // The library need not see a request whose body will not be read.
             return self.call(site, Out::Socket, false, started, Seen { head: Some(head), admitted, body });
         }
+        if body.is_ok() && head.framing == Framing::Chunked {
+            body = self.read_chunked(&head);
+            return self.call(site, Out::Socket, false, started, Seen { head: Some(head), admitted, body });
+        }
         let Some(Some(mut request)) = self.client.as_mut().and_then(Iterator::next) else {
             log::error!("the HTTP library did not read a head that broke no rule; the connection is closed");
             return Turn::Over;
         };
-        if body.is_ok() && head.framing != Framing::Length(0) {
-            body = self.read_body(&head, request.as_reader());
+        if let (Ok(_), Framing::Length(length @ 1..)) = (&body, head.framing) {
+            body = read_body(length, request.as_reader());
             if body.is_err() {
                 // What is left of the body will not be read; without this the library would.
                 let _ = self.stream.shutdown(Shutdown::Read);
@@ -466,63 +476,33 @@ impl Connection {
         }
     }
 
-    /// Reads the body within the limits of size and time.
-    fn read_body(&self, head: &Head, reader: &mut dyn Read) -> Result<Vec<u8>, ApiError> {
-        let mut body = Vec::new();
-        let began = Instant::now();
-        let result = match head.framing {
-            Framing::Length(length) => {
-                body.reserve_exact((length as usize).min(self.max_body));
-                let result = reader.take(length).read_to_end(&mut body);
-                if result.is_ok() && (body.len() as u64) < length {
-                    return Err(client_gone());
-                }
-                result
-            }
-            Framing::Chunked => self.read_chunked(reader, &mut body),
+    /// Reads a request with a chunked body past the library, which hears no more of this connection.
+    fn read_chunked(&mut self, head: &Head) -> Result<Vec<u8>, ApiError> {
+        let mut decoder = Decoder::new(self.max_body);
+        let known = std::mem::take(&mut self.window);
+        // What the library has already in its buffer will not come from the socket again.
+        let (read_ahead, mut rest_of_head) = match known[..self.ahead].split_at_checked(head.len()) {
+            Some((_, beyond)) => (beyond, 0),
+            None => (&known[..0], head.len() - self.ahead),
         };
-        match result {
-            Ok(_) if body.len() > self.max_body => Err(too_large(self.max_body)),
-            Ok(_) => Ok(body),
-            Err(e) => Err(match e.kind() {
-                io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => stalled(),
-                // The decoder calls a chunk that does not end in time malformed, too.
-                io::ErrorKind::InvalidInput if began.elapsed() >= config::CLIENT_STALL && !self.has_unread() => stalled(),
-                io::ErrorKind::InvalidInput => {
-                    ApiError::new(Code::BadRequest, "malformed request: the chunked body breaks RFC 9112, section 7.1")
-                }
-                io::ErrorKind::OutOfMemory => {
-                    ApiError::new(Code::Overloaded, "no thread is left to watch a chunked body; try again")
-                }
-                io::ErrorKind::FileTooLarge => too_large(self.max_body),
-                _ => client_gone(),
-            }),
+        let mut done = decoder.push(read_ahead)?;
+        if head.expects_continue && !done && known.len() == head.len() {
+            (&*self.stream).write_all(b"HTTP/1.1 100 Continue\r\n\r\n").map_err(|_| client_gone())?;
         }
-    }
-
-    /// Reads a chunked body. The library's decoder would collect a chunk's size line for ever, so a
-    /// second thread counts the bytes on the wire while it reads. Chunked bodies are rare.
-    fn read_chunked(&self, reader: &mut dyn Read, body: &mut Vec<u8>) -> io::Result<usize> {
-        let wire_limit = self.taken + self.max_body as u64 * 5 / 4 + 64 * 1024;
-        let exceeded = AtomicBool::new(false);
-        let (done, watching) = crossbeam_channel::bounded::<()>(0);
-        let stream = &*self.stream;
-        let result = std::thread::scope(|scope| {
-            let watch = std::thread::Builder::new().name("body".into()).stack_size(64 * 1024).spawn_scoped(scope, || {
-                while let Err(crossbeam_channel::RecvTimeoutError::Timeout) = watching.recv_timeout(Duration::from_millis(5)) {
-                    if kernel::received(stream).is_ok_and(|received| received > wire_limit) {
-                        exceeded.store(true, Ordering::Relaxed);
-                        let _ = stream.shutdown(Shutdown::Read);
-                        return;
-                    }
+        let mut buffer = vec![0; 8 * 1024];
+        while !done {
+            match (&*self.stream).read(&mut buffer) {
+                Ok(0) => return Err(client_gone()),
+                Ok(read) => {
+                    let skipped = rest_of_head.min(read);
+                    rest_of_head -= skipped;
+                    done = decoder.push(&buffer[skipped..read])?;
                 }
-            });
-            watch.map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
-            let result = reader.take(self.max_body as u64 + 1).read_to_end(body);
-            drop(done);
-            result
-        });
-        if exceeded.load(Ordering::Relaxed) { Err(io::ErrorKind::FileTooLarge.into()) } else { result }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(not_read(&e)),
+            }
+        }
+        Ok(decoder.into_body())
     }
 
     /// After a request was read: learns how far the library read beyond it. False where it holds bytes
@@ -566,6 +546,24 @@ impl Drop for Connection {
             }
         }
         drop(self.client.take());
+    }
+}
+
+/// Reads a body of a known length through the library.
+fn read_body(length: u64, reader: &mut dyn Read) -> Result<Vec<u8>, ApiError> {
+    let mut body = Vec::with_capacity(length as usize);
+    match reader.take(length).read_to_end(&mut body) {
+        Ok(read) if (read as u64) < length => Err(client_gone()),
+        Ok(_) => Ok(body),
+        Err(e) => Err(not_read(&e)),
+    }
+}
+
+/// Why a body could not be read.
+fn not_read(e: &io::Error) -> ApiError {
+    match e.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => stalled(),
+        _ => client_gone(),
     }
 }
 
@@ -629,6 +627,11 @@ impl Responder {
     /// The client's socket, to notice that it has gone.
     pub fn client(&self) -> Arc<TcpStream> {
         Arc::clone(&self.stream)
+    }
+
+    /// The client has hung up, as far as one can tell.
+    pub fn is_client_gone(&self) -> bool {
+        wait(&self.stream, PollFlags::RDHUP, Instant::now()).unwrap_or(true)
     }
 
     /// The client's socket has room for an answer of so many bytes, as far as one can tell.

@@ -6,7 +6,6 @@ mod config;
 mod error;
 mod exchange;
 mod handoff;
-mod head;
 mod http;
 mod kernel;
 mod metrics;

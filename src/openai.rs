@@ -240,7 +240,7 @@ impl NoAnswer {
 /// Reads the body of a 200. Errs when it is no answer: not JSON, without choices, or an `error` in place
 /// of one.
 pub fn parse_completion(body: &[u8]) -> Result<Completion, NoAnswer> {
-    let answer: Answer = serde_json::from_slice(body).map_err(|e| format!("its answer is not a chat completion: {e}"))?;
+    let answer: Answer = from_json(body).map_err(|e| format!("its answer is not a chat completion: {e}"))?;
     if let Some(error) = answer.error.filter(|e| !e.is_null()) {
         return Err(NoAnswer::error("it answered with an error", &error));
     }
@@ -254,6 +254,12 @@ pub fn parse_completion(body: &[u8]) -> Result<Completion, NoAnswer> {
         finish_reason: choice.finish_reason.map(Cow::into_owned),
         usage: answer.usage.map(Usage::from),
     })
+}
+
+/// JSON is UTF-8 (RFC 8259, section 8.1), also in the fields that nobody here reads.
+fn from_json<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, String> {
+    let text = std::str::from_utf8(bytes).map_err(|e| e.to_string())?;
+    serde_json::from_str(text).map_err(|e| e.to_string())
 }
 
 /// Whether a body is a JSON object without an `error` in it, as every list and model is.
@@ -277,7 +283,7 @@ pub struct Chunk {
 
 /// Reads the data of one event that is not `[DONE]`. Errs when it is an error or no chunk.
 pub fn parse_chunk(data: &[u8]) -> Result<Chunk, NoAnswer> {
-    let answer: Answer = serde_json::from_slice(data).map_err(|e| format!("an event of its stream is not a chunk: {e}"))?;
+    let answer: Answer = from_json(data).map_err(|e| format!("an event of its stream is not a chunk: {e}"))?;
     if let Some(error) = answer.error.filter(|e| !e.is_null()) {
         return Err(NoAnswer::error("its stream broke off with an error", &error));
     }
@@ -528,6 +534,13 @@ mod tests {
         );
         assert!(chat.drop_usage() && !chat.drop_usage());
         assert!(!String::from_utf8_lossy(&chat.body).contains("stream_options"));
+    }
+
+    #[test]
+    fn what_is_not_utf8_is_no_json_also_where_nobody_reads_it() {
+        let chunk = b"{\"id\":\"\xff\",\"choices\":[{\"index\":0,\"delta\":{\"content\":\"a\"}}]}";
+        assert!(parse_chunk(chunk).is_err_and(|no| no.why.contains("utf-8")));
+        assert!(parse_chunk(&chunk.map(|b| if b == 0xff { b'x' } else { b })).is_ok());
     }
 
     #[test]

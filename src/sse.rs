@@ -110,6 +110,7 @@ fn data_of(lines: &[u8]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn split(pieces: &[&[u8]]) -> Vec<String> {
         let mut splitter = Splitter::new(1000, 1000);
@@ -148,6 +149,33 @@ mod tests {
             let mut events = Vec::new();
             let refused = (0..100).any(|_| splitter.push(piece, &mut events).is_err());
             assert!(refused && events.is_empty());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_give_the_same_events_however_they_are_cut(
+            words in prop::collection::vec(
+                prop::sample::select(vec![&b"data"[..], b":", b" ", b"x", b"\n", b"\r", b"\r\n", b"\n\n", b"event", b"\xef\xbb\xbf", b"\xff", b"\0"]),
+                0..40,
+            ),
+            cut in 1..9_usize,
+        ) {
+            let stream = words.concat();
+            let read = |pieces: &[&[u8]]| {
+                let (mut splitter, mut events) = (Splitter::new(1000, 1000), Vec::new());
+                for piece in pieces {
+                    splitter.push(piece, &mut events).expect("within the limit");
+                }
+                events.extend(splitter.finish());
+                events
+            };
+            let whole = read(&[&stream]);
+            prop_assert_eq!(&read(&stream.chunks(cut).collect::<Vec<_>>()), &whole);
+            // An event's lines are an event stream that says the same.
+            for event in whole {
+                prop_assert_eq!(read(&[&event.lines, b"\n"]), vec![event]);
+            }
         }
     }
 }

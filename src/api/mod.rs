@@ -25,7 +25,7 @@ use subtle::ConstantTimeEq;
 
 use crate::config::{ApiKey, Config};
 use crate::error::{ApiError, Code, Header, add_headers};
-use crate::head::Head;
+use crate::http::Head;
 use crate::http::{Call, Connections, Reply, Responder, Site};
 use crate::metrics::Metrics;
 use crate::pool::Pool;

@@ -4,10 +4,14 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use super::Request;
-use crate::error::ApiError;
+use crate::error::{ApiError, Code};
 use crate::store::{Remembered, Store, Unique};
+
+/// Who waits looks so often whether its client is still there.
+const GLANCE: Duration = Duration::from_millis(500);
 
 /// A key's name and its word for the request.
 type Name = (Arc<str>, String);
@@ -46,8 +50,15 @@ impl Once {
     }
 
     /// The request's turn, after any equal one that is running; `None` where it has no
-    /// `Idempotency-Key`. Errs with 422 where the key came with another request before.
-    pub fn turn(self: &Arc<Once>, request: &Request, path: &'static str, store: &Store) -> Result<Option<Turn>, ApiError> {
+    /// `Idempotency-Key`. Errs with 422 where the key came with another request before, and where `is_gone`
+    /// says that the client left meanwhile.
+    pub fn turn(
+        self: &Arc<Once>,
+        request: &Request,
+        path: &'static str,
+        store: &Store,
+        is_gone: impl Fn() -> bool,
+    ) -> Result<Option<Turn>, ApiError> {
         let Some(given) = request.idempotency_key else { return Ok(None) };
         if !(1..=255).contains(&given.len()) {
             return Err(ApiError::invalid("Idempotency-Key", "Idempotency-Key must have 1 to 255 characters"));
@@ -63,7 +74,10 @@ impl Once {
                 Entry::Occupied(first) if (first.get().0, first.get().1.as_slice()) != (path, request.body) => {
                     return Err(another());
                 }
-                Entry::Occupied(_) => running = self.ended.wait(running).unwrap_or_else(PoisonError::into_inner),
+                Entry::Occupied(_) if is_gone() => return Err(ApiError::new(Code::ClientGone, "the client went away")),
+                Entry::Occupied(_) => {
+                    running = self.ended.wait_timeout(running, GLANCE).unwrap_or_else(PoisonError::into_inner).0;
+                }
             }
         }
         drop(running);

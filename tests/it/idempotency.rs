@@ -212,6 +212,26 @@ fn where_the_first_ones_client_leaves_the_next_asks() {
 }
 
 #[test]
+fn a_repetition_whose_client_leaves_does_not_wait_on() {
+    for request in both("What is it?") {
+        let gate = Gate::new();
+        let upstream = FakeUpstream::always([vec![Step::Wait(gate.clone())], answer("Yes")].concat());
+        let proxy = Proxy::facing(&upstream).start();
+        let request = keyed(&request, "k");
+        let mut first = proxy.connect();
+        first.send(&request);
+        upstream.wait_for_calls(1);
+        let mut second = proxy.connect();
+        second.send(&request.clone().header("X-Request-Id", "second"));
+        drop(second);
+        proxy.wait_for_line(|line| line.contains("id=second") && line.contains("client_gone"));
+        gate.open();
+        expect_200(first.read_response());
+        assert_eq!((upstream.calls(), proxy.count_rows()), (1, 1));
+    }
+}
+
+#[test]
 fn another_body_under_the_same_key_is_422() {
     for request in both("What is it?") {
         let upstream = numbering();

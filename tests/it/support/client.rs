@@ -4,7 +4,7 @@ use super::PATIENCE;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 #[derive(Clone, Debug)]
 pub struct Request {
@@ -266,7 +266,11 @@ impl Connection {
         let head = self.read_head();
         let mut body = Vec::new();
         if head.is_chunked() {
-            while self.read_chunk(&mut body) {}
+            // Comments against silence come faster than the patience for one read ends.
+            let started = Instant::now();
+            while self.read_chunk(&mut body) {
+                assert!(started.elapsed() < 3 * PATIENCE, "a body without end");
+            }
         } else if let Some(length) = head.header("Content-Length") {
             body = vec![0; length.parse().expect("a number")];
             self.reading.read_exact(&mut body).expect("as many bytes as announced");
@@ -353,7 +357,9 @@ impl Stream {
     /// The next event; comments are passed over.
     #[track_caller]
     pub fn next_event(&mut self) -> Option<String> {
+        let started = Instant::now();
         loop {
+            assert!(started.elapsed() < 3 * PATIENCE, "only comments");
             match self.next_piece()? {
                 Sse::Comment(_) => {}
                 Sse::Event(data) => return Some(data),

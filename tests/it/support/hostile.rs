@@ -182,15 +182,15 @@ pub fn dechunk(bytes: &[u8]) -> Option<(Vec<u8>, usize)> {
             return None;
         }
         let size = usize::from_str_radix(std::str::from_utf8(size).ok()?, 16).ok()?;
+        if size == 0 {
+            return bytes[at..].starts_with(b"\r\n").then_some((content, at + 2));
+        }
         let chunk = bytes.get(at..at.checked_add(size)?)?;
         at += size;
         if bytes.get(at..at + 2)? != b"\r\n" {
             return None;
         }
         at += 2;
-        if size == 0 {
-            return Some((content, at));
-        }
         content.extend(chunk);
     }
 }

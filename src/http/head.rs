@@ -139,7 +139,7 @@ impl Head {
                 self.framing = Framing::Length(digits.parse().unwrap_or(u64::MAX));
             } else if is("transfer-encoding") {
                 codings += 1;
-                if value != b"chunked" {
+                if !value.eq_ignore_ascii_case(b"chunked") {
                     return Err(bad("Transfer-Encoding is not chunked, the only coding known here"));
                 }
             } else if is("expect") {
@@ -187,7 +187,8 @@ impl Head {
     }
 }
 
-fn bad(message: &str) -> ApiError {
+/// A request that is not HTTP as it should be.
+pub fn bad(message: &str) -> ApiError {
     ApiError::new(Code::BadRequest, format!("malformed request: {message}"))
 }
 
@@ -270,13 +271,14 @@ fn field(head: &[u8], (start, end): Range) -> Result<[usize; 4], ApiError> {
 }
 
 /// A token's characters (RFC 9110, section 5.6.2).
-fn is_token(b: u8) -> bool {
+pub fn is_token(b: u8) -> bool {
     b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn verdict(head: &str) -> u16 {
         match Head::parse(head.as_bytes()) {
@@ -356,5 +358,65 @@ mod tests {
         let many = "A: b\r\n".repeat(MAX_FIELDS);
         assert_eq!(verdict(&format!("GET / HTTP/1.1\r\n{many}")), 0);
         assert_eq!(verdict(&format!("GET / HTTP/1.1\r\nHost: a\r\n{many}\r\n")), 431);
+    }
+
+    /// Heads that are nearly right.
+    fn heads() -> impl Strategy<Value = Vec<u8>> {
+        let lines: Vec<&[u8]> = vec![
+            b"Host: a\r\n",
+            b"host:a:1\r\n",
+            b"Content-Length: 5\r\n",
+            b"Transfer-Encoding: Chunked\r\n",
+            b"Connection: keep-alive, close\r\n",
+            b"Expect: 100-continue\r\n",
+            b"X-Y_1:\r\n",
+            b"a:  b c  \r\n",
+            b" folded\r\n",
+            b"no colon\r\n",
+            b"bare: lf\n",
+            b"bare: \r",
+        ];
+        let start =
+            prop::sample::select(vec![&b"GET / HTTP/1.1\r\n"[..], b"POST /a?b HTTP/1.0\r\n", b"PUT http://h/p HTTP/1.1\r\n"]);
+        let lines = prop::collection::vec(prop::sample::select(lines), 0..5);
+        let damage = prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..2);
+        (start, lines, damage).prop_map(|(start, lines, damage)| {
+            let mut head = [start, &lines.concat(), b"\r\nbody"].concat();
+            for (at, byte) in damage {
+                *at.get_mut(&mut head) = byte;
+            }
+            head
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        #[test]
+        fn a_verdict_stands_whatever_follows(head in heads()) {
+            let whole = Head::parse(&head).map(|head| head.map(|head| head.len()));
+            for end in 0..head.len() {
+                match (Head::parse(&head[..end]), &whole) {
+                    (Ok(None), _) => {}
+                    (Ok(Some(early)), Ok(Some(len))) => prop_assert_eq!(early.len(), *len),
+                    (Err(early), Err(e)) => prop_assert_eq!(early.code.status(), e.code.status()),
+                    (early, _) => prop_assert!(false, "{:?} after {} bytes, {:?} in the end", early, end, whole),
+                }
+            }
+        }
+
+        #[test]
+        fn what_is_taken_means_the_same_to_another_parser(bytes in heads()) {
+            let Ok(Some(head)) = Head::parse(&bytes) else { return Ok(()) };
+            let mut fields = [httparse::EMPTY_HEADER; MAX_FIELDS];
+            let mut other = httparse::Request::new(&mut fields);
+            prop_assert_eq!(other.parse(&bytes), Ok(httparse::Status::Complete(head.len())));
+            prop_assert_eq!((other.method, other.version), (Some(head.method()), Some(u8::from(!head.http10))));
+            prop_assert!(other.path.is_some_and(|target| target.ends_with(head.path().split_at(1).1) || head.query() != ""));
+            prop_assert_eq!(other.headers.len(), head.fields.len());
+            for (theirs, ours) in other.headers.iter().zip(&head.fields) {
+                prop_assert_eq!((theirs.name.as_bytes(), theirs.value), (&head.bytes[ours[0]..ours[1]], &head.bytes[ours[2]..ours[3]]));
+            }
+        }
     }
 }
