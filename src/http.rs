@@ -15,10 +15,11 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use rustix::buffer::spare_capacity;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvFlags, sockopt};
 use tiny_http::{Request, Server, SslContextWrap};
@@ -159,7 +160,7 @@ impl Listener {
             taken: 0,
             max_body: self.max_body,
             closing: false,
-            broken: Arc::default(),
+            answers: Arc::default(),
             _listed: listed,
         }))
     }
@@ -232,9 +233,17 @@ pub struct Connection {
     max_body: usize,
     /// The last answer says that no other follows.
     closing: bool,
-    /// The last answer did not get through.
-    broken: Arc<AtomicBool>,
+    answers: Arc<Answers>,
     _listed: Listed,
+}
+
+/// What became of a connection's answers.
+#[derive(Default)]
+struct Answers {
+    /// One did not get through.
+    broken: AtomicBool,
+    /// Requests that are not answered yet: at most the last one and the one before.
+    open: AtomicUsize,
 }
 
 /// A request as it came in, or as far as it came in. `A` is what admitting it found out.
@@ -295,7 +304,7 @@ impl Connection {
     /// Waits for the next request, at most so long for its first byte. `at_once`: only for one that is there
     /// as a whole then; of another nothing is taken.
     pub fn next_call<S: Site>(&mut self, site: &S, patience: Duration, at_once: bool) -> Turn<S::Admitted> {
-        if self.closing || self.broken.load(Ordering::Relaxed) {
+        if self.closing || self.answers.broken.load(Ordering::Relaxed) {
             return Turn::Over;
         }
         if self.ahead == 0 {
@@ -305,11 +314,15 @@ impl Connection {
                 Err(_) => return Turn::Over,
             }
         }
-        if at_once && !self.is_whole() {
+        if self.look().is_err() {
+            return Turn::Over;
+        }
+        let first_look = Head::parse(&self.window);
+        if at_once && !self.is_whole(&first_look) {
             return Turn::Quiet;
         }
         let started = Instant::now();
-        let head = match self.next_head(started + config::HEADER_TIMEOUT) {
+        let head = match self.next_head(first_look, started + config::HEADER_TIMEOUT) {
             Next::Head(head) => head,
             Next::Refused(e) => {
                 let seen = Seen { head: None, admitted: None, body: Err(e) };
@@ -355,19 +368,18 @@ impl Connection {
             http10: head.as_ref().is_some_and(|head| head.http10),
             head_only: head.as_ref().is_some_and(|head| head.method() == "HEAD"),
             keep,
+            is_idle: kernel::unsent(&self.stream).is_ok_and(|unsent| unsent == 0),
             id: own_id.clone().unwrap_or_else(|| site.new_id()),
-            broken: Arc::clone(&self.broken),
+            answers: Arc::clone(&self.answers),
         };
+        self.answers.open.fetch_add(1, Ordering::SeqCst);
         let (id, own_id) = (responder.id.clone(), own_id.is_some());
         Turn::Call(Box::new(Call { started, peer: self.peer, id, own_id, head, admitted, body, responder }))
     }
 
     /// Reading the next request, or refusing it, will wait for nothing more of it.
-    fn is_whole(&mut self) -> bool {
-        if self.look().is_err() {
-            return true;
-        }
-        match Head::parse(&self.window) {
+    fn is_whole(&self, looked: &Result<Option<Head>, ApiError>) -> bool {
+        match looked {
             Ok(None) => self.window.is_empty(),
             Ok(Some(head)) => match head.framing {
                 Framing::Length(length) => (self.window.len() - head.len()) as u64 >= length,
@@ -375,6 +387,11 @@ impl Connection {
             },
             Err(_) => true,
         }
+    }
+
+    /// The last request is answered, well or not.
+    pub fn is_answered(&self) -> bool {
+        self.answers.open.load(Ordering::SeqCst) == 0
     }
 
     /// Closing will take a moment, since the client is still sending.
@@ -390,13 +407,10 @@ impl Connection {
         }
     }
 
-    /// Looks at the bytes that have arrived until they are a whole head, without taking them away.
-    fn next_head(&mut self, deadline: Instant) -> Next {
-        if self.look().is_err() {
-            return Next::Over;
-        }
+    /// Looks on at the bytes that arrive until they are a whole head, without taking them away.
+    fn next_head(&mut self, mut looked: Result<Option<Head>, ApiError>, deadline: Instant) -> Next {
         loop {
-            match Head::parse(&self.window) {
+            match looked {
                 Ok(Some(head)) => return Next::Head(head),
                 Err(e) => return Next::Refused(e),
                 Ok(None) if self.window.is_empty() => return Next::Over,
@@ -412,6 +426,7 @@ impl Connection {
                 }
                 Err(_) => return Next::Over,
             }
+            looked = Head::parse(&self.window);
         }
     }
 
@@ -461,14 +476,14 @@ impl Connection {
     fn look(&mut self) -> io::Result<()> {
         let mut size = self.window.capacity().clamp(FIRST_LOOK, LARGEST_LOOK);
         loop {
-            self.window.resize(self.ahead + size, 0);
+            self.window.truncate(self.ahead);
+            self.window.reserve_exact(size);
             let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-            let seen = match rustix::net::recv(&self.stream, &mut self.window[self.ahead..], flags) {
-                Ok((seen, _)) => seen,
+            let seen = match rustix::net::recv(&self.stream, spare_capacity(&mut self.window), flags) {
+                Ok((_, seen)) => seen,
                 Err(rustix::io::Errno::AGAIN) => 0,
                 Err(e) => return Err(e.into()),
             };
-            self.window.truncate(self.ahead + seen);
             if seen < size || size == LARGEST_LOOK {
                 return Ok(());
             }
@@ -510,11 +525,16 @@ impl Connection {
     fn settle(&mut self, head: &Head) -> bool {
         let Framing::Length(length) = head.framing else { return false };
         let size = head.len() + length as usize;
-        // In this order, what arrives in between looks like read ahead, which errs on the safe side.
-        let unread = rustix::io::ioctl_fionread(&self.stream);
-        let (Ok(unread), Ok(received)) = (unread, kernel::received(&self.stream)) else { return false };
         self.taken += size as u64;
-        self.ahead = received.saturating_sub(unread).saturating_sub(self.taken) as usize;
+        self.ahead = match kernel::received(&self.stream) {
+            Ok(received) if received == self.taken => 0,
+            // In this order, what arrives in between looks like read ahead, which errs on the safe side.
+            Ok(_) => match (rustix::io::ioctl_fionread(&self.stream), kernel::received(&self.stream)) {
+                (Ok(unread), Ok(received)) => received.saturating_sub(unread).saturating_sub(self.taken) as usize,
+                _ => return false,
+            },
+            Err(_) => return false,
+        };
         if self.ahead == 0 {
             // Streams are many and long, and this is not needed before the next request.
             self.window = Vec::new();
@@ -618,9 +638,15 @@ pub struct Responder {
     http10: bool,
     head_only: bool,
     keep: bool,
+    is_idle: bool,
     id: String,
-    /// Tells the connection that the answer did not get through.
-    broken: Arc<AtomicBool>,
+    answers: Arc<Answers>,
+}
+
+impl Drop for Responder {
+    fn drop(&mut self) {
+        self.answers.open.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 impl Responder {
@@ -638,6 +664,18 @@ impl Responder {
     pub fn has_room(&self, bytes: usize) -> bool {
         const SMALL: usize = 32 * 1024;
         bytes <= SMALL && wait(&self.stream, PollFlags::OUT, Instant::now()).is_ok_and(|room| room)
+    }
+
+    /// An answer of about so many bytes will not wait for the client, and the connection will go on after it.
+    pub fn takes_at_once(&self, bytes: usize) -> bool {
+        // Half of the smallest send buffer there is by default (tcp_wmem, tcp(7)).
+        const SMALL: usize = 8 * 1024;
+        self.keep && self.is_idle && bytes <= SMALL
+    }
+
+    /// The client had taken all that was sent before its request.
+    pub fn is_idle(&self) -> bool {
+        self.is_idle
     }
 
     /// Sends the answer. Returns how many bytes of body went out; errs when the client did not take it.
@@ -688,10 +726,16 @@ impl Responder {
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         let result = match &mut self.out {
             Out::Library(writer) => writer.write_all(bytes).and_then(|()| writer.flush()),
-            Out::Socket => (&*self.stream).write_all(bytes),
+            Out::Socket => {
+                // The answer before may still wait for its commit. The library's own writer knows that, too.
+                while self.answers.open.load(Ordering::SeqCst) > 1 {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                (&*self.stream).write_all(bytes)
+            }
         };
         if result.is_err() {
-            self.broken.store(true, Ordering::Relaxed);
+            self.answers.broken.store(true, Ordering::Relaxed);
         }
         result
     }
@@ -739,7 +783,7 @@ impl StreamWriter {
 
     /// Ends the connection instead of the body, so that the client cannot take what it got for whole.
     pub fn abort(self) {
-        self.responder.broken.store(true, Ordering::Relaxed);
+        self.responder.answers.broken.store(true, Ordering::Relaxed);
         let _ = self.responder.stream.shutdown(Shutdown::Both);
     }
 

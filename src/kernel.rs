@@ -67,6 +67,16 @@ pub fn received(stream: &TcpStream) -> io::Result<u64> {
     Ok(info.tcpi_bytes_received - u64::from(info.tcpi_state == CLOSE_WAIT))
 }
 
+/// Bytes that the peer has not acknowledged, sent or not (`SIOCOUTQ`, tcp(7)).
+pub fn unsent(stream: &TcpStream) -> io::Result<usize> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the kernel writes one c_int to the given place.
+    match unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) } {
+        0 => Ok(bytes as usize),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Makes the socket readable only when at least `bytes` wait in it (`SO_RCVLOWAT`, socket(7)), so that
 /// waiting for more than has been looked at does not spin.
 pub fn readable_from(stream: &TcpStream, bytes: usize) -> io::Result<()> {

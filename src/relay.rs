@@ -438,7 +438,7 @@ fn fail(e: &ApiError, end: &ClientEnd, streamed: Streamed) -> Streamed {
 /// Waits until the pair is committed.
 fn keep(store: &Store, draft: Draft) -> Result<(), ApiError> {
     let (done, committed) = handoff();
-    store.append(draft.into_pair(), None, done);
+    store.append(draft.into_pair(), None, move |stored| drop(done.give(stored)));
     let answer = committed.take().unwrap_or_else(|| Err(ApiError::new(Code::HistoryUnavailable, "the history is closed")));
     answer.map(|_| ())
 }

@@ -4,13 +4,14 @@
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, TryRecvError, unbounded};
+use crossbeam_channel::{Receiver, SendError, Sender, TryRecvError, unbounded};
 use rusqlite::{Connection, OpenFlags, Row, params};
 
 use crate::config::{self, Config, Sync};
@@ -33,7 +34,7 @@ const QUIET: Duration = Duration::from_millis(100);
 /// Housekeeping takes so many rows at a time, so that a new pair never waits long.
 const CHORE_ROWS: i64 = 500;
 /// Words of more rows than this are not left for quiet times.
-const MOST_UNINDEXED: i64 = 50_000;
+const MOST_UNINDEXED: i64 = 200_000;
 /// How often retention looks at the clock.
 const RETENTION_TICK: Duration = Duration::from_secs(60);
 /// Read connections kept open.
@@ -59,11 +60,14 @@ pub struct Remembered {
     pub exchange: Exchange,
 }
 
-/// A pair on its way, and who waits for it.
+/// What follows when a pair is committed, or cannot be.
+type Then = Box<dyn FnOnce(Result<Exchange, ApiError>) + Send>;
+
+/// A pair on its way.
 struct Arrival {
     pair: Pair,
     unique: Option<Unique>,
-    done: Giver<Result<Exchange, ApiError>>,
+    then: Then,
 }
 
 enum Order {
@@ -141,12 +145,11 @@ impl Store {
         })
     }
 
-    /// Hands a pair over, with what is to be noted of a request that must not be asked twice; `done`
-    /// hears of it when it is committed, or why it is not.
-    pub fn append(&self, pair: Pair, unique: Option<Unique>, done: Giver<Result<Exchange, ApiError>>) {
-        let arrival = Box::new(Arrival { pair, unique, done });
-        // Where the writer has ended, dropping the arrival tells whoever waits.
-        self.order(Order::Append(arrival));
+    /// Hands a pair over, with what is to be noted of a request that must not be asked twice. The writer calls
+    /// `then` when it is committed, or with the reason why it is not; what comes next waits meanwhile, so
+    /// `then` must be quick.
+    pub fn append(&self, pair: Pair, unique: Option<Unique>, then: impl FnOnce(Result<Exchange, ApiError>) + Send + 'static) {
+        self.order(Order::Append(Box::new(Arrival { pair, unique, then: Box::new(then) })));
     }
 
     /// What answered the request that this key sent with this `Idempotency-Key` within the last day.
@@ -216,7 +219,9 @@ impl Store {
     }
 
     fn order(&self, order: Order) {
-        let _ = self.orders.send(order);
+        if let Err(SendError(Order::Append(arrival))) = self.orders.send(order) {
+            (arrival.then)(Err(unavailable()));
+        }
         self.wake.unpark();
     }
 
@@ -361,6 +366,11 @@ fn advice(trouble: &Trouble) -> String {
     format!("{what} ({e})")
 }
 
+/// A panic in what follows costs this one request, not the history.
+fn tell(then: Then, result: Result<Exchange, ApiError>) {
+    let _ = catch_unwind(AssertUnwindSafe(|| then(result)));
+}
+
 struct Open {
     connection: Connection,
     inode: u64,
@@ -451,7 +461,7 @@ impl Writer {
         false
     }
 
-    /// Commits the pairs together, then tells each one's waiting thread.
+    /// Commits the pairs together, then does what follows for each.
     fn append(&mut self, batch: Vec<Arrival>) {
         let began = Instant::now();
         let ids = self.attempt("written", |connection| {
@@ -488,11 +498,10 @@ impl Writer {
                 self.rows += ids.len() as u64;
                 self.last_id = ids.last().copied().unwrap_or(self.last_id);
                 for (arrival, id) in batch.into_iter().zip(ids) {
-                    let Arrival { pair, done, .. } = arrival;
-                    let _ = done.give(Ok(Exchange::new(id, pair)));
+                    tell(arrival.then, Ok(Exchange::new(id, arrival.pair)));
                 }
             }
-            None => batch.into_iter().for_each(|arrival| drop(arrival.done.give(Err(unavailable())))),
+            None => batch.into_iter().for_each(|arrival| tell(arrival.then, Err(unavailable()))),
         }
     }
 

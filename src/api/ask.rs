@@ -7,12 +7,12 @@ use std::time::Instant;
 use super::once::{First, Turn};
 use super::{Api, Errand, Exit, Kind, Parting, Request};
 use crate::clock;
-use crate::error::ApiError;
+use crate::error::{ApiError, Header};
 use crate::exchange::{Exchange, Pair, Question};
 use crate::handoff::handoff;
 use crate::http::Reply;
 use crate::openai::Chat;
-use crate::store::Unique;
+use crate::store::{Unique, unavailable};
 use crate::upstream::Line;
 
 /// A question on its way to the LLM, and what becomes of the answer.
@@ -90,27 +90,57 @@ impl Whole {
         if let (Some(unique), true) = (&mut unique, self.as_it_came) {
             unique.response = Some(whole.body.clone());
         }
+        let answer = Answer { exit: self.exit, turn, as_it_came: self.as_it_came.then_some((whole.body, whole.headers)) };
+        let (question, text) = (pair.question.len(), pair.answer.len());
+        if answer.exit.responder.takes_at_once(answer.size(question + text)) {
+            // No thread sleeps until the commit: that would cost every request two changes of threads more.
+            api.store.append(pair, unique, move |stored| {
+                answer.give(stored, Exit::send);
+            });
+            return None;
+        }
         let (done, committed) = handoff();
-        api.store.append(pair, unique, done);
-        let stored = committed.take().unwrap_or_else(|| Err(crate::store::unavailable()));
+        api.store.append(pair, unique, move |stored| drop(done.give(stored)));
+        answer.give(committed.take().unwrap_or_else(|| Err(unavailable())), Exit::send_or_part).flatten()
+    }
+
+    /// Answers with an error.
+    pub fn refuse(self, e: ApiError) {
+        self.exit.refuse(e);
+    }
+}
+
+/// An answer that waits for its commit.
+struct Answer {
+    exit: Exit,
+    turn: Option<First>,
+    /// The upstream's own body and header fields, where they are the answer.
+    as_it_came: Option<(Vec<u8>, Vec<Header>)>,
+}
+
+impl Answer {
+    /// About how many bytes it has, with `text` bytes in the pair.
+    fn size(&self, text: usize) -> usize {
+        // JSON writes a control character as six bytes.
+        self.as_it_came.as_ref().map_or(6 * text, |(body, _)| body.len())
+    }
+
+    /// Answers, with the pair by `send`.
+    fn give<T>(self, stored: Result<Exchange, ApiError>, send: impl FnOnce(Exit, Reply, Option<String>) -> T) -> Option<T> {
         // Whoever waited for this request may look now.
-        drop(turn);
+        drop(self.turn);
         match stored {
             Ok(exchange) => {
-                let mut reply = Reply::json(200, if self.as_it_came { whole.body } else { json(&exchange) });
-                reply.headers = if self.as_it_came { whole.headers } else { Vec::new() };
-                self.exit.send_or_part(reply, Some(exchange.model))
+                let (body, headers) = self.as_it_came.unwrap_or_else(|| (json(&exchange), Vec::new()));
+                let mut reply = Reply::json(200, body);
+                reply.headers = headers;
+                Some(send(self.exit, reply, Some(exchange.model)))
             }
             Err(e) => {
                 self.exit.refuse(e);
                 None
             }
         }
-    }
-
-    /// Answers with an error.
-    pub fn refuse(self, e: ApiError) {
-        self.exit.refuse(e);
     }
 }
 

@@ -146,7 +146,7 @@ impl Api {
     /// wait for no other request, and its client takes what it is given.
     pub fn suits_worker(call: &Call<Admitted>) -> bool {
         let asks = call.admitted.as_ref().is_some_and(|admitted| admitted.endpoint.asks()) && call.body.is_ok();
-        asks && call.head.as_ref().is_some_and(|head| head.field(IDEMPOTENCY_KEY).is_none()) && call.responder.has_room(0)
+        asks && call.head.as_ref().is_some_and(|head| head.field(IDEMPOTENCY_KEY).is_none()) && call.responder.is_idle()
     }
 
     /// Answers what can be answered without the LLM; else returns what is left to do.
@@ -193,7 +193,8 @@ impl Api {
 
     /// Runs an errand to its answer; returns the answer where the client may be slow to take it.
     pub fn run(&self, errand: Errand, line: &mut Line) -> Option<Parting> {
-        self.metrics.queue_wait.observe(errand.since.elapsed());
+        let waited = errand.since.elapsed();
+        self.metrics.queue_wait.observe(waited);
         match errand.kind {
             Kind::Whole(whole) => whole.run(self, line),
             Kind::Stream(stream) => {
@@ -363,14 +364,15 @@ impl Entry {
         let time = self.started.elapsed();
         self.metrics.request(self.route, done.status, time);
         log::info!(
-            "request id={} client={} key={} method={} path={:.200} status={} ms={:.1} bytes={} model={} code={}",
+            "request id={} client={} key={} method={} path={:.200} status={} ms={}.{} bytes={} model={} code={}",
             self.id,
             self.peer,
             self.key.as_deref().unwrap_or("-"),
             self.method,
             self.path,
             done.status,
-            time.as_secs_f64() * 1000.0,
+            time.as_millis(),
+            time.subsec_micros() / 100 % 10,
             done.bytes,
             done.model.as_deref().map_or(Cow::Borrowed("-"), one_word),
             done.code.map_or("-", Code::name),

@@ -269,7 +269,9 @@ impl SmallBuffers {
 
 impl Buffers for SmallBuffers {
     fn output(&mut self) -> &mut [u8] {
-        self.output.resize(Self::OUTPUT, 0);
+        if self.output.is_empty() {
+            self.output = vec![0; Self::OUTPUT];
+        }
         &mut self.output
     }
 
@@ -300,7 +302,7 @@ impl Buffers for SmallBuffers {
 
     fn tmp_and_output(&mut self) -> (&mut [u8], &mut [u8]) {
         self.input_append_buf();
-        self.output.resize(Self::OUTPUT, 0);
+        self.output();
         (&mut self.input[self.filled..], &mut self.output)
     }
 
