@@ -17,7 +17,7 @@ use rusqlite::{Connection, OpenFlags, Row, params};
 use crate::config::{self, Config, Sync};
 use crate::error::{ApiError, Code, StartError};
 use crate::exchange::{Exchange, Pair, Usage};
-use crate::handoff::{Giver, handoff};
+use crate::handoff::{Giver, Nothing, handoff};
 use crate::metrics::Metrics;
 
 /// Numbered from 1; the database's `user_version` is the number of the last one applied.
@@ -173,7 +173,14 @@ impl Store {
         }
         let (done, answer) = handoff();
         self.order(Order::Probe(done));
-        answer.take_within(PROBE_WAIT).unwrap_or(false)
+        answer.take_within(PROBE_WAIT).unwrap_or_else(|nothing| {
+            if nothing == Nothing::Ever {
+                // The writer is gone, so nobody else would tell.
+                self.state.failing.store(true, Ordering::Relaxed);
+            }
+            self.state.probing.store(false, Ordering::Relaxed);
+            false
+        })
     }
 
     /// Errs with `history_unavailable` where the last write failed and another try fails too, so that
@@ -650,7 +657,7 @@ impl Writer {
 
 #[cfg(test)]
 mod tests {
-    use super::match_expression;
+    use super::*;
 
     #[test]
     fn any_text_is_a_query_for_words() {
@@ -658,5 +665,23 @@ mod tests {
         assert_eq!(query.as_deref(), Some(r#"key : "61" AND {question answer} : ("""x""" AND "OR" AND "-z" AND "don't")"#));
         assert_eq!(match_expression("a", " \"'*🦀", false), None);
         assert_eq!(match_expression("a", "x", true).as_deref(), Some(r#"{question answer} : ("x")"#));
+    }
+
+    #[test]
+    fn a_writer_that_is_gone_is_not_writable() {
+        let (orders, _) = unbounded();
+        let store = Store {
+            orders,
+            wake: std::thread::current(),
+            readers: Mutex::default(),
+            path: PathBuf::new(),
+            state: Arc::default(),
+            one_key: true,
+            writer: Mutex::default(),
+        };
+        for _ in 0..3 {
+            assert!(!store.writable());
+        }
+        assert!(store.check().is_err(), "nobody pays for an answer that cannot be kept");
     }
 }
