@@ -189,7 +189,7 @@ impl Store {
         if self.state.failing.load(Ordering::Relaxed) && !self.writable() { Err(unavailable()) } else { Ok(()) }
     }
 
-    /// A key's pairs with ids below `before`, newest first, at most `limit` and 4 MiB of text; the first is
+    /// A key's pairs with ids below `before`, newest first, at most `limit` and 4 MiB of JSON; the first is
     /// always there.
     pub fn page(&self, key: &str, before: i64, limit: u32) -> Result<Vec<Exchange>, ApiError> {
         self.read(|connection| {
@@ -291,13 +291,24 @@ fn bounded(rows: impl Iterator<Item = rusqlite::Result<Exchange>>) -> rusqlite::
     let (mut kept, mut bytes) = (Vec::new(), 0);
     for row in rows {
         let row = row?;
-        bytes += row.question.len() + row.answer.len();
+        let texts = [&*row.question, &row.answer, &row.model, row.finish_reason.as_deref().unwrap_or_default()];
+        bytes += texts.into_iter().map(escaped_length).sum::<usize>();
         if bytes > MOST && !kept.is_empty() {
             break;
         }
         kept.push(row);
     }
     Ok(kept)
+}
+
+/// How long a text is as JSON: six bytes for some characters, two for others.
+fn escaped_length(text: &str) -> usize {
+    let length = |byte| match byte {
+        b'"' | b'\\' | b'\n' | b'\r' | b'\t' | 0x08 | 0x0c => 2,
+        0x00..0x20 => 6,
+        _ => 1,
+    };
+    text.bytes().map(length).sum()
 }
 
 fn exchange(row: &Row) -> rusqlite::Result<Exchange> {
@@ -665,6 +676,12 @@ mod tests {
         assert_eq!(query.as_deref(), Some(r#"key : "61" AND {question answer} : ("""x""" AND "OR" AND "-z" AND "don't")"#));
         assert_eq!(match_expression("a", " \"'*🦀", false), None);
         assert_eq!(match_expression("a", "x", true).as_deref(), Some(r#"{question answer} : ("x")"#));
+    }
+
+    #[test]
+    fn the_escaped_length_is_that_of_the_json() {
+        let text: String = (0..=0x250).filter_map(char::from_u32).collect();
+        assert_eq!(escaped_length(&text), serde_json::to_string(&text).expect("JSON").len() - 2);
     }
 
     #[test]

@@ -728,6 +728,38 @@ fn a_page_of_large_pairs_is_bounded() {
     assert!(cost < 4 * BOUNDED, "{} MiB for 4 pages", cost >> 20);
 }
 
+/// What takes a byte in the history may take six on the way: JSON escapes are counted, too.
+#[test]
+fn a_page_of_text_that_json_escapes_is_bounded() {
+    const MOST: usize = 4 << 20;
+    let proxy = Proxy::start();
+    let insert = "INSERT INTO history (created_at, key_name, question, answer, model, latency_ms)
+                  VALUES ('2026-01-01T00:00:00.000Z', 'anonymous', 'word', ?1, ?2, 1)";
+    let database = proxy.database();
+    for text in ["\u{1}", "\"", "\\", "\n", "a"] {
+        for _ in 0..12 {
+            database.execute(insert, [text.repeat(100_000), "m".into()]).expect("the row is taken");
+            database.execute(insert, ["ok".into(), text.repeat(100_000)]).expect("the row is taken");
+        }
+    }
+    proxy.answer("the last word");
+    let (mut seen, mut target) = (0, "/api/history?limit=1000".to_owned());
+    loop {
+        let response = proxy.get(&target);
+        assert_eq!(response.status, 200);
+        assert!(response.body.len() < MOST + (64 << 10), "{} bytes", response.body.len());
+        let page = response.json();
+        seen += page["items"].as_array().map_or(0, Vec::len);
+        match page["next_before"].as_i64() {
+            Some(before) => target = format!("/api/history?limit=1000&before={before}"),
+            None => break,
+        }
+    }
+    assert_eq!(seen, 121, "the pages are all there is");
+    let found = proxy.get("/api/history?limit=1000&q=word");
+    assert!(found.status == 200 && found.body.len() < MOST + (64 << 10), "{} bytes", found.body.len());
+}
+
 // Many at once
 
 #[test]
