@@ -35,6 +35,10 @@ const QUIET: Duration = Duration::from_millis(100);
 const CHORE_ROWS: i64 = 500;
 /// Words of more rows than this are not left for quiet times.
 const MOST_UNINDEXED: i64 = 200_000;
+/// So many words of a query count.
+const MOST_WORDS: usize = 32;
+/// And so many of its bytes, since FTS5 may see several words where we see one.
+const MOST_QUERY: usize = 512;
 /// How often retention looks at the clock.
 const RETENTION_TICK: Duration = Duration::from_secs(60);
 /// Read connections kept open.
@@ -201,7 +205,8 @@ impl Store {
     /// A key's pairs that have all of `words` in question or answer, best match first: of the newest 1,000
     /// matches, or 4 MiB of them, those where the words are most of the text.
     pub fn search(&self, key: &str, words: &str, before: i64, limit: u32) -> Result<Vec<Exchange>, ApiError> {
-        let Some(query) = match_expression(key, words, self.one_key) else { return Ok(Vec::new()) };
+        let words = wanted(words);
+        let Some(query) = match_expression(key, &words, self.one_key) else { return Ok(Vec::new()) };
         let (done, indexed) = handoff();
         self.order(Order::Index(done));
         // A writer in trouble must not keep what is indexed from being found.
@@ -210,7 +215,7 @@ impl Store {
             let mut search = connection.prepare_cached(include_str!("../sql/queries/search.sql"))?;
             bounded(search.query_map(params![query, before, key], exchange)?)
         })?;
-        let words: Vec<String> = words.split_whitespace().map(str::to_lowercase).collect();
+        let words: Vec<String> = words.iter().map(|word| word.to_lowercase()).collect();
         found.sort_by_cached_key(|pair| std::cmp::Reverse((score(pair, &words), pair.id)));
         found.truncate(limit as usize);
         Ok(found)
@@ -256,15 +261,35 @@ pub fn unavailable() -> ApiError {
     ApiError::new(Code::HistoryUnavailable, "the history cannot be written or read at the moment; the server's log says why")
 }
 
-/// Any text as an FTS5 query: its words in quotes, all of them needed; FTS5 itself splits them further.
-/// Where there is more than one key its own rows are picked out by the index, too. `None` where the text
-/// has no words (<https://sqlite.org/fts5.html#full_text_query_syntax>).
-fn match_expression(key: &str, text: &str, one_key: bool) -> Option<String> {
-    let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|w| w.contains(char::is_alphanumeric));
-    let words: Vec<String> = words.map(|w| format!("\"{}\"", w.replace('"', "\"\""))).collect();
+/// The words of a query, each once, as far as they count: a search costs words times text.
+fn wanted(text: &str) -> Vec<&str> {
+    let (mut count, mut start, mut inside) = (0, 0, false);
+    // What punctuation divides counts in parts, since FTS5 looks for each. Half a word would find nothing.
+    let too_much = text.char_indices().any(|(at, c)| {
+        if c.is_alphanumeric() && !inside {
+            (count, start) = (count + 1, at);
+        }
+        inside = c.is_alphanumeric();
+        count > MOST_WORDS || inside && at >= MOST_QUERY
+    });
+    let text = if too_much { &text[..start] } else { text };
+    let mut words: Vec<&str> = Vec::new();
+    for word in text.split(|c: char| c.is_whitespace() || c.is_control()) {
+        if word.contains(char::is_alphanumeric) && !words.iter().any(|known| known.eq_ignore_ascii_case(word)) {
+            words.push(word);
+        }
+    }
+    words
+}
+
+/// Any words as an FTS5 query: in quotes, all of them needed; FTS5 itself splits them further. Where there
+/// is more than one key its own rows are picked out by the index, too. `None` where there are no words
+/// (<https://sqlite.org/fts5.html#full_text_query_syntax>).
+fn match_expression(key: &str, words: &[&str], one_key: bool) -> Option<String> {
     if words.is_empty() {
         return None;
     }
+    let words: Vec<String> = words.iter().map(|w| format!("\"{}\"", w.replace('"', "\"\""))).collect();
     let words = format!("{{question answer}} : ({})", words.join(" AND "));
     if one_key {
         return Some(words);
@@ -672,10 +697,22 @@ mod tests {
 
     #[test]
     fn any_text_is_a_query_for_words() {
-        let query = match_expression("a", "\"x\" OR -z\0don't & 🦀", false);
-        assert_eq!(query.as_deref(), Some(r#"key : "61" AND {question answer} : ("""x""" AND "OR" AND "-z" AND "don't")"#));
-        assert_eq!(match_expression("a", " \"'*🦀", false), None);
-        assert_eq!(match_expression("a", "x", true).as_deref(), Some(r#"{question answer} : ("x")"#));
+        let query = |text: &str, one_key| match_expression("a", &wanted(text), one_key);
+        let found = query("\"x\" OR -z\0don't & or 🦀", false);
+        assert_eq!(found.as_deref(), Some(r#"key : "61" AND {question answer} : ("""x""" AND "OR" AND "-z" AND "don't")"#));
+        assert_eq!(query(" \"'*🦀", false), None);
+        assert_eq!(query("x", true).as_deref(), Some(r#"{question answer} : ("x")"#));
+    }
+
+    #[test]
+    fn of_a_query_32_words_count_and_512_bytes() {
+        let words: Vec<String> = (0..40).map(|number| format!("w{number}")).collect();
+        assert_eq!(wanted(&words.join(" ")), words[..32]);
+        assert_eq!(wanted(&words.join("-")), [words[..32].join("-") + "-"], "the parts of a word, too");
+        assert_eq!(wanted(&"x".repeat(512)), ["x".repeat(512)]);
+        assert_eq!(wanted(&"x".repeat(513)), [""; 0]);
+        assert_eq!(wanted(&format!("whole {} half", "é".repeat(252))), ["whole".to_string(), "é".repeat(252)]);
+        assert_eq!(wanted(&format!("{0}blank{0}", " ".repeat(500))), ["blank"]);
     }
 
     #[test]

@@ -760,6 +760,25 @@ fn a_page_of_text_that_json_escapes_is_bounded() {
     assert!(found.status == 200 && found.body.len() < MOST + (64 << 10), "{} bytes", found.body.len());
 }
 
+/// A search costs words times text, so words are few: repeated, different, or one that is many.
+#[test]
+fn a_search_for_thousands_of_words_is_a_short_one() {
+    let mut proxy = Proxy::start();
+    proxy.stop();
+    let database = proxy.database();
+    for _ in 0..45 {
+        let insert = "INSERT INTO history (created_at, key_name, question, answer, model, latency_ms)
+                      VALUES ('2026-01-01T00:00:00.000Z', 'anonymous', ?1, 'ok', 'm', 1)";
+        database.execute(insert, ["a b c d e ".repeat(10_000)]).expect("the row is taken");
+    }
+    let proxy = proxy.setup().start();
+    eventually("all is indexed", || database.query_row("SELECT up_to FROM indexed", [], |row| row.get::<_, i64>(0)) == Ok(45));
+    for words in ["a+".repeat(3900), "a-b-c-d-e-".repeat(390), "a%09A%09".repeat(975), "a%E0%A4%83".repeat(390)] {
+        let found = proxy.connect().exchange(&get(&format!("/api/history?limit=1&q={words}")));
+        assert_eq!(found.status, 200);
+    }
+}
+
 // Many at once
 
 #[test]

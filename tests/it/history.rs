@@ -149,6 +149,21 @@ fn q_gives_the_best_match_first() {
 }
 
 #[test]
+fn of_q_the_first_32_words_count() {
+    let (_upstream, proxy) = echoing();
+    let words: Vec<String> = (1..=33).map(|number| format!("word{number}")).collect();
+    let (first, all) = (words[..32].join(" "), words.join(" "));
+    ask_all(&proxy, &[&first, &words[..31].join(" ")]);
+    let found = |words: &str| {
+        let page = page(&proxy, &format!("?q={}", encoded(words)));
+        questions(&page).iter().map(|question| question.to_string()).collect::<Vec<String>>()
+    };
+    assert_eq!(found(&first), [first.as_str()]);
+    assert_eq!(found(&all), [first.as_str()], "the 33rd is not looked for");
+    assert_eq!(found(&all.replace(' ', "-")), [first.as_str()], "nor inside of a longer one");
+}
+
+#[test]
 fn q_speaks_other_scripts_and_is_decoded_as_a_form_is() {
     let (_upstream, proxy) = echoing();
     ask_all(&proxy, &["Столица Франции->Париж", "an ascii one"]);
