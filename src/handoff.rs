@@ -55,6 +55,11 @@ impl<T> Giver<T> {
         self.0.changed.notify_one();
         Ok(())
     }
+
+    /// False when nobody can take the value any more.
+    pub fn is_awaited(&self) -> bool {
+        !matches!(*self.0.lock(), State::Closed)
+    }
 }
 
 impl<T> Drop for Giver<T> {
@@ -129,7 +134,9 @@ mod tests {
         drop(giver);
         assert_eq!(taker.take_within(Duration::from_secs(60)), Err(Nothing::Ever));
         let (giver, taker) = handoff();
+        assert!(giver.is_awaited());
         drop(taker);
+        assert!(!giver.is_awaited());
         assert_eq!(giver.give(1), Err(1));
     }
 }

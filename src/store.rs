@@ -33,8 +33,12 @@ const BATCH: usize = 1000;
 const QUIET: Duration = Duration::from_millis(100);
 /// Housekeeping takes so many rows at a time, so that a new pair never waits long.
 const CHORE_ROWS: i64 = 500;
+/// The index takes no more bytes of text at a time, but at least one row.
+const CHORE_BYTES: i64 = 256 << 10;
 /// Words of more rows than this are not left for quiet times.
 const MOST_UNINDEXED: i64 = 200_000;
+/// The same in bytes of text.
+const MOST_UNINDEXED_BYTES: i64 = 64 << 20;
 /// So many words of a query count.
 const MOST_WORDS: usize = 32;
 /// And so many of its bytes, since FTS5 may see several words where we see one.
@@ -78,7 +82,7 @@ enum Order {
     Append(Box<Arrival>),
     /// Show that writing works.
     Probe(Giver<bool>),
-    /// Index all words, for a search that is about to be made.
+    /// Tell when all words so far are indexed, for a search that is about to be made.
     Index(Giver<()>),
     Close,
 }
@@ -127,6 +131,8 @@ impl Store {
             rows: 0,
             last_id: 0,
             indexed: 0,
+            unindexed_bytes: 0,
+            searches: Vec::new(),
             next_retention: Instant::now(),
             next_forgetting: Instant::now(),
         };
@@ -203,7 +209,8 @@ impl Store {
     }
 
     /// A key's pairs that have all of `words` in question or answer, best match first: of the newest 1,000
-    /// matches, or 4 MiB of them, those where the words are most of the text.
+    /// matches, or 4 MiB of them, those where the words are most of the text. Where much is to be indexed first,
+    /// the newest pairs are missing.
     pub fn search(&self, key: &str, words: &str, before: i64, limit: u32) -> Result<Vec<Exchange>, ApiError> {
         let words = wanted(words);
         let Some(query) = match_expression(key, &words, self.one_key) else { return Ok(Vec::new()) };
@@ -409,6 +416,21 @@ fn advice(trouble: &Trouble) -> String {
     format!("{what} ({e})")
 }
 
+/// The last of the rows that are indexed next, and the bytes of their texts; `None` where there are no rows.
+fn bite(connection: &Connection) -> rusqlite::Result<Option<(i64, i64)>> {
+    let mut next = connection.prepare_cached(include_str!("../sql/queries/index_next.sql"))?;
+    let mut rows = next.query([CHORE_ROWS])?;
+    let mut bite: Option<(i64, i64)> = None;
+    while let Some(row) = rows.next()? {
+        let bytes = row.get::<_, i64>(1)? + bite.map_or(0, |(_, bytes)| bytes);
+        if bite.is_some() && bytes > CHORE_BYTES {
+            break;
+        }
+        bite = Some((row.get(0)?, bytes));
+    }
+    Ok(bite)
+}
+
 /// A panic in what follows costs this one request, not the history.
 fn tell(then: Then, result: Result<Exchange, ApiError>) {
     let _ = catch_unwind(AssertUnwindSafe(|| then(result)));
@@ -435,6 +457,10 @@ struct Writer {
     /// The newest row's id, and the last one whose words are indexed.
     last_id: i64,
     indexed: i64,
+    /// What was appended since the start and is not indexed, in bytes of text.
+    unindexed_bytes: i64,
+    /// Searches that wait until the words up to a row are indexed.
+    searches: Vec<(i64, Giver<()>)>,
     next_retention: Instant,
     next_forgetting: Instant,
 }
@@ -458,14 +484,12 @@ impl Writer {
             };
             if !batch.is_empty() {
                 self.append(std::mem::take(&mut batch));
-                if self.last_id - self.indexed > MOST_UNINDEXED {
-                    self.index();
-                }
-                // Retention that waited for quiet would never come under a steady load.
+                // What waited for quiet would never come under a steady load.
+                self.catch_up();
                 self.retain();
                 quiet_since = Instant::now();
             } else if order.is_none() {
-                if quiet_since.elapsed() < QUIET {
+                if self.searches.is_empty() && quiet_since.elapsed() < QUIET {
                     std::thread::park_timeout(QUIET);
                 } else if !self.chores() {
                     std::thread::park_timeout(RETENTION_TICK);
@@ -474,6 +498,7 @@ impl Writer {
             if order.is_some_and(|order| self.obey(order)) {
                 return self.close();
             }
+            self.let_searches_go();
         }
     }
 
@@ -495,10 +520,7 @@ impl Writer {
                 self.state.probing.store(false, Ordering::Relaxed);
                 let _ = done.give(fine);
             }
-            Order::Index(done) => {
-                while self.index() {}
-                let _ = done.give(());
-            }
+            Order::Index(done) => self.searches.push((self.last_id, done)),
             Order::Close => return true,
         }
         false
@@ -507,6 +529,7 @@ impl Writer {
     /// Commits the pairs together, then does what follows for each.
     fn append(&mut self, batch: Vec<Arrival>) {
         let began = Instant::now();
+        let bytes: usize = batch.iter().map(|arrival| arrival.pair.question.len() + arrival.pair.answer.len()).sum();
         let ids = self.attempt("written", |connection| {
             let mut append = connection.prepare_cached(include_str!("../sql/queries/append.sql"))?;
             let mut ids = Vec::with_capacity(batch.len());
@@ -539,6 +562,7 @@ impl Writer {
                 self.metrics.history_batch_size.observe_value(ids.len() as f64);
                 self.metrics.history_commit.observe(began.elapsed());
                 self.rows += ids.len() as u64;
+                self.unindexed_bytes += bytes as i64;
                 self.last_id = ids.last().copied().unwrap_or(self.last_id);
                 for (arrival, id) in batch.into_iter().zip(ids) {
                     tell(arrival.then, Ok(Exchange::new(id, arrival.pair)));
@@ -548,20 +572,41 @@ impl Writer {
         }
     }
 
-    /// Indexes the words of some rows; true when there may be more to do.
+    /// Under a load that never pauses: one bite of the index after each batch where a search waits for it. Where
+    /// very much is not indexed, the more bites the more that is, so that it does not grow for ever.
+    fn catch_up(&mut self) {
+        let behind = ((self.last_id - self.indexed) / MOST_UNINDEXED).max(self.unindexed_bytes / MOST_UNINDEXED_BYTES);
+        for _ in 0..behind.max(i64::from(!self.searches.is_empty())) {
+            self.index();
+        }
+    }
+
+    /// Indexes the words of some rows, one bite; true when there may be more to do.
     fn index(&mut self) -> bool {
         if self.indexed >= self.last_id || self.state.failing.load(Ordering::Relaxed) {
             return false;
         }
-        let up_to = (self.indexed + CHORE_ROWS).min(self.last_id);
         let done = self.attempt("indexed", |connection| {
+            let Some((up_to, bytes)) = bite(connection)? else { return Ok(None) };
             connection.prepare_cached(include_str!("../sql/queries/index_words.sql"))?.execute([up_to])?;
-            connection.prepare_cached(include_str!("../sql/queries/indexed_up_to.sql"))?.execute([up_to])
+            connection.prepare_cached(include_str!("../sql/queries/indexed_up_to.sql"))?.execute([up_to])?;
+            Ok(Some((up_to, bytes)))
         });
-        if done.is_some() {
+        if let Some(bitten) = done {
+            // The newest rows may have been deleted before they were indexed.
+            let (up_to, bytes) = bitten.unwrap_or((self.last_id, 0));
             self.indexed = up_to;
+            self.unindexed_bytes = if up_to < self.last_id { (self.unindexed_bytes - bytes).max(0) } else { 0 };
         }
         done.is_some()
+    }
+
+    /// Tells the searches that miss nothing any more, and all of them where indexing fails. Who gave up waiting is
+    /// forgotten.
+    fn let_searches_go(&mut self) {
+        let failing = self.state.failing.load(Ordering::Relaxed);
+        // A giver that is dropped wakes who waits.
+        self.searches.retain(|(up_to, search)| *up_to > self.indexed && !failing && search.is_awaited());
     }
 
     /// Deletes some of what retention says has to go; true when there may be more to do.
@@ -719,6 +764,109 @@ mod tests {
     fn the_escaped_length_is_that_of_the_json() {
         let text: String = (0..=0x250).filter_map(char::from_u32).collect();
         assert_eq!(escaped_length(&text), serde_json::to_string(&text).expect("JSON").len() - 2);
+    }
+
+    /// A writer whose history is a file of its own.
+    fn writer(name: &str) -> Writer {
+        let path = std::env::temp_dir().join(format!("ai-proxy-{}-{name}.db", std::process::id()));
+        let mut writer = Writer {
+            path,
+            sync: Sync::Normal,
+            max_rows: 0,
+            max_days: 0,
+            state: Arc::default(),
+            metrics: Arc::new(Metrics::new(&[], &[])),
+            open: None,
+            last_write: Instant::now(),
+            rows: 0,
+            last_id: 0,
+            indexed: 0,
+            unindexed_bytes: 0,
+            searches: Vec::new(),
+            next_retention: Instant::now(),
+            next_forgetting: Instant::now(),
+        };
+        assert!(writer.ready().is_ok());
+        writer
+    }
+
+    fn remove(writer: Writer) {
+        let path = writer.path.clone();
+        writer.close();
+        fs::remove_file(path).expect("the file is there");
+    }
+
+    fn append(writer: &mut Writer, pairs: usize, bytes: usize) {
+        let arrival = |_| Arrival {
+            pair: Pair {
+                key: "anonymous".into(),
+                question: "w ".repeat(bytes / 2),
+                answer: String::new(),
+                model: String::new(),
+                finish_reason: None,
+                usage: None,
+                latency_ms: 0,
+                created_at: String::new(),
+            },
+            unique: None,
+            then: Box::new(|result| assert!(result.is_ok())),
+        };
+        writer.append((0..pairs).map(arrival).collect());
+    }
+
+    #[test]
+    fn a_bite_of_the_index_is_so_many_bytes_but_at_least_a_row() {
+        let mut writer = writer("bite");
+        append(&mut writer, 6, 100 << 10);
+        append(&mut writer, 2, 1 << 20);
+        append(&mut writer, 700, 2);
+        let mut steps = Vec::new();
+        while writer.index() {
+            steps.push(writer.indexed);
+        }
+        assert_eq!(steps, [2, 4, 6, 7, 8, 508, 708]);
+        append(&mut writer, 10, 2);
+        let deleted = writer.write(|connection| connection.execute("DELETE FROM history WHERE id > 708", []));
+        assert_eq!(deleted, Ok(10));
+        assert!(writer.index() && !writer.index(), "nothing is left to do");
+        remove(writer);
+    }
+
+    #[test]
+    fn under_a_load_that_never_pauses_there_are_the_more_bites_the_more_is_not_indexed() {
+        let mut writer = writer("load");
+        append(&mut writer, 30, 100 << 10);
+        writer.catch_up();
+        assert_eq!(writer.indexed, 0, "that can wait");
+        let (search, _waits) = handoff();
+        writer.searches.push((30, search));
+        writer.catch_up();
+        assert_eq!(writer.indexed, 2, "a search cannot");
+        writer.unindexed_bytes = 3 * MOST_UNINDEXED_BYTES;
+        writer.catch_up();
+        assert_eq!(writer.indexed, 8);
+        writer.last_id = 8 + 4 * MOST_UNINDEXED;
+        writer.catch_up();
+        assert_eq!(writer.indexed, 16);
+        remove(writer);
+    }
+
+    #[test]
+    fn searches_go_on_when_they_miss_nothing_or_cannot_be_helped() {
+        let mut writer = writer("searches");
+        append(&mut writer, 3, 100 << 10);
+        let (early, late, gone) = (handoff(), handoff(), handoff());
+        writer.searches = vec![(2, early.0), (3, late.0), (3, gone.0)];
+        drop(gone.1);
+        writer.index();
+        writer.let_searches_go();
+        assert_eq!(early.1.take(), None);
+        assert_eq!(writer.searches.len(), 1, "who gave up is forgotten");
+        assert_eq!(late.1.take_within(Duration::ZERO), Err(Nothing::Yet));
+        writer.state.failing.store(true, Ordering::Relaxed);
+        writer.let_searches_go();
+        assert_eq!(late.1.take_within(Duration::ZERO), Err(Nothing::Ever));
+        remove(writer);
     }
 
     #[test]

@@ -356,6 +356,66 @@ fn a_reader_in_the_middle_of_a_transaction_blocks_nobody() {
     assert_eq!(count(&reader), 2);
 }
 
+/// A server that finds so many pairs of 100 KB whose words are not indexed yet. They take seconds.
+fn with_a_backlog(pairs: i64) -> Proxy {
+    let mut proxy = Proxy::start();
+    proxy.stop();
+    let sql = "INSERT INTO history (created_at, key_name, question, answer, model, latency_ms)
+               SELECT '2026-01-01T00:00:00.000Z', 'anonymous', replace(hex(randomblob(50000)), '0', ' '), 'ok', 'm', 1
+               FROM (WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?1) SELECT i FROM n)";
+    let added = proxy.database().execute(sql, [pairs]);
+    assert_eq!(added.expect("the rows are taken"), pairs as usize);
+    proxy.setup().start()
+}
+
+fn indexed_up_to(proxy: &Proxy) -> i64 {
+    proxy.database().query_row("SELECT up_to FROM indexed", [], |row| row.get(0)).expect("one row")
+}
+
+#[test]
+fn a_question_does_not_wait_for_the_index_of_others() {
+    const BACKLOG: i64 = 300;
+    for searching in [false, true] {
+        let proxy = with_a_backlog(BACKLOG);
+        let mut search = proxy.connect();
+        if searching {
+            search.send(&get("/api/history?q=word"));
+        }
+        eventually("the index is being made", || indexed_up_to(&proxy) > 0);
+        proxy.answer("Now?");
+        let indexed = indexed_up_to(&proxy);
+        assert!(indexed < BACKLOG, "answered when all was indexed: searching {searching}");
+        if searching {
+            assert_eq!(search.read_response().status, 200, "a search of what is indexed so far");
+        }
+    }
+}
+
+#[test]
+fn a_search_finds_what_was_answered_before_it_also_under_a_load_that_never_pauses() {
+    let proxy = Proxy::start();
+    let over = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                let mut connection = proxy.connect();
+                while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                    assert_eq!(connection.exchange(&post("/api/ask", &json!({"question": "more load"}))).status, 200);
+                }
+            });
+        }
+        let missed: Vec<String> = (0..20)
+            .map(|number| format!("needle{number}"))
+            .filter(|needle| {
+                proxy.answer(needle);
+                questions(&page(&proxy, &format!("?q={needle}"))) != [needle]
+            })
+            .collect();
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(missed, Vec::<String>::new());
+    });
+}
+
 #[test]
 fn no_more_than_history_max_rows_are_kept() {
     let proxy = Proxy::with(&[("HISTORY_MAX_ROWS", "3")]).start();
