@@ -4,14 +4,21 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::marker::PhantomData;
 
-use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
+use crate::config::MAX_ANSWER;
 use crate::error::ApiError;
 use crate::exchange::{Question, Usage, parse_json};
+
+/// Choices of an answer, and tool calls, that are kept: no model gives more, and an index beyond is not believed.
+const MOST: usize = 128;
+/// An error of more bytes is not kept as a whole, only its words.
+const LARGE_ERROR: usize = 64 * 1024;
 
 #[derive(Serialize)]
 struct Message<'a> {
@@ -78,34 +85,44 @@ impl Chat {
     /// usage chunk of a stream, which is always asked for. The question is its last user message, of at
     /// most `max_chars` characters. Errs with `invalid_json` or `invalid_request`.
     pub fn from_body(body: &[u8], model: &str, max_chars: usize) -> Result<Chat, ApiError> {
-        let Ok(fields) = serde_json::from_slice::<Fields>(body) else {
+        let (mut messages, mut stream, mut asked_model, mut options) = (None, None, None, None);
+        let fields = each_field(body, |name, value| match name {
+            "messages" => messages = Some(value),
+            "stream" => stream = Some(value),
+            "model" => asked_model = Some(value),
+            "stream_options" => options = Some(value),
+            _ => {}
+        });
+        if fields.is_err() {
             parse_json(body)?;
             return Err(ApiError::invalid("body", "the body must be a JSON object"));
-        };
-        let messages: Vec<Fields> = fields.read("messages", "a list of messages")?.unwrap_or_default();
-        if messages.is_empty() {
+        }
+        let messages: Messages = read(messages, "messages", "a list of messages")?.unwrap_or_default();
+        if !messages.any {
             return Err(ApiError::invalid("messages", "messages must be a list that is not empty"));
         }
-        let mut question = String::new();
-        for message in &messages {
-            let wrong = |_| ApiError::invalid("messages", "a message's role must be a string");
-            let role: Option<String> = message.read("role", "").map_err(wrong)?;
-            if role.as_deref() == Some("user") {
-                question = message.read("content", "").unwrap_or_default().map_or_else(String::new, |text: Text| text.0);
-            }
+        if messages.wrong_role {
+            return Err(ApiError::invalid("messages", "a message's role must be a string"));
         }
+        let content: Option<Text> = read(messages.question, "content", "").unwrap_or_default();
+        let question = content.unwrap_or_default().0;
         if question.len() > max_chars && question.chars().count() > max_chars {
             return Err(ApiError::invalid("messages", format!("the question is longer than {max_chars} characters")));
         }
-        let stream = fields.read("stream", "true or false")?.unwrap_or(false);
-        let asked_model: Option<String> = fields.read("model", "a string")?;
-        let options: Option<Fields> = fields.read("stream_options", "an object")?;
-        let usage: Option<bool> = match &options {
-            Some(options) => options
-                .read("include_usage", "")
-                .map_err(|_| ApiError::invalid("stream_options", "stream_options.include_usage must be true or false"))?,
-            None => None,
-        };
+        let stream = read(stream, "stream", "true or false")?.unwrap_or(false);
+        let asked_model: Option<String> = read(asked_model, "model", "a string")?;
+        let options = options.map(RawValue::get).filter(|options| *options != "null");
+        let mut usage = None;
+        if let Some(options) = options {
+            each_field(options.as_bytes(), |name, value| {
+                if name == "include_usage" {
+                    usage = Some(value);
+                }
+            })
+            .map_err(|_| ApiError::invalid("stream_options", "stream_options must be an object"))?;
+        }
+        let usage: Option<bool> = read(usage, "", "")
+            .map_err(|_| ApiError::invalid("stream_options", "stream_options.include_usage must be true or false"))?;
         let added_usage = stream && usage != Some(true);
         let mut chat =
             Chat { body: body.to_vec(), model: String::new(), question, stream, added_usage, options: None, tried: Vec::new() };
@@ -114,7 +131,7 @@ impl Chat {
             None => chat.set_model(model),
         }
         if added_usage {
-            let theirs = fields.get("stream_options").filter(|_| options.is_some()).map(str::to_string);
+            let theirs = options.map(str::to_string);
             let ours = with_field(theirs.as_deref().unwrap_or("{}").as_bytes(), "include_usage", Some("true"));
             chat.body = with_field(&chat.body, "stream_options", Some(&String::from_utf8_lossy(&ours)));
             chat.options = theirs;
@@ -151,57 +168,115 @@ impl Chat {
 /// The JSON object `body` with one field set to `value` (JSON) or taken out; all other fields keep
 /// their place and their bytes.
 fn with_field(body: &[u8], name: &str, value: Option<&str>) -> Vec<u8> {
-    let Ok(Fields(fields)) = serde_json::from_slice::<Fields>(body) else { return body.to_vec() };
     let mut edited = Vec::with_capacity(body.len() + 64);
     edited.push(b'{');
-    let kept = fields.iter().filter(|(field, _)| field != name).map(|(field, value)| (field.as_str(), value.get()));
-    for (field, value) in kept.chain(value.map(|value| (name, value))) {
+    let mut write = |field: &str, value: &str| {
         if edited.len() > 1 {
             edited.push(b',');
         }
         edited.extend_from_slice(Value::from(field).to_string().as_bytes());
         edited.push(b':');
         edited.extend_from_slice(value.as_bytes());
+    };
+    let fields = each_field(body, |field, value| {
+        if field != name {
+            write(field, value.get());
+        }
+    });
+    if fields.is_err() {
+        return body.to_vec();
+    }
+    if let Some(value) = value {
+        write(name, value);
     }
     edited.push(b'}');
     edited
 }
 
-/// An object's fields in their order, with the bytes of their values.
-struct Fields<'a>(Vec<(String, &'a RawValue)>);
+/// Shows every field of a JSON object, in their order, with the bytes of its value. Nothing is kept: a
+/// field of a few bytes would take many times its size.
+fn each_field<'a>(json: &'a [u8], see: impl FnMut(&str, &'a RawValue)) -> serde_json::Result<()> {
+    let mut json = serde_json::Deserializer::from_slice(json);
+    EachField(see).deserialize(&mut json)?;
+    json.end()
+}
 
-impl<'a> Fields<'a> {
-    /// The JSON of a field; of several of the same name the last.
-    fn get(&self, name: &str) -> Option<&'a str> {
-        self.0.iter().rev().find(|(field, _)| field == name).map(|(_, value)| value.get())
-    }
+struct EachField<F>(F);
 
-    /// The value of a field, `None` where it is not there or null. Errs with 422 saying what it must be.
-    fn read<T: Deserialize<'a>>(&self, name: &str, kind: &str) -> Result<Option<T>, ApiError> {
-        let Some(json) = self.get(name) else { return Ok(None) };
-        serde_json::from_str(json).map_err(|_| ApiError::invalid(name, format!("{name} must be {kind}")))
+impl<'de, F: FnMut(&str, &'de RawValue)> DeserializeSeed<'de> for EachField<F> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_map(self)
     }
 }
 
-impl<'de> Deserialize<'de> for Fields<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Fields<'de>, D::Error> {
-        struct FieldsVisitor;
-        impl<'de> Visitor<'de> for FieldsVisitor {
-            type Value = Fields<'de>;
+impl<'de, F: FnMut(&str, &'de RawValue)> Visitor<'de> for EachField<F> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
+        while let Some((Words(name), value)) = map.next_entry()? {
+            (self.0)(&name, value);
+        }
+        Ok(())
+    }
+}
+
+/// A string, borrowed where it stands in the JSON as it is.
+#[derive(Deserialize)]
+struct Words<'a>(#[serde(borrow)] Cow<'a, str>);
+
+/// A field's value, `None` where it is not there or null. Errs with 422 saying what it must be.
+fn read<'a, T: Deserialize<'a>>(json: Option<&'a RawValue>, name: &str, kind: &str) -> Result<Option<T>, ApiError> {
+    let Some(json) = json else { return Ok(None) };
+    serde_json::from_str(json.get()).map_err(|_| ApiError::invalid(name, format!("{name} must be {kind}")))
+}
+
+/// What counts of a client's messages.
+#[derive(Default)]
+struct Messages<'a> {
+    any: bool,
+    wrong_role: bool,
+    /// The content of the last one of the user.
+    question: Option<&'a RawValue>,
+}
+
+impl<'de> Deserialize<'de> for Messages<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Messages<'de>, D::Error> {
+        struct MessagesVisitor;
+        impl<'de> Visitor<'de> for MessagesVisitor {
+            type Value = Messages<'de>;
 
             fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("an object")
+                f.write_str("a list of messages")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields<'de>, A::Error> {
-                let mut fields = Vec::new();
-                while let Some((name, value)) = map.next_entry::<String, &RawValue>()? {
-                    fields.push((name, value));
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Messages<'de>, A::Error> {
+                let mut messages = Messages::default();
+                loop {
+                    let (mut role, mut content) = (None, None);
+                    let message = EachField(|name: &str, value: &'de RawValue| match name {
+                        "role" => role = Some(value),
+                        "content" => content = Some(value),
+                        _ => {}
+                    });
+                    if list.next_element_seed(message)?.is_none() {
+                        return Ok(messages);
+                    }
+                    messages.any = true;
+                    match read::<Words>(role, "role", "a string") {
+                        Ok(Some(Words(role))) if role == "user" => messages.question = content,
+                        Ok(_) => {}
+                        Err(_) => messages.wrong_role = true,
+                    }
                 }
-                Ok(Fields(fields))
             }
         }
-        deserializer.deserialize_map(FieldsVisitor)
+        deserializer.deserialize_seq(MessagesVisitor)
     }
 }
 
@@ -230,7 +305,13 @@ impl From<String> for NoAnswer {
 }
 
 impl NoAnswer {
-    fn error(what: &str, error: &Value) -> NoAnswer {
+    /// Holds more than an answer may.
+    pub fn too_large() -> NoAnswer {
+        format!("its answer is larger than {MAX_ANSWER} bytes").into()
+    }
+
+    fn error(what: &str, error: &RawValue) -> NoAnswer {
+        let error = &readable(error.get());
         let code = &error["code"];
         let code = code.as_u64().or_else(|| code.as_str()?.parse().ok());
         NoAnswer { why: format!("{what}: {}", error_words(error)), passing: matches!(code, Some(408 | 429 | 500..=599)) }
@@ -241,13 +322,18 @@ impl NoAnswer {
 /// of one.
 pub fn parse_completion(body: &[u8]) -> Result<Completion, NoAnswer> {
     let answer: Answer = from_json(body).map_err(|e| format!("its answer is not a chat completion: {e}"))?;
-    if let Some(error) = answer.error.filter(|e| !e.is_null()) {
-        return Err(NoAnswer::error("it answered with an error", &error));
+    if let Some(error) = answer.error {
+        return Err(NoAnswer::error("it answered with an error", error));
     }
-    let choice = answer.choices.unwrap_or_default().into_iter().next().ok_or_else(|| "its answer has no choices".to_string())?;
+    let choice =
+        answer.choices.unwrap_or_default().0.into_iter().next().ok_or_else(|| "its answer has no choices".to_string())?;
     let mut message = choice.message.ok_or_else(|| "its answer's first choice has no message".to_string())?;
     let mut text = message.text();
-    message.calls().append_to(&mut text);
+    let calls = message.calls();
+    if text.len() + calls.len() > MAX_ANSWER {
+        return Err(NoAnswer::too_large());
+    }
+    calls.append_to(&mut text);
     Ok(Completion {
         answer: text,
         model: answer.model.map(Cow::into_owned),
@@ -264,7 +350,13 @@ fn from_json<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, String> {
 
 /// Whether a body is a JSON object without an `error` in it, as every list and model is.
 pub fn is_model_answer(body: &[u8]) -> bool {
-    serde_json::from_slice::<Fields>(body).is_ok_and(|fields| fields.get("error").is_none_or(|error| error == "null"))
+    let mut fine = true;
+    let fields = each_field(body, |name, value| {
+        if name == "error" {
+            fine = value.get() == "null";
+        }
+    });
+    fields.is_ok() && fine
 }
 
 /// What one event of a stream says.
@@ -284,12 +376,12 @@ pub struct Chunk {
 /// Reads the data of one event that is not `[DONE]`. Errs when it is an error or no chunk.
 pub fn parse_chunk(data: &[u8]) -> Result<Chunk, NoAnswer> {
     let answer: Answer = from_json(data).map_err(|e| format!("an event of its stream is not a chunk: {e}"))?;
-    if let Some(error) = answer.error.filter(|e| !e.is_null()) {
-        return Err(NoAnswer::error("its stream broke off with an error", &error));
+    if let Some(error) = answer.error {
+        return Err(NoAnswer::error("its stream broke off with an error", error));
     }
     let usage = answer.usage.map(Usage::from);
     let mut chunk = Chunk { model: answer.model.map(Cow::into_owned), usage, ..Chunk::default() };
-    let choices = answer.choices.unwrap_or_default();
+    let choices = answer.choices.unwrap_or_default().0;
     chunk.usage_only = choices.is_empty() && usage.is_some();
     // Further choices (`n` > 1) reach the client, and history keeps the first.
     for choice in choices.into_iter().filter(|choice| choice.index == 0) {
@@ -310,6 +402,28 @@ pub fn error_text(body: &[u8]) -> String {
     }
 }
 
+/// An error as it is, or what people and we read of it where it is large.
+fn readable(json: &str) -> Value {
+    let part = |json: &str| -> Option<Value> {
+        if json.len() <= LARGE_ERROR {
+            return serde_json::from_str(json).ok();
+        }
+        let Words(text) = serde_json::from_str(json).ok()?;
+        Some(text.chars().take(LARGE_ERROR).collect::<String>().into())
+    };
+    if let Some(error) = part(json) {
+        return error;
+    }
+    let mut fields = serde_json::Map::new();
+    // What is no object has no fields.
+    let _ = each_field(json.as_bytes(), |name, value| {
+        if let ("code" | "message" | "detail" | "msg", Some(value)) = (name, part(value.get())) {
+            fields.insert(name.to_string(), value);
+        }
+    });
+    if fields.is_empty() { format!("{} bytes without a message", json.len()).into() } else { fields.into() }
+}
+
 fn error_words(error: &Value) -> String {
     let text = ["message", "detail", "msg"].iter().find_map(|name| error.get(name)?.as_str());
     match text.or(error.as_str()) {
@@ -327,11 +441,48 @@ struct Answer<'a> {
     #[serde(borrow, default)]
     model: Option<Cow<'a, str>>,
     #[serde(borrow, default)]
-    choices: Option<Vec<Choice<'a>>>,
+    choices: Option<Few<Choice<'a>>>,
     #[serde(default)]
     usage: Option<Counts>,
-    #[serde(default)]
-    error: Option<Value>,
+    #[serde(borrow, default)]
+    error: Option<&'a RawValue>,
+}
+
+/// The first `MOST` of a list. The others are read and not kept: an empty one takes a hundred times its bytes.
+struct Few<T>(Vec<T>);
+
+impl<T> Default for Few<T> {
+    fn default() -> Few<T> {
+        Few(Vec::new())
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Few<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Few<T>, D::Error> {
+        deserializer.deserialize_seq(FewVisitor(PhantomData)).map(Few)
+    }
+}
+
+struct FewVisitor<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for FewVisitor<T> {
+    type Value = Vec<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("a sequence")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
+        let mut few = Vec::new();
+        while few.len() < MOST {
+            match list.next_element()? {
+                Some(element) => few.push(element),
+                None => return Ok(few),
+            }
+        }
+        while list.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(few)
+    }
 }
 
 #[derive(Deserialize)]
@@ -339,30 +490,35 @@ struct Choice<'a> {
     #[serde(default)]
     index: u64,
     #[serde(default)]
-    message: Option<Words>,
+    message: Option<Said>,
     #[serde(default)]
-    delta: Option<Words>,
+    delta: Option<Said>,
     #[serde(borrow, default)]
     finish_reason: Option<Cow<'a, str>>,
 }
 
 #[derive(Deserialize)]
-struct Words {
+struct Said {
     #[serde(default)]
     content: Text,
     #[serde(default)]
     refusal: Text,
     #[serde(default)]
-    tool_calls: Option<Vec<ToolCall>>,
+    tool_calls: Option<Few<ToolCall>>,
     /// How a single call looked before there were tools.
     #[serde(default)]
     function_call: Option<ToolFunction>,
 }
 
-impl Words {
+impl Said {
     fn calls(&mut self) -> ToolCalls {
         let older = self.function_call.take().map(|function| ToolCall { function: Some(function), ..ToolCall::default() });
-        ToolCalls(self.tool_calls.take().unwrap_or_default().into_iter().chain(older).collect())
+        let calls = self.tool_calls.take().unwrap_or_default().0.into_iter().chain(older);
+        calls.fold(ToolCalls::default(), |mut all, call| {
+            all.size += call.size();
+            all.calls.push(call);
+            all
+        })
     }
 
     fn text(&mut self) -> String {
@@ -372,7 +528,7 @@ impl Words {
 }
 
 /// A call of a tool, or in a stream a piece of one: pieces of the same index belong together.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[derive(Debug, Default, Deserialize, PartialEq)]
 struct ToolCall {
     #[serde(default)]
     index: usize,
@@ -383,7 +539,7 @@ struct ToolCall {
     function: Option<ToolFunction>,
 }
 
-#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[derive(Debug, Default, Deserialize, PartialEq)]
 struct ToolFunction {
     #[serde(default)]
     name: Option<String>,
@@ -391,52 +547,102 @@ struct ToolFunction {
     arguments: Option<String>,
 }
 
+impl ToolCall {
+    /// A call of which nothing is known yet, in bytes.
+    const FRAME: usize = r#"{"arguments":null,"id":null,"name":null},"#.len();
+
+    fn size(&self) -> usize {
+        let function = self.function.as_ref();
+        let arguments = function.and_then(|function| function.arguments.as_deref());
+        let name = function.and_then(|function| function.name.as_deref());
+        Self::FRAME + [arguments, name, self.id.as_deref()].into_iter().flatten().map(size_in_json).sum::<usize>()
+    }
+}
+
+/// Bytes of a text in JSON, but for its quotes.
+fn size_in_json(text: &str) -> usize {
+    let size = |byte| match byte {
+        b'"' | b'\\' | b'\n' | b'\r' | b'\t' | 0x08 | 0x0c => 2,
+        ..0x20 => 6,
+        _ => 1,
+    };
+    text.bytes().map(size).sum()
+}
+
 /// The tool calls of an answer as they come together.
 #[derive(Debug, Default, PartialEq)]
-pub struct ToolCalls(Vec<ToolCall>);
+pub struct ToolCalls {
+    calls: Vec<ToolCall>,
+    /// Counted while they come: they may come in a million pieces.
+    size: usize,
+}
 
 impl ToolCalls {
-    /// No model calls more tools at once; an index beyond is not believed.
-    const MOST: usize = 128;
-
     /// Adds the pieces that a chunk brought.
     pub fn add(&mut self, pieces: ToolCalls) {
-        for piece in pieces.0.into_iter().filter(|piece| piece.index < Self::MOST) {
-            while self.0.len() <= piece.index {
-                self.0.push(ToolCall { index: self.0.len(), ..ToolCall::default() });
+        for piece in pieces.calls.into_iter().filter(|piece| piece.index < MOST) {
+            while self.calls.len() <= piece.index {
+                self.calls.push(ToolCall { index: self.calls.len(), ..ToolCall::default() });
+                self.size += ToolCall::FRAME;
             }
-            let call = &mut self.0[piece.index];
-            call.id = call.id.take().or(piece.id);
+            let call = &mut self.calls[piece.index];
+            self.size += take_first(&mut call.id, piece.id);
             let Some(function) = piece.function else { continue };
             let known = call.function.get_or_insert_default();
-            known.name = known.name.take().or(function.name);
-            known.arguments.get_or_insert_default().push_str(&function.arguments.unwrap_or_default());
+            self.size += take_first(&mut known.name, function.name);
+            let arguments = function.arguments.unwrap_or_default();
+            self.size += size_in_json(&arguments);
+            known.arguments.get_or_insert_default().push_str(&arguments);
         }
     }
 
-    /// Bytes of arguments so far.
+    /// About how many bytes history keeps of them.
     pub fn len(&self) -> usize {
-        self.0.iter().filter_map(|call| call.function.as_ref()?.arguments.as_ref()).map(String::len).sum()
+        self.size
     }
 
     /// What history keeps: after the words of the answer a line of JSON, `{"tool_calls":[...]}`.
     pub fn append_to(&self, answer: &mut String) {
-        if self.0.is_empty() {
+        if self.calls.is_empty() {
             return;
         }
-        let calls: Vec<Value> = self.0.iter().map(ToolCall::to_json).collect();
-        if !answer.is_empty() {
+        let tool_calls = self.calls.iter().map(|call| {
+            let function = call.function.as_ref();
+            KeptCall {
+                arguments: function.and_then(|function| function.arguments.as_deref()),
+                id: call.id.as_deref(),
+                name: function.and_then(|function| function.name.as_deref()),
+            }
+        });
+        let line = serde_json::to_string(&KeptCalls { tool_calls: tool_calls.collect() }).unwrap_or_default();
+        if answer.is_empty() {
+            *answer = line;
+        } else {
             answer.push('\n');
+            answer.push_str(&line);
         }
-        answer.push_str(&serde_json::json!({ "tool_calls": calls }).to_string());
     }
 }
 
-impl ToolCall {
-    fn to_json(&self) -> Value {
-        let function = self.function.clone().unwrap_or_default();
-        serde_json::json!({"id": self.id, "name": function.name, "arguments": function.arguments})
+/// Keeps the first that came; gives by how many bytes that is more.
+fn take_first(known: &mut Option<String>, new: Option<String>) -> usize {
+    if known.is_some() {
+        return 0;
     }
+    *known = new;
+    known.as_deref().map_or(0, size_in_json)
+}
+
+#[derive(Serialize)]
+struct KeptCalls<'a> {
+    tool_calls: Vec<KeptCall<'a>>,
+}
+
+#[derive(Serialize)]
+struct KeptCall<'a> {
+    arguments: Option<&'a str>,
+    id: Option<&'a str>,
+    name: Option<&'a str>,
 }
 
 #[derive(Deserialize)]
@@ -494,7 +700,10 @@ impl<'de> Visitor<'de> for TextVisitor {
     fn visit_seq<A: SeqAccess<'de>>(self, mut parts: A) -> Result<String, A::Error> {
         let mut text = String::new();
         while let Some(part) = parts.next_element::<Part>()? {
-            text.push_str(&part.text.0);
+            match text.is_empty() {
+                true => text = part.text.0,
+                false => text.push_str(&part.text.0),
+            }
         }
         Ok(text)
     }
@@ -601,6 +810,51 @@ mod tests {
             let e = parse_completion(body.as_bytes()).expect_err("no answer");
             assert!(e.why.contains(why), "{e:?}");
         }
+    }
+
+    #[test]
+    fn of_a_large_error_the_words_are_kept() {
+        let much = "[0],".repeat(LARGE_ERROR);
+        let long = "é".repeat(LARGE_ERROR);
+        for (error, why, passing) in [
+            (format!(r#"{{"a":[{much}0],"message":"Overfull","code":"503"}}"#), "Overfull", true),
+            (format!(r#"{{"a":[{much}0],"code":400}}"#), r#"{"code":400}"#, false),
+            (format!(r#"{{"message":"Long: {long}","code":500}}"#), "Long: é", true),
+            (format!(r#""Long: {long}""#), "Long: é", false),
+            (format!("[{much}0]"), "bytes without a message", false),
+            (format!("{}{}", "[".repeat(1000), "]".repeat(1000)), "2000 bytes", false),
+        ] {
+            let e = parse_completion(format!(r#"{{"error":{error}}}"#).as_bytes()).expect_err("an error");
+            assert!(e.why.contains(why) && e.passing == passing, "{why}: {:.100} {}", e.why, e.passing);
+            assert!(e.why.len() < 3 * LARGE_ERROR, "{why}");
+        }
+    }
+
+    #[test]
+    fn of_many_choices_and_calls_the_first_are_kept() {
+        let calls = format!("{{}}{}", ",{}".repeat(MOST));
+        let body = format!(r#"{{"choices":[{{"message":{{"tool_calls":[{calls}]}}}},{calls}]}}"#);
+        let answer: Value = serde_json::from_str(&parse_completion(body.as_bytes()).expect("an answer").answer).expect("JSON");
+        assert_eq!(answer["tool_calls"].as_array().map(Vec::len), Some(MOST));
+        assert!(parse_completion(br#"{"choices":[{"message":{"content":""}},0]}"#).is_err());
+    }
+
+    #[test]
+    fn the_size_of_tool_calls_is_what_they_take() {
+        let mut calls = ToolCalls::default();
+        for piece in [
+            r#"{"index":2,"id":"i\"","function":{"name":"n","arguments":"\u0000\b\n\\"}}"#,
+            r#"{"index":2,"id":"other","function":{"name":"other","arguments":"é\u001f\u007f"}}"#,
+            r#"{"index":128,"id":"far"}"#,
+        ] {
+            let chunk = format!(r#"{{"choices":[{{"delta":{{"tool_calls":[{piece}]}}}}]}}"#);
+            calls.add(parse_chunk(chunk.as_bytes()).expect("a chunk").tool_calls);
+        }
+        let mut answer = String::new();
+        calls.append_to(&mut answer);
+        // A null is written twice as long as two quotes, and the list has a frame of its own.
+        let nulls = 3 * "null".len() - 3 * "\"\"".len();
+        assert_eq!(calls.len(), answer.len() + nulls - r#"{"tool_calls":[]}"#.len() + 1, "{answer}");
     }
 
     #[test]

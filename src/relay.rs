@@ -401,8 +401,8 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
 /// Adds what an event says to the draft; true when the event goes on to the client.
 fn take_in(data: &[u8], draft: &mut Draft, events: &Events) -> Result<bool, NoAnswer> {
     let chunk = openai::parse_chunk(data)?;
-    if draft.answer.len() + chunk.delta.len() + draft.tool_calls.len() > MAX_ANSWER {
-        return Err(format!("its answer is larger than {MAX_ANSWER} bytes").into());
+    if draft.answer.len() + chunk.delta.len() + draft.tool_calls.len() + chunk.tool_calls.len() > MAX_ANSWER {
+        return Err(NoAnswer::too_large());
     }
     draft.answer.push_str(&chunk.delta);
     draft.tool_calls.add(chunk.tool_calls);

@@ -199,6 +199,81 @@ fn a_stream_of_nothing_or_of_too_much_is_cut_and_costs_little_memory() {
     }
 }
 
+/// Answers of the largest size whose JSON takes little of it for each value: the start, what is repeated, and the end.
+const CROWDED: &[(&str, &str, &str)] = &[
+    ("{\"choices\":[{}", ",{}", "]}"),
+    ("{\"choices\":[{\"message\":{\"content\":\"Yes\"}}", ",{\"delta\":{}}", "]}"),
+    ("{\"error\":[[0]", ",[0]", "]}"),
+    ("{\"error\":{\"code\":500", ",\"a\":0", "}}"),
+    ("{\"error\":{\"code\":400,\"message\":\"Overfull\",\"a\":[0", ",{}", "]}}"),
+    ("{\"error\":\"", "x", "\"}"),
+    ("{\"choices\":[{\"message\":{\"content\":[{}", ",{}", "]}}]}"),
+    ("{\"choices\":[{\"message\":{\"tool_calls\":[{}", ",{}", "]}}]}"),
+    ("{\"choices\":[{\"delta\":{\"tool_calls\":[{\"index\":127}", ",{\"index\":127}", "]}}]}"),
+    ("{\"choices\":[{\"message\":{\"tool_calls\":[{\"function\":{\"arguments\":\"", "\\\"", "\"}}]}}]}"),
+    ("{\"data\":0", ",\"\":0", "}"),
+    ("{\"data\":[0", ",{}", "]}"),
+];
+
+/// Values that are small in JSON are large in memory, and so is what history would keep of them.
+#[test]
+fn a_crowded_answer_costs_little_more_than_its_bytes() {
+    for (start, again, end) in CROWDED {
+        let body = format!("{start}{}{end}", again.repeat(((16 << 20) - 200) / again.len()));
+        let stream = vec![send(SSE_HEAD), send(format!("data: {body}\n\ndata: [DONE]\n\n")), Step::Close];
+        let whole = reply(200, &[("Content-Type", "application/json")], &body);
+        drop(body);
+        let upstream = FakeUpstream::answering(move |request| match &*request.method {
+            "POST" if request.is_streaming() => stream.clone(),
+            _ => whole.clone(),
+        });
+        let requests = match start.starts_with("{\"data\"") {
+            true => vec![get("/v1/models")],
+            false => vec![post("/api/ask", &json!({"question": "Much?"})), streaming("Much?")],
+        };
+        for request in requests {
+            let proxy = Proxy::facing(&upstream).start();
+            let before = proxy.memory();
+            let started = Instant::now();
+            let response = proxy.connect().patient_for(PATIENCE * 3).exchange(&request);
+            assert!(matches!(response.status, 200 | 502), "{start}: {:.300?}", response.everything());
+            let cost = proxy.memory_peak().saturating_sub(before);
+            let sent = response.body.len();
+            eprintln!("{start}: {} in {:?}, {} KiB sent, {} MiB", response.status, started.elapsed(), sent >> 10, cost >> 20);
+            assert!(cost < 2 * BOUNDED, "{start}: {} MiB of memory", cost >> 20);
+        }
+    }
+}
+
+/// What a tool is called by and with is kept until the stream ends, so it counts as answer.
+#[test]
+fn tool_calls_without_end_are_too_large_an_answer() {
+    let much = 1 << 20;
+    let call = |index: usize, rest: &str| json_event(&format!("{{\"index\":{index},{rest}}}"));
+    let (x, zeros) = ("x".repeat(much), "\\u0000".repeat(much / 6));
+    let over = [send(format!("data: {}\n\ndata: [DONE]\n\n", finish("stop"))), Step::Close];
+    for (what, events) in [
+        ("ids", (0..40).map(|i| call(i, &format!("\"id\":\"{x}\""))).collect::<Vec<_>>()),
+        ("names", (0..40).map(|i| call(i, &format!("\"function\":{{\"name\":\"{x}\"}}"))).collect()),
+        ("arguments", (0..40).map(|_| call(0, &format!("\"function\":{{\"arguments\":\"{zeros}\"}}"))).collect()),
+    ] {
+        let events = events.into_iter().map(|event| send(format!("data: {event}\n\n")));
+        let upstream = FakeUpstream::always([send(SSE_HEAD)].into_iter().chain(events).chain(over.clone()).collect());
+        let proxy = Proxy::facing(&upstream).start();
+        let before = proxy.memory();
+        let error = proxy.stream("How many?").expect_failure("upstream_error");
+        assert!(error["message"].as_str().is_some_and(|message| message.contains("larger than")), "{what}: {error}");
+        let cost = proxy.memory_peak().saturating_sub(before);
+        eprintln!("{what}: {} MiB", cost >> 20);
+        assert!(cost < 2 * BOUNDED, "{what}: {} MiB of memory", cost >> 20);
+    }
+}
+
+/// The data of an event with a piece of a tool call.
+fn json_event(call: &str) -> String {
+    format!("{{\"choices\":[{{\"index\":0,\"delta\":{{\"tool_calls\":[{call}]}}}}]}}")
+}
+
 #[test]
 fn an_answer_of_any_depth_is_an_answer_or_502() {
     let nested =
