@@ -1,12 +1,16 @@
 //! A question as a client may ask it, and the question/answer pair as it is kept. Text to types and
 //! back; no clock, no network, no disk.
 
+use std::fmt;
 use std::sync::Arc;
 
 use serde::Serialize;
-use serde_json::Value;
+use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_json::{Map, Value};
 
 use crate::error::{ApiError, Code};
+
+const FIELDS: [&str; 5] = ["question", "model", "system", "temperature", "max_tokens"];
 
 /// The body of `POST /api/ask` and `POST /api/streaming`, checked.
 #[derive(Debug, PartialEq)]
@@ -78,9 +82,13 @@ impl Question {
     }
 }
 
-/// The body as JSON; errs with `invalid_json`, which says where reading stopped.
+/// The body as JSON, in so far as a question can use it: an object has the fields of one and the first
+/// other name, and lists and objects in it are empty. Errs with `invalid_json`, which says where reading
+/// stopped.
 pub fn parse_json(body: &[u8]) -> Result<Value, ApiError> {
-    serde_json::from_slice(body).map_err(|e| {
+    let mut json = serde_json::Deserializer::from_slice(body);
+    let value = Outline { fields: true }.deserialize(&mut json).and_then(|value| json.end().map(|()| value));
+    value.map_err(|e| {
         let cause = match std::str::from_utf8(body) {
             _ if body.is_empty() => "the body is empty; send a JSON object".to_string(),
             Err(e) => format!("the body is not UTF-8: {e}"),
@@ -88,6 +96,79 @@ pub fn parse_json(body: &[u8]) -> Result<Value, ApiError> {
         };
         ApiError::new(Code::InvalidJson, cause)
     })
+}
+
+/// Reads all of a value as `Value` does, and keeps what is of no use out of the memory, where it would take
+/// fifty times its bytes.
+struct Outline {
+    /// An object's fields are wanted.
+    fields: bool,
+}
+
+impl<'de> DeserializeSeed<'de> for Outline {
+    type Value = Value;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Outline {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("any valid JSON value")
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Value, A::Error> {
+        while list.next_element_seed(Outline { fields: false })?.is_some() {}
+        Ok(Value::Array(Vec::new()))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
+        let mut fields = Map::new();
+        if !self.fields {
+            while map.next_key::<IgnoredAny>()?.is_some() {
+                map.next_value_seed(Outline { fields: false })?;
+            }
+            return Ok(fields.into());
+        }
+        let mut unknown: Option<String> = None;
+        while let Some(name) = map.next_key::<String>()? {
+            let value = map.next_value_seed(Outline { fields: false })?;
+            if FIELDS.contains(&&*name) {
+                fields.insert(name, value);
+            } else if unknown.as_ref().is_none_or(|first| name < *first) {
+                unknown = Some(name);
+            }
+        }
+        fields.extend(unknown.map(|name| (name, Value::Null)));
+        Ok(fields.into())
+    }
 }
 
 /// Tokens as the LLM counted them.
@@ -182,6 +263,49 @@ mod tests {
             (r#"{"question":"a","modle":"x"}"#, "modle"),
         ] {
             assert_eq!(refused(body), ("invalid_request", Some(param.to_string())), "{body}");
+        }
+    }
+
+    #[test]
+    fn of_several_mistakes_the_first_by_name_is_named() {
+        for (body, param) in [
+            (r#"{"z":0,"b":0,"question":1,"a":[[0]]}"#, "a"),
+            (r#"{"z":0,"question":1,"temperature":3}"#, "question"),
+            (r#"{"system":{"a":0},"r":0,"question":"a","s":0}"#, "r"),
+            (r#"{"question":1,"question":"a","model":0,"model":null,"zz":0}"#, "zz"),
+        ] {
+            assert_eq!(refused(body), ("invalid_request", Some(param.to_string())), "{body}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_kept_is_held_to_the_same_rules() {
+        let nested = |depth| format!("{{\"a\":{}{}}}", "[".repeat(depth), "]".repeat(depth));
+        for json in [
+            r#"{"a":"\ud800"}"#,
+            r#"{"a":["\ud800"]}"#,
+            r#"{"\ud800":1}"#,
+            r#"{"a":{"\ud800":1}}"#,
+            r#"{"a":{1:1}}"#,
+            r#"{"a":[1e999]}"#,
+            r#"{"a":[01]}"#,
+            r#"{"a":[1,]}"#,
+            r#"{"a":[1 2]}"#,
+            r#"{"a":{"b":1,}}"#,
+            r#"{"a":{"b"}}"#,
+            "{\"a\":\"\n\"}",
+            r#"{"a":[nul]}"#,
+            r#"{"a":[null,true,-1,0.5,"x",{"y":[]}]}"#,
+            r#"{} x"#,
+            r#"[[0],{"a":0}]"#,
+            r#""x""#,
+            &nested(126),
+            &nested(127),
+            &nested(100_000),
+        ] {
+            let whole = serde_json::from_str::<Value>(json);
+            let cause = whole.map(|_| ()).map_err(|e| format!("the body is not JSON: {e}"));
+            assert_eq!(parse_json(json.as_bytes()).map(|_| ()).map_err(|e| e.message), cause, "{json:.100}");
         }
     }
 

@@ -688,6 +688,46 @@ fn json_of_any_depth_is_refused_or_understood() {
     assert_eq!(proxy.get("/livez").status, 200);
 }
 
+/// Values that are small in JSON are large in memory: refused or not, a body costs little more than its bytes.
+#[test]
+fn a_crowded_body_costs_little_more_than_its_bytes() {
+    let size = 8 << 20;
+    let upstream = FakeUpstream::answering(|_| answer("Yes"));
+    let crowded = [
+        ("/api/ask", "{\"question\":\"x\",\"a\":[[0]", ",[0]", "]}", 422),
+        ("/api/streaming", "{\"question\":\"x\",\"a\":[[0]", ",[0]", "]}", 422),
+        ("/api/ask", "{\"question\":[[0]", ",[0]", "]}", 422),
+        ("/api/ask", "{\"question\":\"x\",\"a\":{\"b\":0", ",\"b\":0", "}}", 422),
+        ("/api/ask", "[[0]", ",[0]", "]", 422),
+        ("/api/ask", "[[0]", ",[0]", "", 400),
+        ("/v1/chat/completions", "[[0]", ",[0]", "]", 422),
+        ("/v1/chat/completions", "{\"messages\":[{}", ",{}", "]}", 200),
+        ("/v1/chat/completions", "{\"messages\":[{}", ",{\"a\":0}", "]}", 200),
+        ("/v1/chat/completions", "{\"messages\":[{}", ",{\"role\":\"user\"}", "]}", 200),
+        ("/v1/chat/completions", "{\"messages\":[{\"role\":\"user\",\"content\":[{}", ",{}", "]}]}", 200),
+        ("/v1/chat/completions", "{\"messages\":[{}],\"stream_options\":{\"a\":0", ",\"a\":0", "},\"stream\":true}", 502),
+        ("/v1/chat/completions", "{\"messages\":[{}],\"stream\":true,\"a\":0", ",\"a\":0", "}", 502),
+    ];
+    for (path, start, again, end, status) in crowded {
+        let body = format!("{start}{}{end}", again.repeat((size - 200) / again.len()));
+        let proxy = Proxy::facing(&upstream).set("MAX_BODY_BYTES", size.to_string()).start();
+        let before = proxy.memory();
+        let response = proxy.connect().patient_for(PATIENCE * 2).exchange(&post_bytes(path, body));
+        assert_eq!(response.status, status, "{path} {start}: {response:?}");
+        let cost = proxy.memory_peak().saturating_sub(before);
+        eprintln!("{path} {start}: {} MiB of memory", cost >> 20);
+        assert!(cost < 8 * size, "{path} {start}: {} MiB of memory", cost >> 20);
+    }
+    // Many names at once, of which the first in order is the one to blame.
+    let names: String = (0..size / 16).map(|i| format!("\"{:08}\":0,", size - i)).collect();
+    let proxy = Proxy::with(&[("MAX_BODY_BYTES", &*size.to_string())]).start();
+    let before = proxy.memory();
+    let response = proxy.call(&post_bytes("/api/ask", format!("{{{names}\"question\":1}}")));
+    assert_eq!(response.expect_error(422, "invalid_request")["param"], format!("{:08}", size - size / 16 + 1));
+    let cost = proxy.memory_peak().saturating_sub(before);
+    assert!(cost < 8 * size, "{} MiB of memory", cost >> 20);
+}
+
 #[test]
 fn a_question_as_large_as_a_body_may_be_is_answered_and_kept() {
     let proxy = Proxy::with(&[("MAX_QUESTION_CHARS", "1000000000")]).start();
