@@ -8,6 +8,8 @@ use serde_json::{Map, Value, json};
 const REPEATED: usize = 500;
 /// Nesting to which a JSON schema is followed.
 const DEEPEST: usize = 16;
+/// Bytes that are said for a JSON schema, about; where it asks for more, the rest is null or left out.
+const MOST: usize = 16 * 1024;
 
 /// The body of a 200 for a chat request.
 pub fn completion(request: &[u8]) -> String {
@@ -92,7 +94,7 @@ fn say(request: &[u8]) -> Said {
         Some("json_object") => json!({"mock": true, "question": repeated(&question)}).to_string(),
         Some("json_schema") => {
             let schema = &request["response_format"]["json_schema"]["schema"];
-            instance(schema, schema, 0).to_string()
+            instance(schema, schema, 0, &mut { MOST }).to_string()
         }
         _ => format!("This is a mock answer to: {}", repeated(&question)),
     };
@@ -104,7 +106,7 @@ fn say(request: &[u8]) -> Said {
     Said {
         answer,
         tool,
-        model: request["model"].as_str().unwrap_or("mock").to_string(),
+        model: repeated(request["model"].as_str().unwrap_or("mock")),
         usage: json!({"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}),
         id: format!("chatcmpl-mock-{hash:016x}"),
     }
@@ -132,43 +134,61 @@ fn demanded_tool(request: &Value) -> Option<Tool> {
         None => return None,
     };
     let schema = &tool["function"]["parameters"];
-    let arguments = instance(schema, schema, 0).to_string();
+    let arguments = instance(schema, schema, 0, &mut { MOST }).to_string();
     Some(Tool { name: tool["function"]["name"].as_str()?.to_string(), arguments })
 }
 
-/// A value that fits a JSON schema as it is used for structured output.
-fn instance(schema: &Value, root: &Value, depth: usize) -> Value {
-    if depth > DEEPEST {
+/// A value that fits a JSON schema as it is used for structured output, of at most `left` bytes. A
+/// schema that refers to itself could ask for any number of them.
+fn instance(schema: &Value, root: &Value, depth: usize, left: &mut usize) -> Value {
+    if !afford(left, 8) || depth > DEEPEST {
         return Value::Null;
     }
     if let Some(reference) = schema["$ref"].as_str().and_then(|reference| reference.strip_prefix('#')) {
-        return root.pointer(reference).map_or(Value::Null, |schema| instance(schema, root, depth + 1));
+        let meant = if afford(left, reference.len()) { root.pointer(reference) } else { None };
+        return meant.map_or(Value::Null, |schema| instance(schema, root, depth + 1, left));
     }
     if let Some(constant) = schema.get("const").or(schema["enum"].get(0)) {
-        return constant.clone();
+        return repeat(constant, left);
     }
     for choice in ["anyOf", "oneOf", "allOf"] {
         if let Some(first) = schema[choice].get(0) {
-            return instance(first, root, depth + 1);
+            return instance(first, root, depth + 1, left);
         }
     }
     let kind = schema["type"].as_str().or(schema["type"][0].as_str()).unwrap_or("object");
     match kind {
         "string" => json!("mock"),
-        "integer" | "number" => schema.get("minimum").cloned().unwrap_or(json!(0)),
+        "integer" | "number" => schema.get("minimum").map_or(json!(0), |least| repeat(least, left)),
         "boolean" => json!(true),
         "null" => Value::Null,
         "array" => {
             let least = schema["minItems"].as_u64().unwrap_or(0).min(16);
-            (0..least).map(|_| instance(&schema["items"], root, depth + 1)).collect()
+            (0..least).map(|_| instance(&schema["items"], root, depth + 1, left)).collect()
         }
         _ => {
-            let properties = schema["properties"].as_object().into_iter().flatten();
-            Value::Object(
-                properties.map(|(name, schema)| (name.clone(), instance(schema, root, depth + 1))).collect::<Map<_, _>>(),
-            )
+            let mut object = Map::new();
+            for (name, schema) in schema["properties"].as_object().into_iter().flatten() {
+                if !afford(left, name.len()) {
+                    break;
+                }
+                object.insert(name.clone(), instance(schema, root, depth + 1, left));
+            }
+            Value::Object(object)
         }
     }
+}
+
+/// A value out of the schema itself.
+fn repeat(value: &Value, left: &mut usize) -> Value {
+    if afford(left, value.to_string().len()) { value.clone() } else { Value::Null }
+}
+
+/// Takes `cost` of what is left; false: that is not enough, and there is nothing left for others either.
+fn afford(left: &mut usize, cost: usize) -> bool {
+    let rest = left.checked_sub(cost);
+    *left = rest.unwrap_or(0);
+    rest.is_some()
 }
 
 #[cfg(test)]
@@ -199,6 +219,17 @@ mod tests {
     #[test]
     fn a_schema_gets_what_it_asks_for() {
         let schema = json!({"type":"object","properties":{"a":{"enum":["x"]},"b":{"type":"array","minItems":1,"items":{"type":"boolean"}},"c":{"anyOf":[{"type":"null"}]}}});
-        assert_eq!(instance(&schema, &schema, 0), json!({"a":"x","b":[true],"c":null}));
+        assert_eq!(instance(&schema, &schema, 0, &mut { MOST }), json!({"a":"x","b":[true],"c":null}));
+    }
+
+    #[test]
+    fn a_schema_without_end_gets_an_end() {
+        for schema in [
+            json!({"type":"array","minItems":16,"items":{"$ref":"#"}}),
+            json!({"properties":{"a":{"$ref":"#"},"b":{"$ref":"#"},"c":{"anyOf":[{"$ref":"#"}]}}}),
+            json!({"properties":{"a":{"const":"x".repeat(MOST)},"b":{"type":"number","minimum":vec![0; MOST]}}}),
+        ] {
+            assert!(instance(&schema, &schema, 0, &mut { MOST }).to_string().len() < 2 * MOST);
+        }
     }
 }

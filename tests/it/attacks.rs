@@ -728,6 +728,52 @@ fn a_crowded_body_costs_little_more_than_its_bytes() {
     assert!(cost < 8 * size, "{} MiB of memory", cost >> 20);
 }
 
+/// A schema can ask for more than anybody could say.
+#[test]
+fn the_mock_says_little_whatever_it_is_asked_for() {
+    let (long, much) = ("x".repeat(300_000), json!(vec![[0]; 100_000]));
+    let root = json!({"$ref": "#"});
+    let many: Value = (0..5000).map(|i| (format!("p{i}"), root.clone())).collect::<serde_json::Map<_, _>>().into();
+    let twice = json!({"a": root, "b": root, "c": root});
+    let wide: Vec<String> = (0..500).map(|_| "x".to_string()).collect();
+    let slow = format!("#{}", "/properties/a".repeat(20_000));
+    for schema in [
+        json!({"type": "array", "minItems": 16, "items": root}),
+        json!({"properties": twice}),
+        json!({"properties": many}),
+        json!({"type": "array", "minItems": 16, "items": root, "properties": {long.clone(): root}}),
+        json!({"properties": {long.clone(): root, format!("{long}2"): root}}),
+        json!({"type": "array", "minItems": 16, "items": {"anyOf": [{"type": "array", "minItems": 16, "items": {"const": long}}]}}),
+        json!({"type": "array", "minItems": 16, "items": {"type": "array", "minItems": 16, "items": {"enum": [much]}}}),
+        json!({"type": "array", "minItems": 16, "items": {"type": "array", "minItems": 16, "items": {"type": "number", "minimum": much}}}),
+        json!({"properties": {"a": {"$ref": slow}, "b": {"$ref": slow}, "c": {"$ref": slow}, "d": {"type": "array", "minItems": 16, "items": root}}}),
+        json!({"const": " ".repeat(900_000)}),
+    ] {
+        let formed = json!({"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}});
+        let called = json!({"tool_choice": "required", "tools": [{"function": {"name": "f", "parameters": schema}}]});
+        let shown: String = schema.to_string().chars().take(80).collect();
+        let proxy = Proxy::start();
+        let before = proxy.memory();
+        for mut body in [formed, called] {
+            for stream in [false, true] {
+                body["messages"] = json!([{"role": "user", "content": wide.join(" ")}]);
+                body["stream"] = json!(stream);
+                let response = proxy.call(&post("/v1/chat/completions", &body));
+                assert_eq!(response.status, 200, "{shown}: {response:?}");
+                assert!(response.body.len() < 1 << 20, "{shown}: {} bytes", response.body.len());
+            }
+        }
+        let cost = proxy.memory_peak().saturating_sub(before);
+        eprintln!("{shown}: {} MiB of memory", cost >> 20);
+        assert!(cost < BOUNDED, "{shown}: {} MiB of memory", cost >> 20);
+    }
+    // Each event of a stream repeats the model's name.
+    let proxy = Proxy::start();
+    let body = json!({"messages": [{"role": "user", "content": wide.join(" ")}], "stream": true, "model": long});
+    let response = proxy.call(&post("/v1/chat/completions", &body));
+    assert!(response.body.len() < 4 << 20, "{} bytes", response.body.len());
+}
+
 #[test]
 fn a_question_as_large_as_a_body_may_be_is_answered_and_kept() {
     let proxy = Proxy::with(&[("MAX_QUESTION_CHARS", "1000000000")]).start();
