@@ -2,10 +2,18 @@
 //! tool call where one is demanded, JSON where a response format asks for it. Pure: the waiting is the
 //! upstream's.
 
+use std::borrow::Cow;
+use std::fmt;
+
+use serde::Deserialize;
+use serde::de::{Deserializer, SeqAccess, Visitor};
+use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 /// Characters of a question that the answer repeats.
 const REPEATED: usize = 500;
+/// Bytes of a response format or of tools that are listened to; what is larger is as if it were not there.
+const HEARD: usize = 128 * 1024;
 /// Nesting to which a JSON schema is followed.
 const DEEPEST: usize = 16;
 /// Bytes that are said for a JSON schema, about; where it asks for more, the rest is null or left out.
@@ -83,30 +91,86 @@ impl Tool {
     }
 }
 
+/// A chat request, in so far as it is listened to.
+#[derive(Default, Deserialize)]
+struct Request<'a> {
+    #[serde(borrow, default)]
+    model: Option<Cow<'a, str>>,
+    #[serde(default)]
+    messages: Messages,
+    #[serde(borrow, default)]
+    response_format: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    tools: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    tool_choice: Option<&'a RawValue>,
+}
+
+#[derive(Deserialize)]
+struct Message<'a> {
+    #[serde(borrow, default)]
+    role: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    content: Option<&'a RawValue>,
+}
+
+#[derive(Default)]
+struct Messages {
+    /// The last message of the user.
+    question: String,
+    words: usize,
+}
+
+impl<'de> Deserialize<'de> for Messages {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Messages, D::Error> {
+        struct MessagesVisitor;
+        impl<'de> Visitor<'de> for MessagesVisitor {
+            type Value = Messages;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("a list of messages")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Messages, A::Error> {
+                let mut messages = Messages::default();
+                while let Some(message) = list.next_element::<Message>()? {
+                    let text = message.content.map(text).unwrap_or_default();
+                    messages.words += count(&text);
+                    if message.role.as_deref() == Some("user") {
+                        messages.question = text;
+                    }
+                }
+                Ok(messages)
+            }
+        }
+        deserializer.deserialize_seq(MessagesVisitor)
+    }
+}
+
+fn count(text: &str) -> usize {
+    text.split_whitespace().count().max(1)
+}
+
 fn say(request: &[u8]) -> Said {
-    let request: Value = serde_json::from_slice(request).unwrap_or_default();
-    let empty = Vec::new();
-    let messages = request["messages"].as_array().unwrap_or(&empty);
-    let asked = messages.iter().rev().find(|message| message["role"] == "user");
-    let question = asked.map(|message| text(&message["content"])).unwrap_or_default();
-    let tool = demanded_tool(&request);
-    let answer = match request["response_format"]["type"].as_str() {
+    let request: Request = serde_json::from_slice(request).unwrap_or_default();
+    let Messages { question, words: prompt } = request.messages;
+    let tool = demanded_tool(&heard(request.tools), &heard(request.tool_choice));
+    let format = heard(request.response_format);
+    let answer = match format["type"].as_str() {
         Some("json_object") => json!({"mock": true, "question": repeated(&question)}).to_string(),
         Some("json_schema") => {
-            let schema = &request["response_format"]["json_schema"]["schema"];
+            let schema = &format["json_schema"]["schema"];
             instance(schema, schema, 0, &mut { MOST }).to_string()
         }
         _ => format!("This is a mock answer to: {}", repeated(&question)),
     };
-    let count = |text: &str| text.split_whitespace().count().max(1);
-    let prompt: usize = messages.iter().map(|message| count(&text(&message["content"]))).sum();
     let completion = count(tool.as_ref().map_or(&answer, |tool| &tool.arguments));
     // FNV-1a: the same question always has the same id.
     let hash = question.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
     Said {
         answer,
         tool,
-        model: repeated(request["model"].as_str().unwrap_or("mock")),
+        model: repeated(request.model.as_deref().unwrap_or("mock")),
         usage: json!({"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}),
         id: format!("chatcmpl-mock-{hash:016x}"),
     }
@@ -116,21 +180,31 @@ fn repeated(question: &str) -> String {
     question.chars().take(REPEATED).collect()
 }
 
-fn text(content: &Value) -> String {
-    match content {
-        Value::String(text) => text.clone(),
-        Value::Array(parts) => parts.iter().filter_map(|part| part["text"].as_str()).collect(),
-        _ => String::new(),
+fn text(content: &RawValue) -> String {
+    #[derive(Deserialize)]
+    struct Part {
+        #[serde(default)]
+        text: Option<String>,
     }
+    if let Ok(text) = serde_json::from_str(content.get()) {
+        return text;
+    }
+    let parts: Vec<Part> = serde_json::from_str(content.get()).unwrap_or_default();
+    parts.into_iter().filter_map(|part| part.text).collect()
+}
+
+/// The value where it is listened to, or null.
+fn heard(json: Option<&RawValue>) -> Value {
+    let json = json.map(RawValue::get).filter(|json| json.len() <= HEARD);
+    json.and_then(|json| serde_json::from_str(json).ok()).unwrap_or_default()
 }
 
 /// The function that `tool_choice` names, or the first one where it says `required`.
-fn demanded_tool(request: &Value) -> Option<Tool> {
-    let tools = request["tools"].as_array()?;
-    let choice = &request["tool_choice"];
+fn demanded_tool(tools: &Value, choice: &Value) -> Option<Tool> {
+    let tools = tools.as_array()?;
     let tool = match choice["function"]["name"].as_str() {
         Some(name) => tools.iter().find(|tool| tool["function"]["name"] == name)?,
-        None if choice == "required" => tools.first()?,
+        None if *choice == "required" => tools.first()?,
         None => return None,
     };
     let schema = &tool["function"]["parameters"];

@@ -772,6 +772,23 @@ fn the_mock_says_little_whatever_it_is_asked_for() {
     let body = json!({"messages": [{"role": "user", "content": wide.join(" ")}], "stream": true, "model": long});
     let response = proxy.call(&post("/v1/chat/completions", &body));
     assert!(response.body.len() < 4 << 20, "{} bytes", response.body.len());
+    // What it does not hear takes no memory either.
+    let size = 8 << 20;
+    for (start, again, end) in [
+        ("{\"messages\":[{\"role\":\"user\",\"content\":\"Well?\"}],\"a\":[[0]", ",[0]", "]}"),
+        ("{\"messages\":[{\"role\":\"user\",\"content\":\"Well?\"},{}", ",{\"a\":0}", "]}"),
+        ("{\"messages\":[{\"role\":\"user\",\"content\":\"Well?\"}],\"tool_choice\":\"required\",\"tools\":[[0]", ",[0]", "]}"),
+    ] {
+        let proxy = Proxy::with(&[("MAX_BODY_BYTES", &*size.to_string())]).start();
+        let before = proxy.memory();
+        let body = format!("{start}{}{end}", again.repeat((size - 200) / again.len()));
+        let response = proxy.call(&post_bytes("/v1/chat/completions", body));
+        assert_eq!(response.status, 200, "{start}: {response:?}");
+        assert!(response.everything().contains("mock answer to: Well?"), "{start}: {response:?}");
+        let cost = proxy.memory_peak().saturating_sub(before);
+        eprintln!("{start}: {} MiB of memory", cost >> 20);
+        assert!(cost < 8 * size, "{start}: {} MiB of memory", cost >> 20);
+    }
 }
 
 #[test]
