@@ -520,21 +520,35 @@ impl Connection {
         Ok(decoder.into_body())
     }
 
+    /// Bytes of this connection that the library has read, those of the requests before included. `None`
+    /// where the client sends too fast to tell.
+    fn received_by_library(&self) -> Option<u64> {
+        let received = || kernel::received(&self.stream).ok();
+        let mut before = received()?;
+        // Nothing came beyond the request, and nobody need ask what is unread.
+        if before == self.taken {
+            return Some(before);
+        }
+        // What arrives between two looks would count as read.
+        for _ in 0..100 {
+            let unread = rustix::io::ioctl_fionread(&self.stream).ok()?;
+            let after = received()?;
+            if before == after {
+                return after.checked_sub(unread);
+            }
+            before = after;
+        }
+        None
+    }
+
     /// After a request was read: learns how far the library read beyond it. False where it holds bytes
     /// that nobody has looked at; nothing may then be read as a request any more.
     fn settle(&mut self, head: &Head) -> bool {
         let Framing::Length(length) = head.framing else { return false };
         let size = head.len() + length as usize;
         self.taken += size as u64;
-        self.ahead = match kernel::received(&self.stream) {
-            Ok(received) if received == self.taken => 0,
-            // In this order, what arrives in between looks like read ahead, which errs on the safe side.
-            Ok(_) => match (rustix::io::ioctl_fionread(&self.stream), kernel::received(&self.stream)) {
-                (Ok(unread), Ok(received)) => received.saturating_sub(unread).saturating_sub(self.taken) as usize,
-                _ => return false,
-            },
-            Err(_) => return false,
-        };
+        let Some(received) = self.received_by_library() else { return false };
+        self.ahead = received.saturating_sub(self.taken) as usize;
         if self.ahead == 0 {
             // Streams are many and long, and this is not needed before the next request.
             self.window = Vec::new();

@@ -290,6 +290,43 @@ fn a_chunked_body_means_what_its_chunks_say_or_nothing() {
     }
 }
 
+/// What arrives while the server counts what has arrived must not shift its view.
+#[test]
+fn pipelined_requests_in_crumbs_are_answered_in_order_and_as_themselves() {
+    const REQUESTS: usize = 200;
+    let proxy = Proxy::start();
+    for round in 0..240 {
+        let mut chance = Chance::new(100 + round);
+        let mut request = |number| {
+            let pad = "a".repeat(chance.below(600));
+            format!("GET /livez HTTP/1.1\r\nHost: a\r\nX-Request-Id: number-{number}\r\nX-Pad: {pad}\r\n\r\n")
+        };
+        let all: String = (0..REQUESTS).map(&mut request).collect();
+        let stream = plug_in(proxy.address);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut rest, most) = (all.as_bytes(), [40, 200, 1200][round as usize % 3]);
+                while !rest.is_empty() {
+                    let (crumb, behind) = rest.split_at((1 + chance.below(most)).min(rest.len()));
+                    throw(&stream, &[crumb]);
+                    rest = behind;
+                }
+                let _ = stream.shutdown(Shutdown::Write);
+            });
+            // The server may end the connection with any answer, and then says so.
+            let (heard, _) = hear(&stream);
+            let answered = responses(&heard);
+            assert!(!answered.is_empty());
+            for (number, response) in answered.iter().enumerate() {
+                assert_eq!(response.status, 200, "{number}: {response:?}");
+                assert_eq!(response.header("X-Request-Id"), Some(&*format!("number-{number}")), "{response:?}");
+                let cut = number + 1 == answered.len() && number + 1 < REQUESTS;
+                assert_eq!(response.header("Connection").is_some(), cut, "{number} of {}", answered.len());
+            }
+        });
+    }
+}
+
 #[test]
 fn a_request_inside_a_body_is_a_body() {
     let proxy = Proxy::with(&[("API_KEYS", "alice:secret1"), ("MAX_BODY_BYTES", "1000")]).start();
