@@ -42,7 +42,8 @@ pub fn prepare(api: &Api, request: &Request, exit: Exit) -> Option<Errand> {
 /// Either endpoint, with a chat request that is to be answered as a whole.
 pub fn prepare_chat(api: &Api, request: &Request, exit: Exit, path: &'static str, chat: Chat) -> Option<Errand> {
     let as_it_came = path != "/api/ask";
-    let first = match api.once.turn(request, path, &api.store, || exit.responder.is_client_gone()) {
+    let (patience, is_gone) = (api.config.upstream_timeout, || exit.responder.is_client_gone());
+    let first = match api.once.turn(request, path, &api.store, patience, is_gone) {
         Ok(None) => None,
         Ok(Some(Turn::First(first))) => {
             let unique = first.unique(path, request.body);

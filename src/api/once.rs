@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Request;
 use crate::error::{ApiError, Code};
@@ -16,10 +16,17 @@ const GLANCE: Duration = Duration::from_millis(500);
 /// A key's name and its word for the request.
 type Name = (Arc<str>, String);
 
-/// The requests with an `Idempotency-Key` that are running now, with path and body.
+/// The requests with an `Idempotency-Key` that are running now.
 #[derive(Default)]
 pub struct Once {
-    running: Mutex<HashMap<Name, (&'static str, Vec<u8>)>>,
+    running: Mutex<HashMap<Name, Arc<Running>>>,
+}
+
+/// A request that others may wait for.
+struct Running {
+    path: &'static str,
+    body: Vec<u8>,
+    over: Mutex<bool>,
     ended: Condvar,
 }
 
@@ -39,24 +46,37 @@ pub struct First {
 
 impl Drop for First {
     fn drop(&mut self) {
-        self.once.lock().remove(&self.name);
-        self.once.ended.notify_all();
+        if let Some(running) = lock(&self.once.running).remove(&self.name) {
+            *lock(&running.over) = true;
+            running.ended.notify_all();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Running {
+    /// Waits a little for its end.
+    fn wait(&self) {
+        let over = lock(&self.over);
+        if !*over {
+            drop(self.ended.wait_timeout(over, GLANCE));
+        }
     }
 }
 
 impl Once {
-    fn lock(&self) -> MutexGuard<'_, HashMap<Name, (&'static str, Vec<u8>)>> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// The request's turn, after any equal one that is running; `None` where it has no
-    /// `Idempotency-Key`. Errs with 422 where the key came with another request before, and where `is_gone`
-    /// says that the client left meanwhile.
+    /// `Idempotency-Key`. Errs with 422 where the key came with another request before, with 503 where equal
+    /// ones are running for longer than `patience`, and where `is_gone` says that the client left meanwhile.
     pub fn turn(
         self: &Arc<Once>,
         request: &Request,
         path: &'static str,
         store: &Store,
+        patience: Duration,
         is_gone: impl Fn() -> bool,
     ) -> Result<Option<Turn>, ApiError> {
         let Some(given) = request.idempotency_key else { return Ok(None) };
@@ -64,23 +84,28 @@ impl Once {
             return Err(ApiError::invalid("Idempotency-Key", "Idempotency-Key must have 1 to 255 characters"));
         }
         let name = (Arc::clone(request.key), given.to_string());
-        let mut running = self.lock();
+        let until = Instant::now() + patience;
         loop {
-            match running.entry(name.clone()) {
+            let before = match lock(&self.running).entry(name.clone()) {
+                Entry::Occupied(before) => Arc::clone(before.get()),
                 Entry::Vacant(place) => {
-                    place.insert((path, request.body.to_vec()));
+                    let (over, ended) = (Mutex::default(), Condvar::new());
+                    place.insert(Arc::new(Running { path, body: request.body.to_vec(), over, ended }));
                     break;
                 }
-                Entry::Occupied(first) if (first.get().0, first.get().1.as_slice()) != (path, request.body) => {
-                    return Err(another());
-                }
-                Entry::Occupied(_) if is_gone() => return Err(ApiError::new(Code::ClientGone, "the client went away")),
-                Entry::Occupied(_) => {
-                    running = self.ended.wait_timeout(running, GLANCE).unwrap_or_else(PoisonError::into_inner).0;
-                }
+            };
+            if (before.path, before.body.as_slice()) != (path, request.body) {
+                return Err(another());
             }
+            if is_gone() {
+                return Err(ApiError::new(Code::ClientGone, "the client went away"));
+            }
+            if Instant::now() >= until {
+                let text = "requests with this Idempotency-Key have been running for too long; try again";
+                return Err(ApiError::new(Code::Overloaded, text));
+            }
+            before.wait();
         }
-        drop(running);
         let first = First { once: Arc::clone(self), name };
         match store.remembered(request.key, given)? {
             None => Ok(Some(Turn::First(first))),

@@ -55,9 +55,9 @@ impl Watch {
         bounds.silence = Some(silence);
     }
 
-    /// From now on only a silence of this length ends the call, and the client may go.
-    pub fn without_client(&self, silence: Duration) {
-        *self.lock() = Bounds { silence: Some(silence), ..Bounds::default() };
+    /// From now on the call must end within this time, and the client may go.
+    pub fn without_client(&self, time: Duration) {
+        *self.lock() = Bounds { until: Some(Instant::now() + time), ..Bounds::default() };
     }
 
     /// Lets go of the client.

@@ -96,6 +96,23 @@ fn an_upstream_that_never_pauses_is_given_up_when_the_time_is_over() {
     }
 }
 
+/// The answer is out, and the upstream goes on within the very chunk that nobody needs.
+#[test]
+fn an_upstream_that_drips_on_after_the_end_does_not_keep_the_worker() {
+    let mut steps = streamed(&["All"]);
+    steps.pop();
+    steps.extend([send("1;a"), Step::Repeat(b"a".to_vec())]);
+    let upstream = FakeUpstream::always(steps);
+    let proxy = Proxy::facing(&upstream).set("WORKERS", "1").start();
+    for _ in 0..3 {
+        let events = proxy.stream("All?").events();
+        assert_eq!(events.last().map(String::as_str), Some("[DONE]"));
+    }
+    upstream.wait_until_left(3);
+    eventually("the worker is free", || proxy.get("/readyz").json()["workers_busy"] == 0);
+    assert_eq!(proxy.count_rows(), 3);
+}
+
 #[test]
 fn a_stream_that_only_seems_to_live_ends_with_its_client() {
     std::thread::scope(|scope| {

@@ -232,6 +232,22 @@ fn a_repetition_whose_client_leaves_does_not_wait_on() {
 }
 
 #[test]
+fn who_has_waited_as_long_as_an_answer_may_take_waits_no_longer() {
+    let upstream = FakeUpstream::always(vec![Step::Silence]);
+    let proxy = Proxy::facing(&upstream).set("UPSTREAM_TIMEOUT_SECS", "1").start();
+    let [request, _] = both("What is it?").map(|request| keyed(&request, "k"));
+    let mut callers: Vec<Connection> = (0..5).map(|_| proxy.connect()).collect();
+    callers.iter_mut().for_each(|caller| caller.send(&request));
+    let code = |caller: &mut Connection| caller.read_response().json()["error"]["code"].as_str().map(str::to_owned);
+    let codes: Vec<Option<String>> = callers.iter_mut().map(code).collect();
+    let count = |wanted: &str| codes.iter().filter(|code| code.as_deref() == Some(wanted)).count();
+    // The first asks in vain, one more may come to its turn, and the others are told.
+    assert!(matches!((count("upstream_timeout"), count("overloaded")), (1, 4) | (2, 3)), "{codes:?}");
+    // What was given up is not in anybody's way.
+    proxy.call(&request).expect_error(503, "upstream_timeout");
+}
+
+#[test]
 fn another_body_under_the_same_key_is_422() {
     for request in both("What is it?") {
         let upstream = numbering();
