@@ -394,6 +394,11 @@ impl Connection {
         self.answers.open.load(Ordering::SeqCst) == 0
     }
 
+    /// Ends the connection without waiting for anything.
+    pub fn cut(self) {
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+
     /// Closing will take a moment, since the client is still sending.
     pub fn has_unread(&self) -> bool {
         rustix::io::ioctl_fionread(&self.stream).is_ok_and(|unread| unread > 0)
@@ -664,6 +669,14 @@ impl Drop for Responder {
 }
 
 impl Responder {
+    /// For tests: the right to answer on this socket.
+    #[cfg(test)]
+    pub fn on(stream: TcpStream) -> Responder {
+        let answers = Arc::new(Answers { open: AtomicUsize::new(1), ..Answers::default() });
+        let (id, stream) = ("test".to_string(), Arc::new(stream));
+        Responder { out: Out::Socket, stream, http10: false, head_only: false, keep: true, is_idle: true, id, answers }
+    }
+
     /// The client's socket, to notice that it has gone.
     pub fn client(&self) -> Arc<TcpStream> {
         Arc::clone(&self.stream)
@@ -694,19 +707,25 @@ impl Responder {
 
     /// Sends the answer. Returns how many bytes of body went out; errs when the client did not take it.
     pub fn send(mut self, reply: &Reply) -> io::Result<u64> {
+        // One write for most; what is large is not copied, since the client may be slow to take it.
+        const COPIED: usize = 64 * 1024;
+        let body: &[u8] = if self.head_only { b"" } else { &reply.body };
         let mut bytes = self.head(reply.status, reply.content_type, &reply.headers, Some(reply.body.len()));
-        if !self.head_only {
-            bytes.extend_from_slice(&reply.body);
+        if body.len() <= COPIED {
+            bytes.extend_from_slice(body);
+            self.write(&bytes, None)?;
+        } else {
+            self.write(&bytes, None)?;
+            self.write(body, None)?;
         }
-        let sent = if self.head_only { 0 } else { reply.body.len() as u64 };
-        self.write(&bytes).map(|()| sent)
+        Ok(body.len() as u64)
     }
 
     /// Begins an answer whose length is not known: `first` goes out together with the head.
     pub fn stream(mut self, content_type: &'static str, headers: &[Header], first: &[u8]) -> (StreamWriter, io::Result<()>) {
         let mut bytes = self.head(200, content_type, headers, None);
         frame(&mut bytes, first, self.http10);
-        let result = self.write(&bytes);
+        let result = self.write(&bytes, event_deadline());
         let writer = StreamWriter { responder: self, frame: Vec::new(), sent: first.len() as u64 };
         (writer, result)
     }
@@ -737,17 +756,34 @@ impl Responder {
         head
     }
 
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        let result = match &mut self.out {
-            Out::Library(writer) => writer.write_all(bytes).and_then(|()| writer.flush()),
+    /// Writes all of it; the client may take its time, as long as it takes anything within 30 s, or all of
+    /// it `until` then.
+    fn write(&mut self, mut bytes: &[u8], until: Option<Instant>) -> io::Result<()> {
+        let out: &mut dyn Write = match &mut self.out {
+            Out::Library(writer) => writer,
             Out::Socket => {
                 // The answer before may still wait for its commit. The library's own writer knows that, too.
                 while self.answers.open.load(Ordering::SeqCst) > 1 {
                     std::thread::sleep(Duration::from_millis(1));
                 }
-                (&*self.stream).write_all(bytes)
+                &mut &*self.stream
             }
         };
+        let mut write = || {
+            while !bytes.is_empty() {
+                match out.write(bytes) {
+                    Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                    Ok(written) => bytes = &bytes[written..],
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                    Err(e) => return Err(e),
+                }
+                if until.is_some_and(|until| Instant::now() >= until) {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+            }
+            out.flush()
+        };
+        let result = write();
         if result.is_err() {
             self.answers.broken.store(true, Ordering::Relaxed);
         }
@@ -772,13 +808,23 @@ pub struct StreamWriter {
     sent: u64,
 }
 
+/// A worker waits while a stream's client takes a piece, so that has an end.
+fn event_deadline() -> Option<Instant> {
+    Some(Instant::now() + config::CLIENT_STALL)
+}
+
 impl StreamWriter {
+    /// The client's socket has room for a little more.
+    pub fn has_room(&self) -> bool {
+        self.responder.has_room(0)
+    }
+
     /// Sends a piece at once, in one write. Errs when the client has gone or takes nothing.
     pub fn write(&mut self, piece: &[u8]) -> io::Result<()> {
         self.frame.clear();
         frame(&mut self.frame, piece, self.responder.http10);
         let frame = std::mem::take(&mut self.frame);
-        let result = self.responder.write(&frame);
+        let result = self.responder.write(&frame, event_deadline());
         self.frame = frame;
         self.sent += piece.len() as u64;
         result
@@ -792,7 +838,7 @@ impl StreamWriter {
             self.frame.extend_from_slice(b"0\r\n\r\n");
         }
         let frame = std::mem::take(&mut self.frame);
-        self.responder.write(&frame).map(|()| self.sent + piece.len() as u64)
+        self.responder.write(&frame, event_deadline()).map(|()| self.sent + piece.len() as u64)
     }
 
     /// Ends the connection instead of the body, so that the client cannot take what it got for whole.

@@ -140,7 +140,7 @@ impl ClientEnd {
         self.finish(event.as_bytes()).unwrap_or(0)
     }
 
-    /// Sends a comment where nothing was sent for `interval`; gives up a client that does not take it.
+    /// Sends a comment where nothing was sent for `interval` and the client has room for it.
     /// False: the stream is over.
     fn break_silence(&self, interval: Duration) -> bool {
         // Whoever holds it is sending.
@@ -148,7 +148,8 @@ impl ClientEnd {
         if matches!(state.phase, Phase::Over) {
             return false;
         }
-        if state.last_sent.elapsed() < interval {
+        // Who has not taken what was sent would only keep all others waiting.
+        if state.last_sent.elapsed() < interval || !state.has_room() {
             return true;
         }
         state.last_sent = Instant::now();
@@ -211,6 +212,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl State {
+    fn has_room(&self) -> bool {
+        match &self.phase {
+            Phase::Unanswered(responder) => responder.has_room(0),
+            Phase::Open(writer) => writer.has_room(),
+            Phase::Over => true,
+        }
+    }
+
     fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         match std::mem::replace(&mut self.phase, Phase::Over) {
             Phase::Unanswered(responder) => {
@@ -441,4 +450,27 @@ fn keep(store: &Store, draft: Draft) -> Result<(), ApiError> {
     store.append(draft.into_pair(), None, move |stored| drop(done.give(stored)));
     let answer = committed.take().unwrap_or_else(|| Err(ApiError::new(Code::HistoryUnavailable, "the history is closed")));
     answer.map(|_| ())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::net::TcpListener;
+
+    #[test]
+    fn a_client_without_room_gets_no_heartbeat_and_holds_nobody_up() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
+        let client = TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
+        let (mut server, _) = listener.accept().expect("accepted");
+        let end = ClientEnd::new(Responder::on(server.try_clone().expect("a copy")), String::new(), Vec::new(), None);
+        assert!(end.break_silence(Duration::ZERO) && !end.is_unanswered(), "who has room gets one");
+        server.set_nonblocking(true).expect("nonblocking");
+        while server.write(&[0; 4096]).is_ok() {}
+        // With a write that waits, and gives up, the stream would be over.
+        server.set_nonblocking(false).expect("blocking");
+        server.set_write_timeout(Some(Duration::from_millis(100))).expect("a timeout");
+        assert!(end.break_silence(Duration::ZERO) && end.break_silence(Duration::ZERO), "it is still open");
+        drop(client);
+    }
 }

@@ -73,7 +73,10 @@ impl Staff {
     /// Gives a connection to a reader, with a request that was read from it and not looked at.
     fn receive(self: &Arc<Staff>, connection: Connection, first: Option<Box<Call<Admitted>>>) {
         // There are as many readers as connections may be open, so only a lack of threads refuses.
-        let Some(place) = self.readers.reserve() else { return log::warn!("no reader for a connection, which is dropped") };
+        let Some(place) = self.readers.reserve() else {
+            connection.cut();
+            return log::warn!("no reader for a connection, which is dropped");
+        };
         let staff = Arc::clone(self);
         place.fill(Box::new(move |()| staff.read(connection, first)));
     }
@@ -128,7 +131,10 @@ impl Staff {
 
     /// Leaves an answer that the client may be slow to take to a reader.
     fn part(self: &Arc<Staff>, connection: Connection, parting: Parting) {
-        let Some(place) = self.readers.reserve() else { return log::warn!("no reader for an answer, which is dropped") };
+        let Some(place) = self.readers.reserve() else {
+            connection.cut();
+            return log::warn!("no reader for an answer, which is dropped");
+        };
         let staff = Arc::clone(self);
         place.fill(Box::new(move |()| {
             parting.send();

@@ -1,11 +1,74 @@
 //! `GET /api/history`: a key's own pairs, by page or by search.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
 use percent_encoding::percent_decode_str;
 
 use super::{Api, Request};
-use crate::error::ApiError;
+use crate::error::{ApiError, Code};
 use crate::exchange::Exchange;
 use crate::http::Reply;
+
+/// Keeps the memory within bounds that pages take: while they are put together, and while clients are slow
+/// to take them.
+#[derive(Default)]
+pub struct Pages {
+    making: Mutex<usize>,
+    made: Condvar,
+    leaving: AtomicUsize,
+}
+
+/// A place among the pages that are put together now.
+struct Making<'a>(&'a Pages);
+
+/// A large page's place among those on their way, until it is out.
+pub struct Leaving<'a>(&'a Pages);
+
+impl Drop for Making<'_> {
+    fn drop(&mut self) {
+        *self.0.lock() -= 1;
+        self.0.made.notify_one();
+    }
+}
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        self.0.leaving.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Pages {
+    const MOST_MAKING: usize = 8;
+    const LARGE: usize = 256 * 1024;
+    /// With 4 MiB each, no more than 128 MiB.
+    const MOST_LEAVING: usize = 32;
+
+    fn lock(&self) -> MutexGuard<'_, usize> {
+        self.making.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn make(&self) -> Making<'_> {
+        let full = |making: &mut usize| *making >= Pages::MOST_MAKING;
+        *self.made.wait_while(self.lock(), full).unwrap_or_else(PoisonError::into_inner) += 1;
+        Making(self)
+    }
+
+    /// A place for this page, where it is large. Errs with 503 where there is none.
+    pub fn leave(&self, page: &Reply) -> Result<Option<Leaving<'_>>, ApiError> {
+        if page.body.len() < Pages::LARGE {
+            return Ok(None);
+        }
+        let before = self.leaving.fetch_add(1, Ordering::SeqCst);
+        let place = Leaving(self);
+        if before < Pages::MOST_LEAVING {
+            return Ok(Some(place));
+        }
+        let most = Pages::MOST_LEAVING;
+        let text = format!("{most} large pages are on their way to slow clients; try again, or with a smaller limit");
+        Err(ApiError::new(Code::Overloaded, text))
+    }
+}
 
 /// The query of the request, checked.
 struct Wanted {
@@ -18,6 +81,7 @@ struct Wanted {
 pub fn history(api: &Api, request: &Request) -> Result<Reply, ApiError> {
     let key = request.key;
     let wanted = parse(request.query, api.config.history_limit)?;
+    let _place = api.pages.make();
     let (items, next_before) = if wanted.words.trim().is_empty() {
         let items = api.store.page(key, wanted.before, wanted.limit)?;
         // A page of large pairs may be shorter than asked for, so only another look tells whether this is

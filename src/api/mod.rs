@@ -33,6 +33,7 @@ use crate::rate_limit::RateLimit;
 use crate::relay::Pulse;
 use crate::store::Store;
 use crate::upstream::Line;
+use history::Pages;
 use once::Once;
 use route::Endpoint;
 
@@ -49,6 +50,7 @@ pub struct Api {
     pulse: Pulse,
     rate_limit: RateLimit,
     once: Arc<Once>,
+    pages: Pages,
     draining: AtomicBool,
     in_flight: Arc<AtomicUsize>,
     ids: (RandomState, AtomicU64),
@@ -60,6 +62,8 @@ pub struct Admitted {
     endpoint: Endpoint,
     /// Name of the client's key.
     key: Arc<str>,
+    /// Its request counts from its head on.
+    running: Option<Running>,
 }
 
 /// What is left to do of a request: ask the LLM.
@@ -112,6 +116,7 @@ impl Api {
             pulse: Pulse::start(config.stream_heartbeat),
             rate_limit: RateLimit::new(config.rate_limit_per_minute),
             once: Arc::default(),
+            pages: Pages::default(),
             config,
             store,
             workers,
@@ -150,8 +155,8 @@ impl Api {
     }
 
     /// Answers what can be answered without the LLM; else returns what is left to do.
-    pub fn prepare(&self, call: Call<Admitted>) -> Option<Errand> {
-        let entry = Entry::new(self, &call);
+    pub fn prepare(&self, mut call: Call<Admitted>) -> Option<Errand> {
+        let entry = Entry::new(self, &mut call);
         let mut exit = Exit { responder: call.responder, headers: Vec::new(), entry };
         let (admitted, head, body) = match (&call.admitted, &call.head, call.body) {
             (Some(admitted), Some(head), Ok(body)) => (admitted, head, body),
@@ -177,10 +182,12 @@ impl Api {
             Endpoint::Streaming => streaming::prepare(self, &request, exit),
             Endpoint::ChatCompletions => completions::prepare(self, &request, exit),
             Endpoint::Models => Some(Kind::Models(Box::new(completions::Models::new(&request, exit))).into()),
-            Endpoint::History => match history::history(self, &request) {
-                Ok(reply) => exit.send(reply, None),
-                Err(e) => exit.refuse(e),
-            },
+            Endpoint::History => {
+                match history::history(self, &request).and_then(|reply| Ok((self.pages.leave(&reply)?, reply))) {
+                    Ok((_place, reply)) => exit.send(reply, None),
+                    Err(e) => exit.refuse(e),
+                }
+            }
             Endpoint::Livez => exit.send(system::livez(), None),
             Endpoint::Readyz => exit.send(system::readyz(self), None),
             Endpoint::Metrics => exit.send(system::metrics(self), None),
@@ -217,6 +224,10 @@ impl Api {
         }
     }
 
+    fn admitted(&self, endpoint: Endpoint, key: Arc<str>) -> Admitted {
+        Admitted { endpoint, key, running: Some(Running::new(&self.in_flight)) }
+    }
+
     /// The name of the key that the request brings. Errs with 401 and says what is wrong.
     fn authenticate(&self, head: &Head) -> Result<Arc<str>, ApiError> {
         if self.config.api_keys.is_empty() {
@@ -237,7 +248,7 @@ impl Site for Api {
     fn admit(&self, head: &Head) -> (Option<Admitted>, Result<(), ApiError>) {
         let endpoint = match route::route(head.method(), head.path()) {
             Ok(endpoint) if endpoint.is_public() => {
-                return (Some(Admitted { endpoint, key: Arc::clone(&self.anonymous) }), Ok(()));
+                return (Some(self.admitted(endpoint, Arc::clone(&self.anonymous))), Ok(()));
             }
             Ok(endpoint) => endpoint,
             Err(e) => return (None, Err(e)),
@@ -253,7 +264,7 @@ impl Site for Api {
         } else {
             Ok(())
         };
-        (Some(Admitted { endpoint, key }), verdict)
+        (Some(self.admitted(endpoint, key)), verdict)
     }
 
     fn new_id(&self) -> String {
@@ -343,7 +354,8 @@ struct Entry {
 }
 
 impl Entry {
-    fn new(api: &Api, call: &Call<Admitted>) -> Entry {
+    fn new(api: &Api, call: &mut Call<Admitted>) -> Entry {
+        let running = call.admitted.as_mut().and_then(|admitted| admitted.running.take());
         let head = call.head.as_ref();
         let admitted = call.admitted.as_ref().filter(|admitted| !admitted.endpoint.is_public());
         Entry {
@@ -356,7 +368,7 @@ impl Entry {
             started: call.started,
             route: call.admitted.as_ref().map_or(Endpoint::NONE, |admitted| admitted.endpoint.name()),
             metrics: Arc::clone(&api.metrics),
-            _running: Running::new(&api.in_flight),
+            _running: running.unwrap_or_else(|| Running::new(&api.in_flight)),
         }
     }
 

@@ -2,11 +2,11 @@
 
 use crate::support::client::{Connection, Response, get, post, post_bytes, streaming};
 use crate::support::gate::Gate;
-use crate::support::hostile::{Chance, End, dechunk, hear, plug_in, responses, shout, throw, within};
+use crate::support::hostile::{Chance, End, dechunk, hear, plug_in, plug_in_narrow, responses, shout, throw, within};
 use crate::support::proxy::{Proxy, Setup};
 use crate::support::upstream::{FakeUpstream, Step, answer, delta, event, refusal, send, stream_head, streamed};
 use crate::support::{PATIENCE, eventually};
-use rustix::net::{SendFlags, sockopt};
+use rustix::net::SendFlags;
 use rustix::process::{Resource, Rlimit, getrlimit, prlimit, setrlimit};
 use serde_json::{Value, json};
 use std::collections::HashSet;
@@ -504,8 +504,8 @@ fn whoever_is_slow_is_given_up_in_time_and_in_silence_where_nothing_was_asked() 
         Step::Repeat(stream_piece(&delta(&"x".repeat(100_000)))),
     ]);
     let flowing = Proxy::facing(&upstream).start();
-    for _ in 0..12 {
-        assert_eq!(proxy.call(&post_bytes("/api/ask", question_of(1_000_000))).status, 200);
+    for _ in 0..10 {
+        assert_eq!(proxy.call(&post_bytes("/api/ask", question_of(100_000))).status, 200);
     }
     std::thread::scope(|scope| {
         let proxy = &proxy;
@@ -569,9 +569,19 @@ fn whoever_is_slow_is_given_up_in_time_and_in_silence_where_nothing_was_asked() 
             within(soon(45), "a stream that nobody reads ends", || flowing.log().iter().any(|line| line.contains("client_gone")));
             drop(stream);
         });
+        // Who takes a little of it now and then, and so would keep a worker for hours.
         scope.spawn(move || {
-            let stream = plug_in(proxy.address);
-            sockopt::set_socket_recv_buffer_size(&stream, 4096).expect("a small buffer");
+            let stream = plug_in(flowing.address);
+            let request = streaming("Go on?").header("X-Request-Id", "sips").bytes();
+            throw(&stream, &[&request]);
+            let gone = |line: &String| line.contains("id=sips") && line.contains("client_gone");
+            within(soon(45), "a stream that is sipped ends", || {
+                let _ = (&stream).read(&mut [0; 100]);
+                flowing.log().iter().any(gone)
+            });
+        });
+        scope.spawn(move || {
+            let stream = plug_in_narrow(proxy.address);
             throw(&stream, &[&head("GET /api/history?limit=1000 HTTP/1.1", "X-Request-Id: unread\r\n")]);
             let gone = |line: &String| line.contains("id=unread") && line.contains("client_gone");
             within(soon(45), "a page that nobody reads ends", || proxy.log().iter().any(gone));
@@ -917,6 +927,30 @@ fn a_search_for_thousands_of_words_is_a_short_one() {
         let found = proxy.connect().exchange(&get(&format!("/api/history?limit=1&q={words}")));
         assert_eq!(found.status, 200);
     }
+
+#[test]
+fn large_pages_that_nobody_reads_have_a_limit() {
+    let proxy = Proxy::with(&[("MAX_QUESTION_CHARS", "1000000000")]).start();
+    for _ in 0..10 {
+        assert_eq!(proxy.call(&post_bytes("/api/ask", question_of(100_000))).status, 200);
+    }
+    let before = proxy.memory();
+    let page = get("/api/history?limit=1000");
+    let lazy: Vec<TcpStream> = (0..40)
+        .map(|_| {
+            let stream = plug_in_narrow(proxy.address);
+            throw(&stream, &[&page.bytes()]);
+            stream
+        })
+        .collect();
+    let told = |line: &&String| line.contains("path=/api/history") && line.contains("code=overloaded");
+    within(Duration::from_secs(60), "the last ones are told", || proxy.log().iter().filter(told).count() == 8);
+    proxy.call(&page).expect_error(503, "overloaded");
+    assert_eq!(proxy.get("/api/history?limit=1&before=1").status, 200, "small pages are not concerned");
+    let cost = proxy.memory_peak().saturating_sub(before);
+    assert!(cost < 12 * BOUNDED, "{} MiB", cost >> 20);
+    drop(lazy);
+    eventually("there is room again", || proxy.call(&page).status == 200);
 }
 
 // Many at once
@@ -1595,8 +1629,7 @@ fn readers_that_take_nothing_do_not_hold_the_workers() {
         let calls = upstream.calls();
         let mut lazy: Vec<TcpStream> = Vec::new();
         for _ in 0..6 {
-            let stream = plug_in(proxy.address);
-            sockopt::set_socket_recv_buffer_size(&stream, 4096).expect("a small buffer");
+            let stream = plug_in_narrow(proxy.address);
             throw(&stream, &[&head("POST /api/ask HTTP/1.1", &format!("Content-Length: {}\r\n", body.len())), body.as_bytes()]);
             lazy.push(stream);
         }

@@ -62,6 +62,24 @@ fn what_is_in_flight_finishes_and_nothing_new_begins() {
     }
 }
 
+/// A request is in flight from its head on.
+#[test]
+fn a_body_that_is_still_coming_is_waited_for() {
+    let mut proxy = Proxy::start();
+    let [mut looking, mut asking] = [open(&proxy), open(&proxy)];
+    let request = post("/api/ask", &json!({"question": "Still coming?"})).bytes();
+    let (begun, rest) = request.split_at(request.len() - 10);
+    asking.send_bytes(begun);
+    let mut metrics = || String::from_utf8(looking.exchange(&get("/metrics")).body).expect("text");
+    eventually("its head was read", || metrics().contains("ai_proxy_requests_in_flight 2\n"));
+    proxy.signal(Signal::TERM);
+    wait_until_draining(&mut looking);
+    asking.send_bytes(rest);
+    assert_eq!(asking.read_response().status, 200);
+    assert_eq!(proxy.wait_for_exit(SOON).code(), Some(0), "{:?}", proxy.stderr());
+    assert_eq!(proxy.count_rows(), 1);
+}
+
 #[test]
 fn a_stream_in_flight_finishes() {
     let gate = Gate::new();

@@ -4,9 +4,11 @@
 use super::client::{Head, Response};
 use super::proxy::Proxy;
 use super::{PATIENCE, eventually};
+use rustix::net::{AddressFamily, SocketType, sockopt};
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 /// Random numbers from a seed (xorshift64*): the same attack again when it is needed.
@@ -91,6 +93,19 @@ pub fn plug_in(address: SocketAddr) -> TcpStream {
     stream.set_read_timeout(Some(PATIENCE)).expect("a read timeout");
     stream.set_write_timeout(Some(PATIENCE)).expect("a write timeout");
     stream
+}
+
+/// A connection that takes little at once: small buffers, and segments so small that the kernel keeps little, too.
+pub fn plug_in_narrow(address: SocketAddr) -> TcpStream {
+    let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).expect("a socket");
+    let smallest: libc::c_int = 88;
+    let (place, size) = ((&raw const smallest).cast(), size_of_val(&smallest) as libc::socklen_t);
+    // SAFETY: the kernel reads one c_int at the given place.
+    let set = unsafe { libc::setsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_MAXSEG, place, size) };
+    assert_eq!(set, 0, "a small segment size");
+    sockopt::set_socket_recv_buffer_size(&socket, 2048).expect("a small buffer");
+    rustix::net::connect(&socket, &address).expect("the server accepts");
+    TcpStream::from(socket)
 }
 
 /// Sends all of it, or as much as the server takes.
