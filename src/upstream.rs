@@ -505,7 +505,7 @@ impl Events<'_> {
                 events.push(Event { lines, data: data.into_bytes() });
             }
             Source::Upstream { reader, splitter } => {
-                let mut buffer = [0; 2048];
+                let mut buffer = [0; 1024];
                 while events.len() == before {
                     let read = match reader.read(&mut buffer) {
                         Ok(read) => read,

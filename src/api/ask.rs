@@ -65,7 +65,9 @@ pub fn prepare_chat(api: &Api, request: &Request, exit: Exit, path: &'static str
 
 impl Whole {
     /// Asks, stores, answers; returns the answer where the client may be slow to take it.
-    pub fn run(mut self, api: &Api, line: &mut Line) -> Option<Parting> {
+    // Not inlined: a stream would keep room on its stack for what only this needs.
+    #[inline(never)]
+    pub fn run(mut self: Box<Whole>, api: &Api, line: &mut Line) -> Option<Parting> {
         let whole = match line.complete(self.exit.responder.client(), &mut self.chat) {
             Ok(whole) => whole,
             Err(e) => {

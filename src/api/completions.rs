@@ -30,7 +30,8 @@ impl Models {
     }
 
     /// Asks and answers; returns the answer where the client may be slow to take it.
-    pub fn run(self, line: &mut Line) -> Option<Parting> {
+    #[inline(never)]
+    pub fn run(self: Box<Models>, line: &mut Line) -> Option<Parting> {
         match line.models(self.exit.responder.client(), &self.path) {
             Ok(body) => self.exit.send_or_part(Reply::json(200, body), None),
             Err(e) => {

@@ -51,7 +51,9 @@ pub fn prepare_chat(api: &Api, request: &Request, exit: Exit, chat: Chat, as_it_
 
 impl Stream {
     /// Relays the upstream's events to their end.
-    pub fn run(mut self, api: &Api, line: &mut Line) {
+    // Not inlined, and not moved out of its box: each stream waits with every page of stack that was used.
+    #[inline(never)]
+    pub fn run(mut self: Box<Stream>, api: &Api, line: &mut Line) {
         match relay::run(line, self.client, &mut self.chat, &self.end, &api.store, self.draft) {
             Ok(streamed) => {
                 if let Some(time) = streamed.first_event {

@@ -262,7 +262,7 @@ struct SmallBuffers {
 
 impl SmallBuffers {
     const OUTPUT: usize = 4 * 1024;
-    const INPUT: usize = 2 * 1024;
+    const INPUT: usize = 1024;
     /// More than the largest head that ureq takes; what needs more than that at once is nothing sane.
     const MOST_INPUT: usize = 128 * 1024;
 }
