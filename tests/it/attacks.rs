@@ -927,6 +927,7 @@ fn a_search_for_thousands_of_words_is_a_short_one() {
         let found = proxy.connect().exchange(&get(&format!("/api/history?limit=1&q={words}")));
         assert_eq!(found.status, 200);
     }
+}
 
 #[test]
 fn large_pages_that_nobody_reads_have_a_limit() {
