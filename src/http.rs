@@ -15,7 +15,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -158,6 +158,7 @@ impl Listener {
             window: Vec::new(),
             ahead: 0,
             taken: 0,
+            is_idle: false,
             max_body: self.max_body,
             closing: false,
             answers: Arc::default(),
@@ -230,6 +231,8 @@ pub struct Connection {
     ahead: usize,
     /// How many bytes the requests before the next one had.
     taken: u64,
+    /// The client had taken all that was sent when its last request was read.
+    is_idle: bool,
     max_body: usize,
     /// The last answer says that no other follows.
     closing: bool,
@@ -242,8 +245,8 @@ pub struct Connection {
 struct Answers {
     /// One did not get through.
     broken: AtomicBool,
-    /// Requests that are not answered yet: at most the last one and the one before.
-    open: AtomicUsize,
+    /// The last request is not answered yet: a worker goes on while the answer waits for its commit.
+    pending: AtomicBool,
 }
 
 /// A request as it came in, or as far as it came in. `A` is what admitting it found out.
@@ -314,6 +317,13 @@ impl Connection {
                 Err(_) => return Turn::Over,
             }
         }
+        // One request at a time: only who does not wait for answers is made to wait here.
+        while !self.is_answered() {
+            if at_once {
+                return Turn::Quiet;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
         if self.look().is_err() {
             return Turn::Over;
         }
@@ -368,11 +378,11 @@ impl Connection {
             http10: head.as_ref().is_some_and(|head| head.http10),
             head_only: head.as_ref().is_some_and(|head| head.method() == "HEAD"),
             keep,
-            is_idle: kernel::unsent(&self.stream).is_ok_and(|unsent| unsent == 0),
+            is_idle: keep && self.is_idle,
             id: own_id.clone().unwrap_or_else(|| site.new_id()),
             answers: Arc::clone(&self.answers),
         };
-        self.answers.open.fetch_add(1, Ordering::SeqCst);
+        self.answers.pending.store(true, Ordering::SeqCst);
         let (id, own_id) = (responder.id.clone(), own_id.is_some());
         Turn::Call(Box::new(Call { started, peer: self.peer, id, own_id, head, admitted, body, responder }))
     }
@@ -391,7 +401,7 @@ impl Connection {
 
     /// The last request is answered, well or not.
     pub fn is_answered(&self) -> bool {
-        self.answers.open.load(Ordering::SeqCst) == 0
+        !self.answers.pending.load(Ordering::SeqCst)
     }
 
     /// Ends the connection without waiting for anything.
@@ -527,19 +537,19 @@ impl Connection {
 
     /// Bytes of this connection that the library has read, those of the requests before included. `None`
     /// where the client sends too fast to tell.
-    fn received_by_library(&self) -> Option<u64> {
-        let received = || kernel::received(&self.stream).ok();
-        let mut before = received()?;
+    fn received_by_library(&mut self) -> Option<u64> {
+        let mut before = kernel::counts(&self.stream).ok()?;
+        self.is_idle = before.is_idle;
         // Nothing came beyond the request, and nobody need ask what is unread.
-        if before == self.taken {
-            return Some(before);
+        if before.received == self.taken {
+            return Some(before.received);
         }
         // What arrives between two looks would count as read.
         for _ in 0..100 {
             let unread = rustix::io::ioctl_fionread(&self.stream).ok()?;
-            let after = received()?;
-            if before == after {
-                return after.checked_sub(unread);
+            let after = kernel::counts(&self.stream).ok()?;
+            if before.received == after.received {
+                return after.received.checked_sub(unread);
             }
             before = after;
         }
@@ -664,7 +674,7 @@ pub struct Responder {
 
 impl Drop for Responder {
     fn drop(&mut self) {
-        self.answers.open.fetch_sub(1, Ordering::SeqCst);
+        self.answers.pending.store(false, Ordering::SeqCst);
     }
 }
 
@@ -672,8 +682,7 @@ impl Responder {
     /// For tests: the right to answer on this socket.
     #[cfg(test)]
     pub fn on(stream: TcpStream) -> Responder {
-        let answers = Arc::new(Answers { open: AtomicUsize::new(1), ..Answers::default() });
-        let (id, stream) = ("test".to_string(), Arc::new(stream));
+        let (id, stream, answers) = ("test".to_string(), Arc::new(stream), Arc::default());
         Responder { out: Out::Socket, stream, http10: false, head_only: false, keep: true, is_idle: true, id, answers }
     }
 
@@ -697,10 +706,10 @@ impl Responder {
     pub fn takes_at_once(&self, bytes: usize) -> bool {
         // Half of the smallest send buffer there is by default (tcp_wmem, tcp(7)).
         const SMALL: usize = 8 * 1024;
-        self.keep && self.is_idle && bytes <= SMALL
+        self.is_idle && bytes <= SMALL
     }
 
-    /// The client had taken all that was sent before its request.
+    /// The client had taken all that was sent before its request, and the connection will go on after it.
     pub fn is_idle(&self) -> bool {
         self.is_idle
     }
@@ -761,13 +770,7 @@ impl Responder {
     fn write(&mut self, mut bytes: &[u8], until: Option<Instant>) -> io::Result<()> {
         let out: &mut dyn Write = match &mut self.out {
             Out::Library(writer) => writer,
-            Out::Socket => {
-                // The answer before may still wait for its commit. The library's own writer knows that, too.
-                while self.answers.open.load(Ordering::SeqCst) > 1 {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                &mut &*self.stream
-            }
+            Out::Socket => &mut &*self.stream,
         };
         let mut write = || {
             while !bytes.is_empty() {

@@ -49,8 +49,17 @@ fn new_client(there: BorrowedFd, local: SocketAddr, known: &impl Fn(u64) -> bool
     (!known(cookie)).then_some(cookie)
 }
 
-/// Bytes received on this connection since it was made, read by anybody or not (`TCP_INFO`, tcp(7)).
-pub fn received(stream: &TcpStream) -> io::Result<u64> {
+/// What the kernel counts of a connection.
+#[derive(Clone, Copy)]
+pub struct Counts {
+    /// Bytes received since it was made, read by anybody or not.
+    pub received: u64,
+    /// The peer has taken all that was sent.
+    pub is_idle: bool,
+}
+
+/// The counts of this connection (`TCP_INFO`, tcp(7)).
+pub fn counts(stream: &TcpStream) -> io::Result<Counts> {
     // SAFETY: tcp_info is plain numbers, for which all zeros is a value; the kernel writes at most
     // `len` bytes into it.
     let info = unsafe {
@@ -64,17 +73,8 @@ pub fn received(stream: &TcpStream) -> io::Result<u64> {
     };
     // The peer's FIN takes a place in the sequence numbers and so in this count.
     const CLOSE_WAIT: u8 = 8;
-    Ok(info.tcpi_bytes_received - u64::from(info.tcpi_state == CLOSE_WAIT))
-}
-
-/// Bytes that the peer has not acknowledged, sent or not (`SIOCOUTQ`, tcp(7)).
-pub fn unsent(stream: &TcpStream) -> io::Result<usize> {
-    let mut bytes: libc::c_int = 0;
-    // SAFETY: the kernel writes one c_int to the given place.
-    match unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) } {
-        0 => Ok(bytes as usize),
-        _ => Err(io::Error::last_os_error()),
-    }
+    let received = info.tcpi_bytes_received - u64::from(info.tcpi_state == CLOSE_WAIT);
+    Ok(Counts { received, is_idle: info.tcpi_unacked == 0 && info.tcpi_notsent_bytes == 0 })
 }
 
 /// Makes the socket readable only when at least `bytes` wait in it (`SO_RCVLOWAT`, socket(7)), so that
@@ -123,16 +123,35 @@ mod tests {
 
     #[test]
     fn received_counts_bytes_read_and_unread_but_not_the_end() {
+        let received = |stream: &TcpStream| counts(stream).expect("TCP_INFO").received;
         let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
         let mut client = TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
         let (mut server, _) = listener.accept().expect("accepted");
         client.write_all(b"12345").expect("sent");
         server.read_exact(&mut [0; 2]).expect("read");
-        assert_eq!(received(&server).expect("TCP_INFO"), 5);
+        assert_eq!(received(&server), 5);
         drop(client);
         let mut rest = Vec::new();
         server.read_to_end(&mut rest).expect("read");
-        assert_eq!(received(&server).expect("TCP_INFO"), 5);
+        assert_eq!(received(&server), 5);
+    }
+
+    #[test]
+    fn who_has_not_taken_what_was_sent_is_not_idle() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
+        let mut client = TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
+        let (mut server, _) = listener.accept().expect("accepted");
+        assert!(counts(&server).expect("TCP_INFO").is_idle);
+        server.set_nonblocking(true).expect("nonblocking");
+        let mut sent = 0;
+        while let Ok(written) = server.write(&[0; 4096]) {
+            sent += written;
+        }
+        assert!(!counts(&server).expect("TCP_INFO").is_idle);
+        client.read_exact(&mut vec![0; sent]).expect("read");
+        while !counts(&server).expect("TCP_INFO").is_idle {
+            std::thread::yield_now();
+        }
     }
 
     #[test]
