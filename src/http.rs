@@ -60,7 +60,8 @@ impl Live {
     }
 }
 
-/// Takes a connection off the list when everything of it is closed.
+/// Takes a connection off the list when everything of it is closed: a socket that is open and not on the
+/// list is taken for the one that was just accepted.
 struct Listed {
     live: Arc<Live>,
     cookie: u64,
@@ -150,7 +151,7 @@ impl Listener {
         drop(live);
         let peer = stream.peer_addr().unwrap_or(self.local);
         let stream = Arc::new(stream);
-        let listed = Listed { live: Arc::clone(&self.live), cookie };
+        let listed = Arc::new(Listed { live: Arc::clone(&self.live), cookie });
         Ok(Some(Connection {
             client: Some(Box::new(client.map(Result::ok))),
             stream,
@@ -162,7 +163,7 @@ impl Listener {
             max_body: self.max_body,
             closing: false,
             answers: Arc::default(),
-            _listed: listed,
+            listed,
         }))
     }
 
@@ -237,7 +238,7 @@ pub struct Connection {
     /// The last answer says that no other follows.
     closing: bool,
     answers: Arc<Answers>,
-    _listed: Listed,
+    listed: Arc<Listed>,
 }
 
 /// What became of a connection's answers.
@@ -381,6 +382,7 @@ impl Connection {
             is_idle: keep && self.is_idle,
             id: own_id.clone().unwrap_or_else(|| site.new_id()),
             answers: Arc::clone(&self.answers),
+            _listed: Arc::clone(&self.listed),
         };
         self.answers.pending.store(true, Ordering::SeqCst);
         let (id, own_id) = (responder.id.clone(), own_id.is_some());
@@ -670,6 +672,8 @@ pub struct Responder {
     is_idle: bool,
     id: String,
     answers: Arc<Answers>,
+    /// Last, so that the connection is listed for as long as any part of it is open.
+    _listed: Arc<Listed>,
 }
 
 impl Drop for Responder {
@@ -683,7 +687,8 @@ impl Responder {
     #[cfg(test)]
     pub fn on(stream: TcpStream) -> Responder {
         let (id, stream, answers) = ("test".to_string(), Arc::new(stream), Arc::default());
-        Responder { out: Out::Socket, stream, http10: false, head_only: false, keep: true, is_idle: true, id, answers }
+        let _listed = Arc::new(Listed { live: Arc::default(), cookie: 0 });
+        Responder { out: Out::Socket, stream, http10: false, head_only: false, keep: true, is_idle: true, id, answers, _listed }
     }
 
     /// The client's socket, to notice that it has gone.
