@@ -8,7 +8,7 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
-use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, RawFd};
 
 /// A second descriptor for the connection that was accepted last: `lowest` was the lowest free
 /// descriptor just before, `local` is the listener's address, and `known` tells which sockets (by
@@ -46,7 +46,8 @@ fn new_client(there: BorrowedFd, local: SocketAddr, known: &impl Fn(u64) -> bool
     // Not asked for: the peer, since a client that reset the connection has none any more.
     let address: SocketAddr = rustix::net::getsockname(there).ok()?.try_into().ok()?;
     let cookie = rustix::net::sockopt::socket_cookie(there).ok().filter(|_| address.port() == local.port())?;
-    (!known(cookie)).then_some(cookie)
+    // One that is about to be closed may be off the list already, but was sent an answer.
+    (!known(cookie) && counts(&there).ok()?.is_unused).then_some(cookie)
 }
 
 /// What the kernel counts of a connection.
@@ -56,17 +57,19 @@ pub struct Counts {
     pub received: u64,
     /// The peer has taken all that was sent.
     pub is_idle: bool,
+    /// Nothing was ever sent on it.
+    pub is_unused: bool,
 }
 
 /// The counts of this connection (`TCP_INFO`, tcp(7)).
-pub fn counts(stream: &TcpStream) -> io::Result<Counts> {
+pub fn counts(stream: &impl AsFd) -> io::Result<Counts> {
     // SAFETY: tcp_info is plain numbers, for which all zeros is a value; the kernel writes at most
     // `len` bytes into it.
     let info = unsafe {
         let mut info: libc::tcp_info = std::mem::zeroed();
         let mut len = size_of::<libc::tcp_info>() as libc::socklen_t;
         let place = (&raw mut info).cast();
-        if libc::getsockopt(stream.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, place, &raw mut len) != 0 {
+        if libc::getsockopt(stream.as_fd().as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, place, &raw mut len) != 0 {
             return Err(io::Error::last_os_error());
         }
         info
@@ -74,7 +77,8 @@ pub fn counts(stream: &TcpStream) -> io::Result<Counts> {
     // The peer's FIN takes a place in the sequence numbers and so in this count.
     const CLOSE_WAIT: u8 = 8;
     let received = info.tcpi_bytes_received - u64::from(info.tcpi_state == CLOSE_WAIT);
-    Ok(Counts { received, is_idle: info.tcpi_unacked == 0 && info.tcpi_notsent_bytes == 0 })
+    let is_idle = info.tcpi_unacked == 0 && info.tcpi_notsent_bytes == 0;
+    Ok(Counts { received, is_idle, is_unused: info.tcpi_bytes_sent == 0 })
 }
 
 /// Makes the socket readable only when at least `bytes` wait in it (`SO_RCVLOWAT`, socket(7)), so that
@@ -178,5 +182,8 @@ mod tests {
         let (_two, _) = listener.accept().expect("accepted");
         let (found, _) = adopt_accepted(lowest.min(one.as_raw_fd()), local, |c| c == cookie).expect("found");
         assert_eq!(found.peer_addr().ok(), second.local_addr().ok());
+        (&one).write_all(b"answer").expect("sent");
+        let (found, _) = adopt_accepted(lowest.min(one.as_raw_fd()), local, |_| false).expect("found");
+        assert_eq!(found.peer_addr().ok(), second.local_addr().ok(), "not one that was answered");
     }
 }
