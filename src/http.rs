@@ -244,10 +244,41 @@ pub struct Connection {
 /// What became of a connection's answers.
 #[derive(Default)]
 struct Answers {
-    /// One did not get through.
+    /// One did not get through, or will never come.
     broken: AtomicBool,
+    pending: Mutex<Pending>,
+    answered: Condvar,
+}
+
+#[derive(Default)]
+struct Pending {
     /// The last request is not answered yet: a worker goes on while the answer waits for its commit.
-    pending: AtomicBool,
+    is_pending: bool,
+    is_awaited: bool,
+}
+
+impl Answers {
+    fn lock(&self) -> MutexGuard<'_, Pending> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn end(&self) {
+        let mut pending = self.lock();
+        pending.is_pending = false;
+        // Waking costs a system call, also where nobody waits.
+        if std::mem::take(&mut pending.is_awaited) {
+            self.answered.notify_all();
+        }
+    }
+
+    fn wait(&self, time: Duration) {
+        let mut pending = self.lock();
+        if pending.is_pending {
+            pending.is_awaited = true;
+            let waiting = |pending: &mut Pending| pending.is_pending;
+            drop(self.answered.wait_timeout_while(pending, time, waiting));
+        }
+    }
 }
 
 /// A request as it came in, or as far as it came in. `A` is what admitting it found out.
@@ -323,7 +354,10 @@ impl Connection {
             if at_once {
                 return Turn::Quiet;
             }
-            std::thread::sleep(Duration::from_millis(1));
+            self.await_answer(config::DATABASE_BUSY);
+        }
+        if self.answers.broken.load(Ordering::Relaxed) {
+            return Turn::Over;
         }
         if self.look().is_err() {
             return Turn::Over;
@@ -381,10 +415,11 @@ impl Connection {
             keep,
             is_idle: keep && self.is_idle,
             id: own_id.clone().unwrap_or_else(|| site.new_id()),
+            is_used: false,
             answers: Arc::clone(&self.answers),
             _listed: Arc::clone(&self.listed),
         };
-        self.answers.pending.store(true, Ordering::SeqCst);
+        self.answers.lock().is_pending = true;
         let (id, own_id) = (responder.id.clone(), own_id.is_some());
         Turn::Call(Box::new(Call { started, peer: self.peer, id, own_id, head, admitted, body, responder }))
     }
@@ -403,7 +438,12 @@ impl Connection {
 
     /// The last request is answered, well or not.
     pub fn is_answered(&self) -> bool {
-        !self.answers.pending.load(Ordering::SeqCst)
+        !self.answers.lock().is_pending
+    }
+
+    /// Waits until it is, but no longer than this.
+    pub fn await_answer(&self, time: Duration) {
+        self.answers.wait(time);
     }
 
     /// Ends the connection without waiting for anything.
@@ -471,11 +511,18 @@ impl Connection {
     /// the client has gone and nothing more will come.
     fn await_more(&mut self, until: Instant) -> io::Result<bool> {
         let seen = self.window.len();
-        if !self.wait_unread(seen - self.ahead + 1, until)? {
-            return Ok(false);
+        while self.wait_unread(seen - self.ahead + 1, until)? {
+            self.look()?;
+            if self.window.len() > seen {
+                return Ok(true);
+            }
+            if wait(&self.stream, PollFlags::RDHUP, Instant::now())? {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            // A receive window that is full counts as readable, however little was to be waited for.
+            std::thread::sleep(Duration::from_millis(1));
         }
-        self.look()?;
-        if self.window.len() > seen { Ok(true) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+        Ok(false)
     }
 
     /// Waits until `bytes` are unread or the client has gone. False: the time came first.
@@ -671,6 +718,8 @@ pub struct Responder {
     keep: bool,
     is_idle: bool,
     id: String,
+    /// An answer was begun.
+    is_used: bool,
     answers: Arc<Answers>,
     /// Last, so that the connection is listed for as long as any part of it is open.
     _listed: Arc<Listed>,
@@ -678,7 +727,12 @@ pub struct Responder {
 
 impl Drop for Responder {
     fn drop(&mut self) {
-        self.answers.pending.store(false, Ordering::SeqCst);
+        // Without an answer the next one would be taken for it.
+        if !self.is_used {
+            self.answers.broken.store(true, Ordering::Relaxed);
+            let _ = self.stream.shutdown(Shutdown::Both);
+        }
+        self.answers.end();
     }
 }
 
@@ -688,7 +742,18 @@ impl Responder {
     pub fn on(stream: TcpStream) -> Responder {
         let (id, stream, answers) = ("test".to_string(), Arc::new(stream), Arc::default());
         let _listed = Arc::new(Listed { live: Arc::default(), cookie: 0 });
-        Responder { out: Out::Socket, stream, http10: false, head_only: false, keep: true, is_idle: true, id, answers, _listed }
+        Responder {
+            out: Out::Socket,
+            stream,
+            http10: false,
+            head_only: false,
+            keep: true,
+            is_idle: true,
+            id,
+            is_used: false,
+            answers,
+            _listed,
+        }
     }
 
     /// The client's socket, to notice that it has gone.
@@ -773,6 +838,7 @@ impl Responder {
     /// Writes all of it; the client may take its time, as long as it takes anything within 30 s, or all of
     /// it `until` then.
     fn write(&mut self, mut bytes: &[u8], until: Option<Instant>) -> io::Result<()> {
+        self.is_used = true;
         let out: &mut dyn Write = match &mut self.out {
             Out::Library(writer) => writer,
             Out::Socket => &mut &*self.stream,
@@ -785,7 +851,7 @@ impl Responder {
                     Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                     Err(e) => return Err(e),
                 }
-                if until.is_some_and(|until| Instant::now() >= until) {
+                if !bytes.is_empty() && until.is_some_and(|until| Instant::now() >= until) {
                     return Err(io::ErrorKind::TimedOut.into());
                 }
             }

@@ -24,6 +24,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec};
+
 use config::Config;
 use error::StartError;
 
@@ -77,21 +79,46 @@ fn start_log(level: log::LevelFilter) {
     std::panic::set_hook(Box::new(|panic| log::error!("bug: {}", panic.to_string().replace('\n', " "))));
 }
 
-/// Writes whole lines to stdout, each after the time: the logger writes them in a dozen pieces.
+/// Writes whole lines to stdout, each after the time: the logger writes them in a dozen pieces. Where nobody
+/// reads stdout lines are lost, since requests are not to wait for that.
 #[derive(Default)]
-struct Lines(Vec<u8>);
+struct Lines {
+    line: Vec<u8>,
+    lost: u64,
+}
+
+impl Lines {
+    /// How long the first line waits that finds no room.
+    const PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
+
+    fn has_room(&self) -> bool {
+        let patience = if self.lost == 0 { Lines::PATIENCE } else { Timespec::default() };
+        let stdout = std::io::stdout();
+        // What cannot be asked, such as a closed stdout, will say so when it is written to.
+        rustix::event::poll(&mut [PollFd::new(&stdout, PollFlags::OUT)], Some(&patience)).unwrap_or(1) > 0
+    }
+}
 
 impl Write for Lines {
     fn write(&mut self, piece: &[u8]) -> std::io::Result<usize> {
-        if self.0.is_empty() {
-            self.0.extend_from_slice(clock::now().as_bytes());
-            self.0.push(b' ');
+        if self.line.is_empty() {
+            self.line.extend_from_slice(clock::now().as_bytes());
+            self.line.push(b' ');
         }
-        self.0.extend_from_slice(piece);
+        self.line.extend_from_slice(piece);
         if piece.ends_with(b"\n") {
+            if !self.has_room() {
+                self.lost += 1;
+                self.line.clear();
+                return Ok(piece.len());
+            }
             let mut stdout = std::io::stdout().lock();
-            let result = stdout.write_all(&self.0).and_then(|()| stdout.flush());
-            self.0.clear();
+            if self.lost > 0 {
+                let lost = std::mem::take(&mut self.lost);
+                writeln!(stdout, "{} [WARN] {lost} lines of the log are lost: nobody read stdout", clock::now())?;
+            }
+            let result = stdout.write_all(&self.line).and_then(|()| stdout.flush());
+            self.line.clear();
             result?;
         }
         Ok(piece.len())

@@ -189,8 +189,8 @@ fn text(content: &RawValue) -> String {
     if let Ok(text) = serde_json::from_str(content.get()) {
         return text;
     }
-    let parts: Vec<Part> = serde_json::from_str(content.get()).unwrap_or_default();
-    parts.into_iter().filter_map(|part| part.text).collect()
+    let parts: Vec<&RawValue> = serde_json::from_str(content.get()).unwrap_or_default();
+    parts.into_iter().filter_map(|part| serde_json::from_str::<Part>(part.get()).ok()?.text).collect()
 }
 
 /// The value where it is listened to, or null.

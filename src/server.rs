@@ -20,7 +20,8 @@ use crate::upstream::{Line, Upstream};
 /// A worker that answered waits so long for the connection's next question, before it gives the
 /// connection back: a client that asks again at once, as one under load does, costs no change of threads.
 const LINGER: Duration = Duration::from_millis(2);
-/// The same where the answer still waits for its commit: at first, and at most where the disk is slow.
+/// The same where the answer still waits for its commit. After that the disk is slow, and the worker looks
+/// now and then whether it is wanted elsewhere.
 const COMMIT: Duration = Duration::from_millis(5);
 const LONGEST_COMMIT: Duration = Duration::from_millis(100);
 /// How long the accept loop waits when descriptors or threads ran out.
@@ -111,17 +112,16 @@ impl Staff {
             if let Some(parting) = next.and_then(|errand| self.api.run(errand, line)) {
                 return self.part(connection, parting);
             }
-            let mut linger = if connection.is_answered() { LINGER } else { COMMIT };
             next = loop {
                 if self.workers.is_wanted() {
                     return self.receive(connection, None);
                 }
                 let answered = connection.is_answered();
-                match connection.next_call(&self.api, linger, true) {
+                match connection.next_call(&self.api, if answered { LINGER } else { COMMIT }, true) {
                     Turn::Call(call) if Api::suits_worker(&call) => break self.api.prepare(*call),
                     Turn::Call(call) => return self.receive(connection, Some(call)),
                     // The client does not ask again before it has its answer, and the disk may be slow.
-                    Turn::Quiet if !answered && !connection.has_unread() => linger = (2 * linger).min(LONGEST_COMMIT),
+                    Turn::Quiet if !answered => connection.await_answer(LONGEST_COMMIT),
                     Turn::Over if !connection.has_unread() => return,
                     Turn::Quiet | Turn::Over => return self.receive(connection, None),
                 }

@@ -208,16 +208,19 @@ impl Store {
         })
     }
 
+    /// Waits until the words so far are indexed, for a search, but not for long: where there is very much of
+    /// them, or the writer is in trouble, the newest pairs are not found.
+    pub fn await_index(&self) {
+        let (done, indexed) = handoff();
+        self.order(Order::Index(done));
+        let _ = indexed.take_within(config::DATABASE_BUSY);
+    }
+
     /// A key's pairs that have all of `words` in question or answer, best match first: of the newest 1,000
-    /// matches, or 4 MiB of them, those where the words are most of the text. Where much is to be indexed first,
-    /// the newest pairs are missing.
+    /// matches, or 4 MiB of them, those where the words are most of the text.
     pub fn search(&self, key: &str, words: &str, before: i64, limit: u32) -> Result<Vec<Exchange>, ApiError> {
         let words = wanted(words);
         let Some(query) = match_expression(key, &words, self.one_key) else { return Ok(Vec::new()) };
-        let (done, indexed) = handoff();
-        self.order(Order::Index(done));
-        // A writer in trouble must not keep what is indexed from being found.
-        let _ = indexed.take_within(config::DATABASE_BUSY);
         let mut found = self.read(|connection| {
             let mut search = connection.prepare_cached(include_str!("../sql/queries/search.sql"))?;
             bounded(search.query_map(params![query, before, key], exchange)?)

@@ -124,8 +124,11 @@ struct Answer {
 impl Answer {
     /// About how many bytes it has, with `text` bytes in the pair.
     fn size(&self, text: usize) -> usize {
-        // JSON writes a control character as six bytes.
-        self.as_it_came.as_ref().map_or(6 * text, |(body, _)| body.len())
+        let Some((body, headers)) = &self.as_it_came else {
+            // JSON writes a control character as six bytes.
+            return 6 * text;
+        };
+        body.len() + headers.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>()
     }
 
     /// Answers, with the pair by `send`.

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use percent_encoding::percent_decode_str;
 
@@ -40,6 +41,7 @@ impl Drop for Leaving<'_> {
 
 impl Pages {
     const MOST_MAKING: usize = 8;
+    const PATIENCE: Duration = Duration::from_secs(10);
     const LARGE: usize = 256 * 1024;
     /// With 4 MiB each, no more than 128 MiB.
     const MOST_LEAVING: usize = 32;
@@ -48,10 +50,16 @@ impl Pages {
         self.making.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn make(&self) -> Making<'_> {
+    /// A place among those, after a while if need be. Errs with 503 where there is none.
+    fn make(&self) -> Result<Making<'_>, ApiError> {
         let full = |making: &mut usize| *making >= Pages::MOST_MAKING;
-        *self.made.wait_while(self.lock(), full).unwrap_or_else(PoisonError::into_inner) += 1;
-        Making(self)
+        let waited = self.made.wait_timeout_while(self.lock(), Pages::PATIENCE, full);
+        let (mut making, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+        if waited.timed_out() {
+            return Err(ApiError::new(Code::Overloaded, "too many pages of history are being read; try again"));
+        }
+        *making += 1;
+        Ok(Making(self))
     }
 
     /// A place for this page, where it is large. Errs with 503 where there is none.
@@ -81,8 +89,13 @@ struct Wanted {
 pub fn history(api: &Api, request: &Request) -> Result<Reply, ApiError> {
     let key = request.key;
     let wanted = parse(request.query, api.config.history_limit)?;
-    let _place = api.pages.make();
-    let (items, next_before) = if wanted.words.trim().is_empty() {
+    let is_page = wanted.words.trim().is_empty();
+    if !is_page {
+        // Before the place is taken: others need not wait for this.
+        api.store.await_index();
+    }
+    let _place = api.pages.make()?;
+    let (items, next_before) = if is_page {
         let items = api.store.page(key, wanted.before, wanted.limit)?;
         // A page of large pairs may be shorter than asked for, so only another look tells whether this is
         // the end.

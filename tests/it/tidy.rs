@@ -18,7 +18,7 @@ const fn room(module: &'static str, layer: u8, crates: &'static [&'static str]) 
 
 /// The house. A module may use what stands on a lower layer, and nothing beside it but by `SIDEWAYS`.
 const HOUSE: &[Room] = &[
-    room("main", 6, &["log", "simplelog"]),
+    room("main", 6, &["log", "simplelog", "rustix"]),
     room("server", 5, &["log", "signal_hook", "rustix"]),
     room(
         "api",
