@@ -1375,6 +1375,73 @@ fn streams_that_were_left_in_the_queue_do_not_burn_the_processor() {
     assert!(used < 0.3, "{used} s of processor time in 1.5 s of doing nothing");
 }
 
+/// While the disk is slow, whoever waits for a commit sleeps, also where the next request is there already.
+#[test]
+fn answers_that_wait_for_their_commit_do_not_burn_the_processor() {
+    let proxy = Proxy::start();
+    let ask = post("/api/ask", &json!({"question": "Well?"})).bytes();
+    let last = head("GET /livez HTTP/1.1", "Connection: close\r\n");
+    let lock = proxy.database();
+    lock.execute_batch("BEGIN IMMEDIATE").expect("the lock is free");
+    let waiting: Vec<TcpStream> = (0..120)
+        .map(|number| {
+            let stream = plug_in(proxy.address);
+            let behind = [&last[..], &[&ask[..], &last].concat(), b"broken\r\n\r\n"][number % 3].to_vec();
+            throw(&stream, &[&[&ask[..], &behind].concat()]);
+            stream
+        })
+        .collect();
+    // Time itself is the matter.
+    std::thread::sleep(Duration::from_millis(400));
+    let before = proxy.processor_seconds();
+    std::thread::sleep(Duration::from_millis(1000));
+    let used = proxy.processor_seconds() - before;
+    lock.execute_batch("ROLLBACK").expect("the lock is given back");
+    assert!(used < 0.3, "{used} s of processor time in 1 s of waiting");
+    for (number, stream) in waiting.iter().enumerate() {
+        let answered = responses(&hear(stream).0);
+        let statuses: Vec<u16> = answered.iter().map(|response| response.status).collect();
+        let expected: &[u16] = [&[200, 200][..], &[200, 200, 200], &[200, 400]][number % 3];
+        assert_eq!(statuses, expected, "{number}");
+        assert!(answered[0].json()["question"] == "Well?", "{answered:?}");
+    }
+}
+
+/// A request that ends without an answer ends its connection: the next answer would be taken for its own.
+#[test]
+fn who_gives_up_a_question_gets_no_other_answer_for_it() {
+    let upstream = FakeUpstream::always(vec![Step::Silence]);
+    let proxy = Proxy::facing(&upstream).start();
+    let ask = post("/api/ask", &json!({"question": "Well?"})).bytes();
+    for calls in 1..4 {
+        let stream = plug_in(proxy.address);
+        throw(&stream, &[&[&ask[..], b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"].concat()]);
+        upstream.wait_for_calls(calls);
+        stream.shutdown(Shutdown::Write).expect("the connection is open");
+        let (heard, end) = hear(&stream);
+        assert!(heard.is_empty() && end != End::Open, "{:?}", String::from_utf8_lossy(&heard));
+    }
+}
+
+/// A client that sends on and on, and reads nothing meanwhile, is served all the same.
+#[test]
+fn a_thousand_questions_on_end_are_answered() {
+    let proxy = Proxy::start();
+    let ask = post("/api/ask", &json!({"question": "x".repeat(800)})).bytes();
+    let stream = plug_in(proxy.address);
+    let last = head("GET /livez HTTP/1.1", "Connection: close\r\n");
+    let heard = std::thread::scope(|scope| {
+        scope.spawn(|| throw(&stream, &[&ask.repeat(999), &last]));
+        hear(&stream).0
+    });
+    let answered = responses(&heard);
+    assert!(answered.iter().all(|response| response.status == 200));
+    // The server may end the connection with any answer, and then says so.
+    assert!(answered.last().is_some_and(|response| response.header("Connection").is_some()), "{} answers", answered.len());
+    assert!(!proxy.log().iter().any(|line| line.contains("client_gone")), "{} answers", answered.len());
+    eprintln!("{} of 1,000 in one connection", answered.len());
+}
+
 #[test]
 fn streams_that_fail_leave_no_descriptor_behind() {
     let gate = Gate::new();

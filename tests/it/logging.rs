@@ -1,12 +1,13 @@
 //! The log: one line a request, and no word of what was asked, answered or secret.
 
-use crate::support::client::{get, post, streaming};
+use crate::support::client::{Connection, get, post, streaming};
 use crate::support::eventually;
-use crate::support::proxy::{Proxy, UPSTREAM_KEY};
+use crate::support::proxy::{Proxy, Setup, UPSTREAM_KEY};
 use crate::support::upstream::{
     FakeUpstream, Step, answer, completion, delta, event, refusal, reply_json, stream_head, streamed,
 };
 use serde_json::json;
+use std::io::{BufRead, BufReader};
 
 /// The one line about the request with this id, once it is written.
 #[track_caller]
@@ -179,4 +180,31 @@ fn the_level_says_what_is_written() {
     proxy.get("/livez");
     eventually("a request is logged at info", || proxy.log().iter().any(|line| line.contains("/livez")));
     assert!(!proxy.log().iter().any(|line| line.contains("DEBUG") || line.contains("TRACE")));
+}
+
+/// Requests do not wait for whoever was to read the log.
+#[test]
+fn a_stdout_that_nobody_reads_costs_lines_and_no_answers() {
+    let setup = Setup::new();
+    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_ai-proxy"))
+        .current_dir(setup.folder())
+        .env_clear()
+        .envs([("PORT", "0"), ("DATABASE_PATH", "history.db"), ("MOCK_DELAY_MS", "0")])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    let mut stdout = BufReader::new(child.stdout.take().expect("stdout"));
+    let mut line = String::new();
+    stdout.read_line(&mut line).expect("a line");
+    let address = line.trim().rsplit("http://").next().and_then(|address| address.parse().ok()).expect("an address");
+    let asked = std::panic::catch_unwind(|| {
+        // A pipe takes 64 KiB by itself.
+        for number in 0..600 {
+            let question = post("/api/ask", &json!({"question": format!("Question {number}?")}));
+            assert_eq!(Connection::open(address).exchange(&question).status, 200, "{number}");
+        }
+    });
+    child.kill().expect("it runs");
+    child.wait().expect("it ends");
+    assert!(asked.is_ok());
 }
