@@ -115,6 +115,12 @@ impl<W: 'static> Pool<W> {
         state.queue.len() + state.promised + state.waiting > 0
     }
 
+    /// All threads that there may be are at work.
+    pub fn is_exhausted(&self) -> bool {
+        let state = self.shared.lock();
+        state.idle.is_empty() && state.threads >= self.shared.size
+    }
+
     /// How busy it is now.
     pub fn load(&self) -> Load {
         let state = self.shared.lock();

@@ -19,11 +19,11 @@ use crate::upstream::{Line, Upstream};
 
 /// A worker that answered waits so long for the connection's next question, before it gives the
 /// connection back: a client that asks again at once, as one under load does, costs no change of threads.
-const LINGER: Duration = Duration::from_millis(2);
-/// The same where the answer still waits for its commit. After that the disk is slow, and the worker looks
-/// now and then whether it is wanted elsewhere.
-const COMMIT: Duration = Duration::from_millis(5);
-const LONGEST_COMMIT: Duration = Duration::from_millis(100);
+const LINGER: Duration = Duration::from_millis(20);
+/// The same where there is no other worker for who comes meanwhile.
+const SHORT_LINGER: Duration = Duration::from_millis(2);
+/// After that the answer itself waits for a slow disk, and the worker looks now and then whether it is wanted.
+const SLOW_COMMIT: Duration = Duration::from_millis(100);
 /// How long the accept loop waits when descriptors or threads ran out.
 const EXHAUSTED: Duration = Duration::from_millis(50);
 
@@ -117,11 +117,12 @@ impl Staff {
                     return self.receive(connection, None);
                 }
                 let answered = connection.is_answered();
-                match connection.next_call(&self.api, if answered { LINGER } else { COMMIT }, true) {
+                let linger = if self.workers.is_exhausted() { SHORT_LINGER } else { LINGER };
+                match connection.next_call(&self.api, linger, true) {
                     Turn::Call(call) if Api::suits_worker(&call) => break self.api.prepare(*call),
                     Turn::Call(call) => return self.receive(connection, Some(call)),
                     // The client does not ask again before it has its answer, and the disk may be slow.
-                    Turn::Quiet if !answered => connection.await_answer(LONGEST_COMMIT),
+                    Turn::Quiet if !answered => connection.await_answer(SLOW_COMMIT),
                     Turn::Over if !connection.has_unread() => return,
                     Turn::Quiet | Turn::Over => return self.receive(connection, None),
                 }
