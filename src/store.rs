@@ -119,23 +119,8 @@ impl Store {
             fs::create_dir_all(folder).map_err(|e| failed(format!("its folder cannot be made: {e}; set DATABASE_PATH")))?;
         }
         let state = Arc::new(State::default());
-        let mut writer = Writer {
-            path: path.clone(),
-            sync: config.history_sync,
-            max_rows: config.history_max_rows,
-            max_days: config.history_max_days,
-            state: Arc::clone(&state),
-            metrics,
-            open: None,
-            last_write: Instant::now(),
-            rows: 0,
-            last_id: 0,
-            indexed: 0,
-            unindexed_bytes: 0,
-            searches: Vec::new(),
-            next_retention: Instant::now(),
-            next_forgetting: Instant::now(),
-        };
+        let mut writer = Writer::new(path.clone(), config.history_sync, Arc::clone(&state), metrics);
+        (writer.max_rows, writer.max_days) = (config.history_max_rows, config.history_max_days);
         writer.ready().map_err(|e| failed(advice(&e)))?;
         writer
             .write(|connection| connection.execute_batch(include_str!("../sql/queries/probe.sql")))
@@ -469,6 +454,27 @@ struct Writer {
 }
 
 impl Writer {
+    /// A writer that keeps everything and has not opened its database yet.
+    fn new(path: PathBuf, sync: Sync, state: Arc<State>, metrics: Arc<Metrics>) -> Writer {
+        Writer {
+            path,
+            sync,
+            max_rows: 0,
+            max_days: 0,
+            state,
+            metrics,
+            open: None,
+            last_write: Instant::now(),
+            rows: 0,
+            last_id: 0,
+            indexed: 0,
+            unindexed_bytes: 0,
+            searches: Vec::new(),
+            next_retention: Instant::now(),
+            next_forgetting: Instant::now(),
+        }
+    }
+
     fn run(mut self, inbox: &Receiver<Order>) {
         let mut batch = Vec::new();
         let mut quiet_since = Instant::now();
@@ -772,23 +778,7 @@ mod tests {
     /// A writer whose history is a file of its own.
     fn writer(name: &str) -> Writer {
         let path = std::env::temp_dir().join(format!("ai-proxy-{}-{name}.db", std::process::id()));
-        let mut writer = Writer {
-            path,
-            sync: Sync::Normal,
-            max_rows: 0,
-            max_days: 0,
-            state: Arc::default(),
-            metrics: Arc::new(Metrics::new(&[], &[])),
-            open: None,
-            last_write: Instant::now(),
-            rows: 0,
-            last_id: 0,
-            indexed: 0,
-            unindexed_bytes: 0,
-            searches: Vec::new(),
-            next_retention: Instant::now(),
-            next_forgetting: Instant::now(),
-        };
+        let mut writer = Writer::new(path, Sync::Normal, Arc::default(), Arc::new(Metrics::new(&[], &[])));
         assert!(writer.ready().is_ok());
         writer
     }
