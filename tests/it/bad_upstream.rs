@@ -12,6 +12,7 @@ use crate::support::{PATIENCE, eventually};
 use serde_json::{Value, json};
 use std::io::{BufReader, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -549,6 +550,12 @@ fn a_kept_connection_that_is_closed_at_any_moment_costs_no_client_an_error() {
         drop(stream);
     }
     fn reset(stream: TcpStream) {
+        // What is still on its way would be lost with the reset, and no answer of ours could be whole.
+        let mut unsent: libc::c_int = 1;
+        // SAFETY: the kernel writes one c_int to the given place.
+        while unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut unsent) } == 0 && unsent > 0 {
+            std::thread::yield_now();
+        }
         rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).expect("linger");
     }
     fn say_408(stream: TcpStream) {
