@@ -12,7 +12,6 @@ use crate::clock;
 use crate::config::MAX_ANSWER;
 use crate::error::{ApiError, Code, Header, add_headers};
 use crate::exchange::{Pair, Usage};
-use crate::handoff::handoff;
 use crate::http::{Responder, StreamWriter};
 use crate::openai::{self, Chat, NoAnswer, ToolCalls};
 use crate::store::Store;
@@ -323,7 +322,7 @@ pub fn run(
         match pump(&mut events, end, &mut draft) {
             Ok(done) => {
                 let streamed = draft.streamed();
-                if let Err(e) = keep(store, draft) {
+                if let Err(e) = store.keep(draft.into_pair(), None) {
                     return Ok(fail(&e, end, streamed));
                 }
                 // Where the client left in this very moment, its answer is complete all the same.
@@ -431,7 +430,7 @@ fn cut_short(e: ApiError, end: &ClientEnd, store: &Store, mut draft: Draft) -> R
     }
     draft.finish_reason = Some(if gone { "client_gone" } else { "upstream_error" }.to_string());
     let streamed = draft.streamed();
-    if let Err(e) = keep(store, draft) {
+    if let Err(e) = store.keep(draft.into_pair(), None) {
         log::warn!("a stream that was cut short is not in the history: {e}");
     }
     if gone {
@@ -442,14 +441,6 @@ fn cut_short(e: ApiError, end: &ClientEnd, store: &Store, mut draft: Draft) -> R
 
 fn fail(e: &ApiError, end: &ClientEnd, streamed: Streamed) -> Streamed {
     Streamed { bytes: end.fail(e), failure: Some(e.code), ..streamed }
-}
-
-/// Waits until the pair is committed.
-fn keep(store: &Store, draft: Draft) -> Result<(), ApiError> {
-    let (done, committed) = handoff();
-    store.append(draft.into_pair(), None, move |stored| drop(done.give(stored)));
-    let answer = committed.take().unwrap_or_else(|| Err(ApiError::new(Code::HistoryUnavailable, "the history is closed")));
-    answer.map(|_| ())
 }
 
 #[cfg(test)]

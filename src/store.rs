@@ -147,6 +147,13 @@ impl Store {
         self.order(Order::Append(Box::new(Arrival { pair, unique, then: Box::new(then) })));
     }
 
+    /// The same, and waits until it is committed.
+    pub fn keep(&self, pair: Pair, unique: Option<Unique>) -> Result<Exchange, ApiError> {
+        let (done, committed) = handoff();
+        self.append(pair, unique, move |stored| drop(done.give(stored)));
+        committed.take().unwrap_or_else(|| Err(unavailable()))
+    }
+
     /// What answered the request that this key sent with this `Idempotency-Key` within the last day.
     pub fn remembered(&self, key: &str, idempotency_key: &str) -> Result<Option<Remembered>, ApiError> {
         self.read(|connection| {
@@ -252,7 +259,7 @@ impl Store {
 }
 
 /// The error for a pair that cannot be kept or found.
-pub fn unavailable() -> ApiError {
+fn unavailable() -> ApiError {
     ApiError::new(Code::HistoryUnavailable, "the history cannot be written or read at the moment; the server's log says why")
 }
 

@@ -9,10 +9,9 @@ use super::{Api, Errand, Exit, Kind, Parting, Request};
 use crate::clock;
 use crate::error::{ApiError, Header};
 use crate::exchange::{Exchange, Pair, Question};
-use crate::handoff::handoff;
 use crate::http::Reply;
 use crate::openai::Chat;
-use crate::store::{Unique, unavailable};
+use crate::store::Unique;
 use crate::upstream::Line;
 
 /// A question on its way to the LLM, and what becomes of the answer.
@@ -102,9 +101,7 @@ impl Whole {
             });
             return None;
         }
-        let (done, committed) = handoff();
-        api.store.append(pair, unique, move |stored| drop(done.give(stored)));
-        answer.give(committed.take().unwrap_or_else(|| Err(unavailable())), Exit::send_or_part).flatten()
+        answer.give(api.store.keep(pair, unique), Exit::send_or_part).flatten()
     }
 
     /// Answers with an error.

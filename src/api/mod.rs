@@ -25,8 +25,7 @@ use subtle::ConstantTimeEq;
 
 use crate::config::{ApiKey, Config};
 use crate::error::{ApiError, Code, Header, add_headers};
-use crate::http::Head;
-use crate::http::{Call, Connections, Reply, Responder, Site};
+use crate::http::{Call, Connections, Head, Reply, Responder, Site};
 use crate::metrics::Metrics;
 use crate::pool::Pool;
 use crate::rate_limit::RateLimit;
@@ -200,8 +199,7 @@ impl Api {
 
     /// Runs an errand to its answer; returns the answer where the client may be slow to take it.
     pub fn run(&self, errand: Errand, line: &mut Line) -> Option<Parting> {
-        let waited = errand.since.elapsed();
-        self.metrics.queue_wait.observe(waited);
+        self.metrics.queue_wait.observe(errand.since.elapsed());
         match errand.kind {
             Kind::Whole(whole) => whole.run(self, line),
             Kind::Stream(stream) => {
