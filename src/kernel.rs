@@ -1,10 +1,9 @@
 //! What only the kernel knows or does, and neither std nor rustix offers: the descriptor of a socket that
-//! the HTTP library keeps to itself, how much was received on it, memory of a stack that is not in use.
+//! the HTTP library keeps to itself, whether a peer has taken what was sent, memory of a stack that is not in use.
 //! The only `unsafe` code of the program; knows no HTTP.
 //!
 //! Why the sockets: the library's parser has no limits, and its connection type does not let go of the
-//! socket. A second descriptor for the same socket lets us look at what has arrived (`MSG_PEEK`)
-//! before the library reads it.
+//! socket, so we read and write by a second descriptor for the same socket.
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
@@ -47,22 +46,11 @@ fn new_client(there: BorrowedFd, local: SocketAddr, known: &impl Fn(u64) -> bool
     let address: SocketAddr = rustix::net::getsockname(there).ok()?.try_into().ok()?;
     let cookie = rustix::net::sockopt::socket_cookie(there).ok().filter(|_| address.port() == local.port())?;
     // One that is about to be closed may be off the list already, but was sent an answer.
-    (!known(cookie) && counts(&there).ok()?.is_unused).then_some(cookie)
+    (!known(cookie) && is_unused(&there).ok()?).then_some(cookie)
 }
 
-/// What the kernel counts of a connection.
-#[derive(Clone, Copy)]
-pub struct Counts {
-    /// Bytes received since it was made, read by anybody or not.
-    pub received: u64,
-    /// The peer has taken all that was sent.
-    pub is_idle: bool,
-    /// Nothing was ever sent on it.
-    pub is_unused: bool,
-}
-
-/// The counts of this connection (`TCP_INFO`, tcp(7)).
-pub fn counts(stream: &impl AsFd) -> io::Result<Counts> {
+/// Nothing was ever sent on this connection (`TCP_INFO`, tcp(7)).
+fn is_unused(stream: &impl AsFd) -> io::Result<bool> {
     // SAFETY: tcp_info is plain numbers, for which all zeros is a value; the kernel writes at most
     // `len` bytes into it.
     let info = unsafe {
@@ -74,23 +62,15 @@ pub fn counts(stream: &impl AsFd) -> io::Result<Counts> {
         }
         info
     };
-    // The peer's FIN takes a place in the sequence numbers and so in this count.
-    const CLOSE_WAIT: u8 = 8;
-    let received = info.tcpi_bytes_received - u64::from(info.tcpi_state == CLOSE_WAIT);
-    let is_idle = info.tcpi_unacked == 0 && info.tcpi_notsent_bytes == 0;
-    Ok(Counts { received, is_idle, is_unused: info.tcpi_bytes_sent == 0 })
+    Ok(info.tcpi_bytes_sent == 0)
 }
 
-/// Makes the socket readable only when at least `bytes` wait in it (`SO_RCVLOWAT`, socket(7)), so that
-/// waiting for more than has been looked at does not spin.
-pub fn readable_from(stream: &TcpStream, bytes: usize) -> io::Result<()> {
-    let bytes = bytes.min(libc::c_int::MAX as usize) as libc::c_int;
-    // SAFETY: the kernel reads one c_int at the given place.
-    let result = unsafe {
-        let (place, len) = ((&raw const bytes).cast(), size_of::<libc::c_int>() as libc::socklen_t);
-        libc::setsockopt(stream.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVLOWAT, place, len)
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+/// The peer has taken all that was sent on this connection (`SIOCOUTQ`, tcp(7)); false where that is not known.
+pub fn is_idle(stream: &TcpStream) -> bool {
+    let mut unsent: libc::c_int = 0;
+    // SAFETY: the kernel writes one c_int at the given place.
+    let result = unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut unsent) };
+    result == 0 && unsent == 0
 }
 
 /// Gives the memory of this thread's stack below its present depth back to the system, but for a little.
@@ -126,34 +106,19 @@ mod tests {
     use std::net::TcpListener;
 
     #[test]
-    fn received_counts_bytes_read_and_unread_but_not_the_end() {
-        let received = |stream: &TcpStream| counts(stream).expect("TCP_INFO").received;
-        let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
-        let mut client = TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
-        let (mut server, _) = listener.accept().expect("accepted");
-        client.write_all(b"12345").expect("sent");
-        server.read_exact(&mut [0; 2]).expect("read");
-        assert_eq!(received(&server), 5);
-        drop(client);
-        let mut rest = Vec::new();
-        server.read_to_end(&mut rest).expect("read");
-        assert_eq!(received(&server), 5);
-    }
-
-    #[test]
     fn who_has_not_taken_what_was_sent_is_not_idle() {
         let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
         let mut client = TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
         let (mut server, _) = listener.accept().expect("accepted");
-        assert!(counts(&server).expect("TCP_INFO").is_idle);
+        assert!(is_idle(&server));
         server.set_nonblocking(true).expect("nonblocking");
         let mut sent = 0;
         while let Ok(written) = server.write(&[0; 4096]) {
             sent += written;
         }
-        assert!(!counts(&server).expect("TCP_INFO").is_idle);
+        assert!(!is_idle(&server));
         client.read_exact(&mut vec![0; sent]).expect("read");
-        while !counts(&server).expect("TCP_INFO").is_idle {
+        while !is_idle(&server) {
             std::thread::yield_now();
         }
     }

@@ -1,5 +1,5 @@
 //! A body in chunked coding (RFC 9112, section 7.1), decoded from pieces of any size. Pure: bytes in, body
-//! or verdict out. The library's own decoder takes signs, blanks and bare LFs, and collects a line for ever.
+//! or verdict out. tiny_http's own decoder takes signs, blanks and bare LFs, and collects a line for ever.
 
 use super::head::{self, MAX_HEAD};
 use super::too_large;
@@ -39,9 +39,9 @@ impl Decoder {
         Decoder { body: Vec::new(), limit, state: State::Size(0, false), line: 0, excess: 0 }
     }
 
-    /// Takes the next piece; true when the body is complete, and what follows it is not looked at. Errs with
-    /// 400 or 413, after which nothing more may be read from the connection.
-    pub fn push(&mut self, mut piece: &[u8]) -> Result<bool, ApiError> {
+    /// Takes the next piece; when the body is complete, returns what follows it. Errs with 400 or 413, after
+    /// which nothing more may be read from the connection.
+    pub fn push<'a>(&mut self, mut piece: &'a [u8]) -> Result<Option<&'a [u8]>, ApiError> {
         while self.state != State::Done && !piece.is_empty() {
             if let State::Data(left) = self.state {
                 let (now, rest) = piece.split_at(left.min(piece.len()));
@@ -53,7 +53,7 @@ impl Decoder {
                 piece = &piece[1..];
             }
         }
-        Ok(self.state == State::Done)
+        Ok((self.state == State::Done).then_some(piece))
     }
 
     /// The content so far.
@@ -121,7 +121,7 @@ mod tests {
         let mut decoder = Decoder::new(100);
         let mut done = false;
         for piece in pieces {
-            done = decoder.push(piece).map_err(|e| e.code.status())?;
+            done = decoder.push(piece).map_err(|e| e.code.status())?.is_some();
         }
         if done { Ok(decoder.into_body()) } else { Err(0) }
     }

@@ -198,7 +198,7 @@ pub fn dechunk(bytes: &[u8]) -> Option<(Vec<u8>, usize)> {
         }
         let size = usize::from_str_radix(std::str::from_utf8(size).ok()?, 16).ok()?;
         if size == 0 {
-            return bytes[at..].starts_with(b"\r\n").then_some((content, at + 2));
+            break;
         }
         let chunk = bytes.get(at..at.checked_add(size)?)?;
         at += size;
@@ -207,6 +207,19 @@ pub fn dechunk(bytes: &[u8]) -> Option<(Vec<u8>, usize)> {
         }
         at += 2;
         content.extend(chunk);
+    }
+    loop {
+        let line = bytes[at..].windows(2).position(|two| two == b"\r\n")?;
+        let line = &bytes[at..at + line];
+        at += line.len() + 2;
+        if line.is_empty() {
+            return Some((content, at));
+        }
+        let (name, value) = line.split_at(line.iter().position(|byte| *byte == b':')?);
+        let token = |byte: &u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(byte);
+        if name.is_empty() || !name.iter().all(token) || value.iter().any(|byte| byte.is_ascii_control() && *byte != b'\t') {
+            return None;
+        }
     }
 }
 

@@ -1,0 +1,306 @@
+//! The way back to a client: whole answers and streams, each request answered once. Knows nothing of how
+//! requests are read, or of what answers mean.
+
+use std::borrow::Cow;
+use std::io::{self, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use rustix::event::PollFlags;
+
+use super::{Listed, wait};
+use crate::config;
+use crate::error::Header;
+use crate::kernel;
+
+/// What became of a connection's answers.
+#[derive(Default)]
+pub struct Answers {
+    broken: AtomicBool,
+    pending: Mutex<Pending>,
+    answered: Condvar,
+}
+
+#[derive(Default)]
+struct Pending {
+    is_pending: bool,
+    is_awaited: bool,
+}
+
+impl Answers {
+    fn lock(&self) -> MutexGuard<'_, Pending> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An answer did not get through, or one will never come: nothing may follow.
+    pub fn is_broken(&self) -> bool {
+        self.broken.load(Ordering::Relaxed)
+    }
+
+    fn break_off(&self) {
+        self.broken.store(true, Ordering::Relaxed);
+    }
+
+    /// The last request is not answered yet: a worker goes on while the answer waits for its commit.
+    pub fn is_pending(&self) -> bool {
+        self.lock().is_pending
+    }
+
+    fn begin(&self) {
+        self.lock().is_pending = true;
+    }
+
+    fn end(&self) {
+        let mut pending = self.lock();
+        pending.is_pending = false;
+        // Waking costs a system call, also where nobody waits.
+        if std::mem::take(&mut pending.is_awaited) {
+            self.answered.notify_all();
+        }
+    }
+
+    /// Waits until the last request is answered, well or not, but no longer than this.
+    pub fn wait(&self, time: Duration) {
+        let mut pending = self.lock();
+        if pending.is_pending {
+            pending.is_awaited = true;
+            let waiting = |pending: &mut Pending| pending.is_pending;
+            drop(self.answered.wait_timeout_while(pending, time, waiting));
+        }
+    }
+}
+
+/// An answer that is known as a whole.
+pub struct Reply {
+    pub status: u16,
+    pub content_type: &'static str,
+    /// Further header fields.
+    pub headers: Vec<Header>,
+    pub body: Cow<'static, [u8]>,
+}
+
+impl Reply {
+    /// A JSON answer.
+    pub fn json(status: u16, body: impl Into<Vec<u8>>) -> Reply {
+        Reply { status, content_type: "application/json", headers: Vec::new(), body: Cow::Owned(body.into()) }
+    }
+}
+
+/// What a request asks of the form of its answer.
+pub struct Form {
+    /// In the older version, which knows no chunks.
+    pub http10: bool,
+    /// No body, as for HEAD.
+    pub head_only: bool,
+    /// The connection goes on after it.
+    pub keep: bool,
+}
+
+/// The right to answer one request, once.
+pub struct Responder {
+    stream: Arc<TcpStream>,
+    form: Form,
+    is_idle: bool,
+    id: String,
+    /// An answer was begun.
+    is_used: bool,
+    answers: Arc<Answers>,
+    /// Last, so that the connection is listed for as long as any part of it is open.
+    _listed: Arc<Listed>,
+}
+
+impl Drop for Responder {
+    fn drop(&mut self) {
+        // Without an answer the next one would be taken for it.
+        if !self.is_used {
+            self.answers.break_off();
+            let _ = self.stream.shutdown(Shutdown::Both);
+        }
+        self.answers.end();
+    }
+}
+
+impl Responder {
+    /// The right to answer the request with this id, which is pending from now on.
+    pub fn new(stream: Arc<TcpStream>, form: Form, id: String, answers: Arc<Answers>, listed: Arc<Listed>) -> Responder {
+        answers.begin();
+        let is_idle = form.keep && kernel::is_idle(&stream);
+        Responder { stream, form, is_idle, id, is_used: false, answers, _listed: listed }
+    }
+
+    /// For tests: the right to answer on this socket.
+    #[cfg(test)]
+    pub fn on(stream: TcpStream) -> Responder {
+        let listed = Arc::new(Listed { live: Arc::default(), cookie: 0 });
+        let form = Form { http10: false, head_only: false, keep: true };
+        Responder::new(Arc::new(stream), form, "test".to_string(), Arc::default(), listed)
+    }
+
+    /// The client's socket, to notice that it has gone.
+    pub fn client(&self) -> Arc<TcpStream> {
+        Arc::clone(&self.stream)
+    }
+
+    /// The client has hung up, as far as one can tell.
+    pub fn is_client_gone(&self) -> bool {
+        wait(&self.stream, PollFlags::RDHUP, Instant::now()).unwrap_or(true)
+    }
+
+    /// The client's socket has room for an answer of so many bytes, as far as one can tell.
+    pub fn has_room(&self, bytes: usize) -> bool {
+        const SMALL: usize = 32 * 1024;
+        bytes <= SMALL && wait(&self.stream, PollFlags::OUT, Instant::now()).is_ok_and(|room| room)
+    }
+
+    /// An answer of about so many bytes will not wait for the client, and the connection will go on after it.
+    pub fn takes_at_once(&self, bytes: usize) -> bool {
+        // Half of the smallest send buffer there is by default (tcp_wmem, tcp(7)).
+        const SMALL: usize = 8 * 1024;
+        self.is_idle && bytes <= SMALL
+    }
+
+    /// The client had taken all that was sent before its request, and the connection will go on after it.
+    pub fn is_idle(&self) -> bool {
+        self.is_idle
+    }
+
+    /// Sends the answer. Returns how many bytes of body went out; errs when the client did not take it.
+    pub fn send(mut self, reply: &Reply) -> io::Result<u64> {
+        // One write for most; what is large is not copied, since the client may be slow to take it.
+        const COPIED: usize = 64 * 1024;
+        let body: &[u8] = if self.form.head_only { b"" } else { &reply.body };
+        let mut bytes = self.head(reply.status, reply.content_type, &reply.headers, Some(reply.body.len()));
+        if body.len() <= COPIED {
+            bytes.extend_from_slice(body);
+            self.write(&bytes, None)?;
+        } else {
+            self.write(&bytes, None)?;
+            self.write(body, None)?;
+        }
+        Ok(body.len() as u64)
+    }
+
+    /// Begins an answer whose length is not known: `first` goes out together with the head.
+    pub fn stream(mut self, content_type: &'static str, headers: &[Header], first: &[u8]) -> (StreamWriter, io::Result<()>) {
+        let mut bytes = self.head(200, content_type, headers, None);
+        frame(&mut bytes, first, self.form.http10);
+        let result = self.write(&bytes, event_deadline());
+        let writer = StreamWriter { responder: self, frame: Vec::new(), sent: first.len() as u64 };
+        (writer, result)
+    }
+
+    fn head(&self, status: u16, content_type: &str, headers: &[Header], length: Option<usize>) -> Vec<u8> {
+        let mut head = Vec::with_capacity(256 + length.unwrap_or(1024));
+        let reason = tiny_http::StatusCode(status);
+        let reason = reason.default_reason_phrase();
+        let date = httpdate::fmt_http_date(SystemTime::now());
+        // Writing to a Vec cannot fail.
+        let _ = write!(head, "HTTP/1.1 {status} {reason}\r\nDate: {date}\r\nContent-Type: {content_type}\r\n");
+        // The upstream's own id stands in for ours where its answer is passed on.
+        if !headers.iter().any(|(name, _)| name.eq_ignore_ascii_case("x-request-id")) {
+            let _ = write!(head, "X-Request-Id: {}\r\n", self.id);
+        }
+        for (name, value) in headers {
+            let _ = write!(head, "{name}: {value}\r\n");
+        }
+        if let Some(length) = length {
+            let _ = write!(head, "Content-Length: {length}\r\n");
+        } else if !self.form.http10 {
+            head.extend_from_slice(b"Transfer-Encoding: chunked\r\n");
+        }
+        if !self.form.keep {
+            head.extend_from_slice(b"Connection: close\r\n");
+        }
+        head.extend_from_slice(b"\r\n");
+        head
+    }
+
+    /// Writes all of it; the client may take its time, as long as it takes anything within 30 s, or all of
+    /// it `until` then.
+    fn write(&mut self, mut bytes: &[u8], until: Option<Instant>) -> io::Result<()> {
+        self.is_used = true;
+        let mut write = || {
+            while !bytes.is_empty() {
+                match (&*self.stream).write(bytes) {
+                    Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                    Ok(written) => bytes = &bytes[written..],
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                    Err(e) => return Err(e),
+                }
+                if !bytes.is_empty() && until.is_some_and(|until| Instant::now() >= until) {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+            }
+            Ok(())
+        };
+        let result = write();
+        if result.is_err() {
+            self.answers.break_off();
+        }
+        result
+    }
+}
+
+fn frame(bytes: &mut Vec<u8>, piece: &[u8], http10: bool) {
+    if http10 {
+        bytes.extend_from_slice(piece);
+    } else if !piece.is_empty() {
+        let _ = write!(bytes, "{:x}\r\n", piece.len());
+        bytes.extend_from_slice(piece);
+        bytes.extend_from_slice(b"\r\n");
+    }
+}
+
+/// An answer under way, in chunked coding (RFC 9112, section 7.1) or, for HTTP/1.0, until close.
+pub struct StreamWriter {
+    responder: Responder,
+    frame: Vec<u8>,
+    sent: u64,
+}
+
+/// A worker waits while a stream's client takes a piece, so that has an end.
+fn event_deadline() -> Option<Instant> {
+    Some(Instant::now() + config::CLIENT_STALL)
+}
+
+impl StreamWriter {
+    /// The client's socket has room for a little more.
+    pub fn has_room(&self) -> bool {
+        self.responder.has_room(0)
+    }
+
+    /// Sends a piece at once, in one write. Errs when the client has gone or takes nothing.
+    pub fn write(&mut self, piece: &[u8]) -> io::Result<()> {
+        self.frame.clear();
+        frame(&mut self.frame, piece, self.responder.form.http10);
+        let frame = std::mem::take(&mut self.frame);
+        let result = self.responder.write(&frame, event_deadline());
+        self.frame = frame;
+        self.sent += piece.len() as u64;
+        result
+    }
+
+    /// Sends a last piece together with the end of the body. Returns the bytes of body sent in all.
+    pub fn finish(mut self, piece: &[u8]) -> io::Result<u64> {
+        self.frame.clear();
+        frame(&mut self.frame, piece, self.responder.form.http10);
+        if !self.responder.form.http10 {
+            self.frame.extend_from_slice(b"0\r\n\r\n");
+        }
+        let frame = std::mem::take(&mut self.frame);
+        self.responder.write(&frame, event_deadline()).map(|()| self.sent + piece.len() as u64)
+    }
+
+    /// Ends the connection instead of the body, so that the client cannot take what it got for whole.
+    pub fn abort(self) {
+        self.responder.answers.break_off();
+        let _ = self.responder.stream.shutdown(Shutdown::Both);
+    }
+
+    /// Bytes of body handed over so far.
+    pub fn sent(&self) -> u64 {
+        self.sent
+    }
+}
