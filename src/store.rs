@@ -25,10 +25,14 @@ const MIGRATIONS: &[&str] = &[
     include_str!("../sql/migrations/0001_history.sql"),
     include_str!("../sql/migrations/0002_idempotency.sql"),
     include_str!("../sql/migrations/0003_deletemerge.sql"),
+    include_str!("../sql/migrations/0004_ids.sql"),
 ];
 
 /// At most so many pairs in one transaction.
 const BATCH: usize = 1000;
+/// The journal is moved over when it has so many pages of 4 KiB: with SQLite's default of 1,000 one question in
+/// a hundred waits for that.
+const CHECKPOINT_PAGES: u32 = 4000;
 /// The writer does its housekeeping when nothing came for this long.
 const QUIET: Duration = Duration::from_millis(100);
 /// Housekeeping takes so many rows at a time, so that a new pair never waits long.
@@ -449,7 +453,7 @@ struct Writer {
     last_write: Instant,
     /// Rows in the table; kept only where their number is limited.
     rows: u64,
-    /// The newest row's id, and the last one whose words are indexed.
+    /// The last id that was given, and the last one whose words are indexed.
     last_id: i64,
     indexed: i64,
     /// What was appended since the start and is not indexed, in bytes of text.
@@ -545,10 +549,11 @@ impl Writer {
     /// Commits the pairs together, then does what follows for each.
     fn append(&mut self, batch: Vec<Arrival>) {
         let began = Instant::now();
+        let last_id = self.last_id;
         let bytes: usize = batch.iter().map(|arrival| arrival.pair.question.len() + arrival.pair.answer.len()).sum();
         let ids = self.attempt("written", |connection| {
             let mut append = connection.prepare_cached(include_str!("../sql/queries/append.sql"))?;
-            let mut ids = Vec::with_capacity(batch.len());
+            let mut ids: Vec<i64> = Vec::with_capacity(batch.len());
             for Arrival { pair, unique, .. } in &batch {
                 let tokens = |count: fn(&Usage) -> u64| pair.usage.as_ref().map(|usage| count(usage).min(i64::MAX as u64) as i64);
                 let id = append.insert(params![
@@ -562,6 +567,7 @@ impl Writer {
                     tokens(|u| u.completion_tokens),
                     tokens(|u| u.total_tokens),
                     pair.latency_ms as i64,
+                    ids.last().unwrap_or(&last_id),
                 ])?;
                 if let Some(Unique { key, path, request, response }) = unique {
                     let mut remember = connection.prepare_cached(include_str!("../sql/queries/remember.sql"))?;
@@ -602,15 +608,19 @@ impl Writer {
         if self.indexed >= self.last_id || self.state.failing.load(Ordering::Relaxed) {
             return false;
         }
+        let last_id = self.last_id;
         let done = self.attempt("indexed", |connection| {
-            let Some((up_to, bytes)) = bite(connection)? else { return Ok(None) };
+            let Some((up_to, bytes)) = bite(connection)? else {
+                // The newest rows were deleted before they were indexed; their ids are not given again.
+                connection.prepare_cached(include_str!("../sql/queries/indexed_up_to.sql"))?.execute([last_id])?;
+                return Ok(None);
+            };
             connection.prepare_cached(include_str!("../sql/queries/index_words.sql"))?.execute([up_to])?;
             connection.prepare_cached(include_str!("../sql/queries/indexed_up_to.sql"))?.execute([up_to])?;
             Ok(Some((up_to, bytes)))
         });
         if let Some(bitten) = done {
-            // The newest rows may have been deleted before they were indexed.
-            let (up_to, bytes) = bitten.unwrap_or((self.last_id, 0));
+            let (up_to, bytes) = bitten.unwrap_or((last_id, 0));
             self.indexed = up_to;
             self.unindexed_bytes = if up_to < self.last_id { (self.unindexed_bytes - bytes).max(0) } else { 0 };
         }
@@ -723,7 +733,8 @@ impl Writer {
             Sync::Normal => "NORMAL",
         };
         connection.execute_batch(&format!(
-            "PRAGMA synchronous = {synchronous}; PRAGMA cache_size = -2048; PRAGMA journal_size_limit = 67108864;"
+            "PRAGMA synchronous = {synchronous}; PRAGMA cache_size = -2048; PRAGMA journal_size_limit = 67108864;
+             PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES};"
         ))?;
         for (number, migration) in (1..).zip(MIGRATIONS).skip(version as usize) {
             let transaction = connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
@@ -784,7 +795,10 @@ mod tests {
 
     /// A writer whose history is a file of its own.
     fn writer(name: &str) -> Writer {
-        let path = std::env::temp_dir().join(format!("ai-proxy-{}-{name}.db", std::process::id()));
+        reopened(std::env::temp_dir().join(format!("ai-proxy-{}-{name}.db", std::process::id())))
+    }
+
+    fn reopened(path: PathBuf) -> Writer {
         let mut writer = Writer::new(path, Sync::Normal, Arc::default(), Arc::new(Metrics::new(&[], &[])));
         assert!(writer.ready().is_ok());
         writer
@@ -829,6 +843,49 @@ mod tests {
         let deleted = writer.write(|connection| connection.execute("DELETE FROM history WHERE id > 708", []));
         assert_eq!(deleted, Ok(10));
         assert!(writer.index() && !writer.index(), "nothing is left to do");
+        remove(writer);
+    }
+
+    #[test]
+    fn an_id_is_not_given_again_when_its_row_is_gone() {
+        let mut writer = writer("ids");
+        append(&mut writer, 3, 2);
+        let delete = |writer: &mut Writer| writer.write(|connection| connection.execute("DELETE FROM history", []));
+        assert_eq!(delete(&mut writer), Ok(3));
+        append(&mut writer, 2, 2);
+        assert_eq!(writer.last_id, 5);
+        assert_eq!(delete(&mut writer), Ok(2));
+        while writer.index() {}
+        let path = writer.path.clone();
+        writer.close();
+        let mut writer = reopened(path);
+        append(&mut writer, 1, 2);
+        assert_eq!(writer.last_id, 6, "nor after a restart");
+        let by_hand = "INSERT INTO history VALUES (9, '', '', '', '', '', NULL, NULL, NULL, NULL, 0)";
+        assert_eq!(writer.write(|connection| connection.execute(by_hand, [])), Ok(1));
+        append(&mut writer, 1, 2);
+        assert_eq!(writer.last_id, 10);
+        remove(writer);
+    }
+
+    #[test]
+    fn a_history_of_before_is_taken_over_with_its_ids() {
+        let path = std::env::temp_dir().join(format!("ai-proxy-{}-before.db", std::process::id()));
+        let before = Connection::open(&path).expect("a file");
+        for (number, migration) in (1..).zip(&MIGRATIONS[..3]) {
+            before.execute_batch(&format!("{migration}; PRAGMA user_version = {number}")).expect("a migration");
+        }
+        let row =
+            "INSERT INTO history (created_at, key_name, question, answer, model, latency_ms) VALUES ('', 'k', 'q', 'a', 'm', 1)";
+        before
+            .execute_batch(&format!("{row}; {row}; {row}; DELETE FROM history WHERE id = 3; UPDATE indexed SET up_to = 2"))
+            .expect("rows");
+        drop(before);
+        let mut writer = reopened(path);
+        append(&mut writer, 1, 2);
+        let ids = "SELECT group_concat(id ORDER BY id) FROM history";
+        let ids = writer.write(|connection| connection.query_row(ids, [], |row| row.get(0)));
+        assert_eq!(ids, Ok("1,2,4".to_string()));
         remove(writer);
     }
 

@@ -1,2 +1,2 @@
--- The newest row's id, and up to which row the words are indexed.
-SELECT coalesce((SELECT max(id) FROM history), 0), (SELECT up_to FROM indexed)
+-- The last id that was given, as far as it is known, and up to which row the words are indexed.
+SELECT max(coalesce((SELECT max(id) FROM history), 0), up_to), up_to FROM indexed

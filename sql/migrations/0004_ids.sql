@@ -1,0 +1,26 @@
+-- Ids without AUTOINCREMENT, whose bookkeeping costs a page more in each commit and a lone commit half of its
+-- time. That no id is used twice is the writer's business; see append.sql.
+UPDATE indexed
+SET up_to = max(up_to, (SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'history'))
+WHERE up_to >= (SELECT coalesce(max(id), 0) FROM history);
+
+-- One row for each question with its answer.
+CREATE TABLE history_with_ids (
+    id                INTEGER PRIMARY KEY, -- never used twice
+    created_at        TEXT    NOT NULL, -- when the answer was complete: RFC 3339, UTC, milliseconds
+    key_name          TEXT    NOT NULL, -- name of the client's key; 'anonymous' without keys
+    question          TEXT    NOT NULL,
+    answer            TEXT    NOT NULL, -- as far as it came
+    model             TEXT    NOT NULL, -- the model that answered, in the upstream's words
+    finish_reason     TEXT,             -- the upstream's word, 'client_gone' or 'upstream_error'
+    prompt_tokens     INTEGER,          -- tokens; null where the model counted none
+    completion_tokens INTEGER,          -- tokens
+    total_tokens      INTEGER,          -- tokens
+    latency_ms        INTEGER NOT NULL  -- milliseconds from the request to the complete answer
+) STRICT;
+INSERT INTO history_with_ids SELECT * FROM history;
+DROP TABLE history;
+ALTER TABLE history_with_ids RENAME TO history;
+
+-- A key's own pairs, newest first.
+CREATE INDEX history_by_key ON history (key_name, id);
