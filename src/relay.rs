@@ -322,7 +322,7 @@ pub fn run(
         match pump(&mut events, end, &mut draft) {
             Ok(done) => {
                 let streamed = draft.streamed();
-                if let Err(e) = store.keep(draft.into_pair(), None) {
+                if let Err(e) = store.keep(draft.into_pair(), None, false) {
                     return Ok(fail(&e, end, streamed));
                 }
                 // Where the client left in this very moment, its answer is complete all the same.
@@ -430,7 +430,7 @@ fn cut_short(e: ApiError, end: &ClientEnd, store: &Store, mut draft: Draft) -> R
     }
     draft.finish_reason = Some(if gone { "client_gone" } else { "upstream_error" }.to_string());
     let streamed = draft.streamed();
-    if let Err(e) = store.keep(draft.into_pair(), None) {
+    if let Err(e) = store.keep(draft.into_pair(), None, false) {
         log::warn!("a stream that was cut short is not in the history: {e}");
     }
     if gone {

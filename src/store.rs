@@ -1,54 +1,29 @@
-//! The door to the history, and the only file that names rusqlite: one thread writes, committing
+//! The door to the history, and the only file that names rusqlite: one connection writes, committing
 //! together what waits together; readers have connections of their own and never block it. Knows pairs
 //! and pages, nothing of HTTP or the LLM.
 
+mod writer;
+
 use std::fs;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{JoinHandle, Thread};
-use std::time::{Duration, Instant};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
-use crossbeam_channel::{Receiver, SendError, Sender, TryRecvError, unbounded};
 use rusqlite::{Connection, OpenFlags, Row, params};
 
-use crate::config::{self, Config, Sync};
+use crate::config::{self, Config};
 use crate::error::{ApiError, Code, StartError};
 use crate::exchange::{Exchange, Pair, Usage};
 use crate::handoff::{Giver, Nothing, handoff};
 use crate::metrics::Metrics;
+use writer::{Desk, Writer};
 
-/// Numbered from 1; the database's `user_version` is the number of the last one applied.
-const MIGRATIONS: &[&str] = &[
-    include_str!("../sql/migrations/0001_history.sql"),
-    include_str!("../sql/migrations/0002_idempotency.sql"),
-    include_str!("../sql/migrations/0003_deletemerge.sql"),
-    include_str!("../sql/migrations/0004_ids.sql"),
-];
-
-/// At most so many pairs in one transaction.
-const BATCH: usize = 1000;
-/// The journal is moved over when it has so many pages of 4 KiB: with SQLite's default of 1,000 one question in
-/// a hundred waits for that.
-const CHECKPOINT_PAGES: u32 = 4000;
-/// The writer does its housekeeping when nothing came for this long.
-const QUIET: Duration = Duration::from_millis(100);
-/// Housekeeping takes so many rows at a time, so that a new pair never waits long.
-const CHORE_ROWS: i64 = 500;
-/// The index takes no more bytes of text at a time, but at least one row.
-const CHORE_BYTES: i64 = 256 << 10;
-/// Words of more rows than this are not left for quiet times.
-const MOST_UNINDEXED: i64 = 200_000;
-/// The same in bytes of text.
-const MOST_UNINDEXED_BYTES: i64 = 64 << 20;
 /// So many words of a query count.
 const MOST_WORDS: usize = 32;
 /// And so many of its bytes, since FTS5 may see several words where we see one.
 const MOST_QUERY: usize = 512;
-/// How often retention looks at the clock.
-const RETENTION_TICK: Duration = Duration::from_secs(60);
 /// Read connections kept open.
 const READERS: usize = 4;
 /// How long `/readyz` waits for the writer.
@@ -93,15 +68,14 @@ enum Order {
 
 /// The history's front: cheap to share, safe to use from any thread.
 pub struct Store {
-    orders: Sender<Order>,
-    /// The writer sleeps where its inbox is empty; whoever fills it wakes it.
-    wake: Thread,
+    desk: Arc<Desk>,
     readers: Mutex<Vec<(u64, Connection)>>,
     path: PathBuf,
     state: Arc<State>,
     /// All pairs are one key's, but for those of keys that are no longer in use.
     one_key: bool,
-    writer: Mutex<Option<JoinHandle<()>>>,
+    /// The writer's own thread.
+    clerk: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// What the writer tells about itself.
@@ -125,36 +99,30 @@ impl Store {
         let state = Arc::new(State::default());
         let mut writer = Writer::new(path.clone(), config.history_sync, Arc::clone(&state), metrics);
         (writer.max_rows, writer.max_days) = (config.history_max_rows, config.history_max_days);
-        writer.ready().map_err(|e| failed(advice(&e)))?;
-        writer
-            .write(|connection| connection.execute_batch(include_str!("../sql/queries/probe.sql")))
-            .map_err(|e| failed(advice(&Trouble::Sql(e))))?;
-        let (orders, inbox) = unbounded();
-        let thread = std::thread::Builder::new().name("history".into()).spawn(move || writer.run(&inbox));
-        let thread = thread.map_err(|e| failed(format!("no thread for it: {e}")))?;
-        let wake = thread.thread().clone();
-        Ok(Store {
-            orders,
-            wake,
-            readers: Mutex::default(),
-            path,
-            state,
-            one_key: config.api_keys.len() <= 1,
-            writer: Mutex::new(Some(thread)),
-        })
+        writer.prove().map_err(failed)?;
+        let desk = Arc::new(Desk::new(writer));
+        let clerk = desk.staff().map_err(|e| failed(format!("no thread for it: {e}")))?;
+        let (readers, one_key, clerk) = (Mutex::default(), config.api_keys.len() <= 1, Mutex::new(Some(clerk)));
+        Ok(Store { desk, readers, path, state, one_key, clerk })
     }
 
-    /// Hands a pair over, with what is to be noted of a request that must not be asked twice. The writer calls
-    /// `then` when it is committed, or with the reason why it is not; what comes next waits meanwhile, so
-    /// `then` must be quick.
-    pub fn append(&self, pair: Pair, unique: Option<Unique>, then: impl FnOnce(Result<Exchange, ApiError>) + Send + 'static) {
-        self.order(Order::Append(Box::new(Arrival { pair, unique, then: Box::new(then) })));
+    /// Hands a pair over, with what is to be noted of a request that must not be asked twice. When it is
+    /// committed, or with the reason why it is not, `then` is called by whoever wrote it; what comes next waits
+    /// meanwhile, so `then` must be quick. `lead`: that may be the caller, where nobody else is writing.
+    pub fn append(
+        &self,
+        pair: Pair,
+        unique: Option<Unique>,
+        lead: bool,
+        then: impl FnOnce(Result<Exchange, ApiError>) + Send + 'static,
+    ) {
+        self.desk.order(Order::Append(Box::new(Arrival { pair, unique, then: Box::new(then) })), lead);
     }
 
     /// The same, and waits until it is committed.
-    pub fn keep(&self, pair: Pair, unique: Option<Unique>) -> Result<Exchange, ApiError> {
+    pub fn keep(&self, pair: Pair, unique: Option<Unique>, lead: bool) -> Result<Exchange, ApiError> {
         let (done, committed) = handoff();
-        self.append(pair, unique, move |stored| drop(done.give(stored)));
+        self.append(pair, unique, lead, move |stored| drop(done.give(stored)));
         committed.take().unwrap_or_else(|| Err(unavailable()))
     }
 
@@ -178,7 +146,7 @@ impl Store {
             return !self.state.failing.load(Ordering::Relaxed);
         }
         let (done, answer) = handoff();
-        self.order(Order::Probe(done));
+        self.desk.order(Order::Probe(done), false);
         answer.take_within(PROBE_WAIT).unwrap_or_else(|nothing| {
             if nothing == Nothing::Ever {
                 // The writer is gone, so nobody else would tell.
@@ -208,7 +176,7 @@ impl Store {
     /// them, or the writer is in trouble, the newest pairs are not found.
     pub fn await_index(&self) {
         let (done, indexed) = handoff();
-        self.order(Order::Index(done));
+        self.desk.order(Order::Index(done), false);
         let _ = indexed.take_within(config::DATABASE_BUSY);
     }
 
@@ -230,17 +198,10 @@ impl Store {
     /// Writes what was handed over, closes the database and ends the writer.
     pub fn close(&self) {
         self.readers.lock().unwrap_or_else(PoisonError::into_inner).clear();
-        self.order(Order::Close);
-        if let Some(writer) = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            let _ = writer.join();
+        self.desk.order(Order::Close, false);
+        if let Some(clerk) = self.clerk.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            let _ = clerk.join();
         }
-    }
-
-    fn order(&self, order: Order) {
-        if let Err(SendError(Order::Append(arrival))) = self.orders.send(order) {
-            (arrival.then)(Err(unavailable()));
-        }
-        self.wake.unpark();
     }
 
     fn read<T>(&self, query: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, ApiError> {
@@ -374,395 +335,6 @@ fn connect(path: &Path, flags: OpenFlags) -> rusqlite::Result<Connection> {
     Ok(connection)
 }
 
-/// Why the database is not ready.
-enum Trouble {
-    Sql(rusqlite::Error),
-    Newer(i64),
-}
-
-impl From<rusqlite::Error> for Trouble {
-    fn from(e: rusqlite::Error) -> Trouble {
-        Trouble::Sql(e)
-    }
-}
-
-/// The trouble in words, with what to do about it.
-fn advice(trouble: &Trouble) -> String {
-    use rusqlite::ErrorCode::{
-        CannotOpen, DatabaseBusy, DatabaseCorrupt, DatabaseLocked, DiskFull, NotADatabase, PermissionDenied, ReadOnly,
-        SystemIoFailure,
-    };
-    let e = match trouble {
-        Trouble::Newer(version) => {
-            return format!(
-                "it is of version {version}, made by a newer program than this one, which knows {}; run that program, or set DATABASE_PATH",
-                MIGRATIONS.len()
-            );
-        }
-        Trouble::Sql(e) => e,
-    };
-    let what = match e.sqlite_error_code() {
-        Some(CannotOpen | PermissionDenied | ReadOnly) => {
-            "it cannot be written; check the rights of file and folder, or set DATABASE_PATH"
-        }
-        Some(NotADatabase | DatabaseCorrupt) => {
-            "it is damaged or no SQLite database; move it away and start again, or restore a backup"
-        }
-        Some(DatabaseBusy | DatabaseLocked) => "another process holds its lock; end that process",
-        Some(DiskFull | SystemIoFailure) => "the disk is full or failing; make room",
-        _ => "it cannot be used",
-    };
-    format!("{what} ({e})")
-}
-
-/// The last of the rows that are indexed next, and the bytes of their texts; `None` where there are no rows.
-fn bite(connection: &Connection) -> rusqlite::Result<Option<(i64, i64)>> {
-    let mut next = connection.prepare_cached(include_str!("../sql/queries/index_next.sql"))?;
-    let mut rows = next.query([CHORE_ROWS])?;
-    let mut bite: Option<(i64, i64)> = None;
-    while let Some(row) = rows.next()? {
-        let bytes = row.get::<_, i64>(1)? + bite.map_or(0, |(_, bytes)| bytes);
-        if bite.is_some() && bytes > CHORE_BYTES {
-            break;
-        }
-        bite = Some((row.get(0)?, bytes));
-    }
-    Ok(bite)
-}
-
-/// A panic in what follows costs this one request, not the history.
-fn tell(then: Then, result: Result<Exchange, ApiError>) {
-    let _ = catch_unwind(AssertUnwindSafe(|| then(result)));
-}
-
-struct Open {
-    connection: Connection,
-    inode: u64,
-}
-
-/// The one thread that writes.
-struct Writer {
-    path: PathBuf,
-    sync: Sync,
-    max_rows: u64,
-    max_days: u64,
-    state: Arc<State>,
-    metrics: Arc<Metrics>,
-    /// `None` after a failure: what comes next opens the database anew.
-    open: Option<Open>,
-    last_write: Instant,
-    /// Rows in the table; kept only where their number is limited.
-    rows: u64,
-    /// The last id that was given, and the last one whose words are indexed.
-    last_id: i64,
-    indexed: i64,
-    /// What was appended since the start and is not indexed, in bytes of text.
-    unindexed_bytes: i64,
-    /// Searches that wait until the words up to a row are indexed.
-    searches: Vec<(i64, Giver<()>)>,
-    next_retention: Instant,
-    next_forgetting: Instant,
-}
-
-impl Writer {
-    /// A writer that keeps everything and has not opened its database yet.
-    fn new(path: PathBuf, sync: Sync, state: Arc<State>, metrics: Arc<Metrics>) -> Writer {
-        Writer {
-            path,
-            sync,
-            max_rows: 0,
-            max_days: 0,
-            state,
-            metrics,
-            open: None,
-            last_write: Instant::now(),
-            rows: 0,
-            last_id: 0,
-            indexed: 0,
-            unindexed_bytes: 0,
-            searches: Vec::new(),
-            next_retention: Instant::now(),
-            next_forgetting: Instant::now(),
-        }
-    }
-
-    fn run(mut self, inbox: &Receiver<Order>) {
-        let mut batch = Vec::new();
-        let mut quiet_since = Instant::now();
-        loop {
-            let order = match inbox.try_recv() {
-                Ok(Order::Append(arrival)) => {
-                    batch.push(*arrival);
-                    if batch.len() < BATCH {
-                        continue;
-                    }
-                    None
-                }
-                Ok(order) => Some(order),
-                Err(TryRecvError::Empty) => None,
-                Err(TryRecvError::Disconnected) => Some(Order::Close),
-            };
-            if !batch.is_empty() {
-                self.append(std::mem::take(&mut batch));
-                // What waited for quiet would never come under a steady load.
-                self.catch_up();
-                self.retain();
-                quiet_since = Instant::now();
-            } else if order.is_none() {
-                if self.searches.is_empty() && quiet_since.elapsed() < QUIET {
-                    std::thread::park_timeout(QUIET);
-                } else if !self.chores() {
-                    std::thread::park_timeout(RETENTION_TICK);
-                }
-            }
-            if order.is_some_and(|order| self.obey(order)) {
-                return self.close();
-            }
-            self.let_searches_go();
-        }
-    }
-
-    /// What waits for a quiet moment; true when there may be more to do.
-    fn chores(&mut self) -> bool {
-        self.forget_remembered();
-        self.index() | self.retain()
-    }
-
-    /// Does what is not an append; true when it was the last order.
-    fn obey(&mut self, order: Order) -> bool {
-        match order {
-            Order::Append(arrival) => self.append(vec![*arrival]),
-            Order::Probe(done) => {
-                let fresh = !self.state.failing.load(Ordering::Relaxed) && self.last_write.elapsed() < PROBE_WAIT;
-                let probe = include_str!("../sql/queries/probe.sql");
-                let fine =
-                    fresh && self.is_in_place() || self.attempt("probed", |connection| connection.execute_batch(probe)).is_some();
-                self.state.probing.store(false, Ordering::Relaxed);
-                let _ = done.give(fine);
-            }
-            Order::Index(done) => self.searches.push((self.last_id, done)),
-            Order::Close => return true,
-        }
-        false
-    }
-
-    /// Commits the pairs together, then does what follows for each.
-    fn append(&mut self, batch: Vec<Arrival>) {
-        let began = Instant::now();
-        let last_id = self.last_id;
-        let bytes: usize = batch.iter().map(|arrival| arrival.pair.question.len() + arrival.pair.answer.len()).sum();
-        let ids = self.attempt("written", |connection| {
-            let mut append = connection.prepare_cached(include_str!("../sql/queries/append.sql"))?;
-            let mut ids: Vec<i64> = Vec::with_capacity(batch.len());
-            for Arrival { pair, unique, .. } in &batch {
-                let tokens = |count: fn(&Usage) -> u64| pair.usage.as_ref().map(|usage| count(usage).min(i64::MAX as u64) as i64);
-                let id = append.insert(params![
-                    pair.created_at,
-                    &*pair.key,
-                    pair.question,
-                    pair.answer,
-                    pair.model,
-                    pair.finish_reason,
-                    tokens(|u| u.prompt_tokens),
-                    tokens(|u| u.completion_tokens),
-                    tokens(|u| u.total_tokens),
-                    pair.latency_ms as i64,
-                    ids.last().unwrap_or(&last_id),
-                ])?;
-                if let Some(Unique { key, path, request, response }) = unique {
-                    let mut remember = connection.prepare_cached(include_str!("../sql/queries/remember.sql"))?;
-                    remember.execute(params![&*pair.key, key, path, request, response, id])?;
-                }
-                ids.push(id);
-            }
-            Ok(ids)
-        });
-        match ids {
-            Some(ids) => {
-                self.metrics.history_commits.inc();
-                self.metrics.history_rows.add(ids.len() as u64);
-                self.metrics.history_batch_size.observe_value(ids.len() as f64);
-                self.metrics.history_commit.observe(began.elapsed());
-                self.rows += ids.len() as u64;
-                self.unindexed_bytes += bytes as i64;
-                self.last_id = ids.last().copied().unwrap_or(self.last_id);
-                for (arrival, id) in batch.into_iter().zip(ids) {
-                    tell(arrival.then, Ok(Exchange::new(id, arrival.pair)));
-                }
-            }
-            None => batch.into_iter().for_each(|arrival| tell(arrival.then, Err(unavailable()))),
-        }
-    }
-
-    /// Under a load that never pauses: one bite of the index after each batch where a search waits for it. Where
-    /// very much is not indexed, the more bites the more that is, so that it does not grow for ever.
-    fn catch_up(&mut self) {
-        let behind = ((self.last_id - self.indexed) / MOST_UNINDEXED).max(self.unindexed_bytes / MOST_UNINDEXED_BYTES);
-        for _ in 0..behind.max(i64::from(!self.searches.is_empty())) {
-            self.index();
-        }
-    }
-
-    /// Indexes the words of some rows, one bite; true when there may be more to do.
-    fn index(&mut self) -> bool {
-        if self.indexed >= self.last_id || self.state.failing.load(Ordering::Relaxed) {
-            return false;
-        }
-        let last_id = self.last_id;
-        let done = self.attempt("indexed", |connection| {
-            let Some((up_to, bytes)) = bite(connection)? else {
-                // The newest rows were deleted before they were indexed; their ids are not given again.
-                connection.prepare_cached(include_str!("../sql/queries/indexed_up_to.sql"))?.execute([last_id])?;
-                return Ok(None);
-            };
-            connection.prepare_cached(include_str!("../sql/queries/index_words.sql"))?.execute([up_to])?;
-            connection.prepare_cached(include_str!("../sql/queries/indexed_up_to.sql"))?.execute([up_to])?;
-            Ok(Some((up_to, bytes)))
-        });
-        if let Some(bitten) = done {
-            let (up_to, bytes) = bitten.unwrap_or((last_id, 0));
-            self.indexed = up_to;
-            self.unindexed_bytes = if up_to < self.last_id { (self.unindexed_bytes - bytes).max(0) } else { 0 };
-        }
-        done.is_some()
-    }
-
-    /// Tells the searches that miss nothing any more, and all of them where indexing fails. Who gave up waiting is
-    /// forgotten.
-    fn let_searches_go(&mut self) {
-        let failing = self.state.failing.load(Ordering::Relaxed);
-        // A giver that is dropped wakes who waits.
-        self.searches.retain(|(up_to, search)| *up_to > self.indexed && !failing && search.is_awaited());
-    }
-
-    /// Deletes some of what retention says has to go; true when there may be more to do.
-    fn retain(&mut self) -> bool {
-        let too_many = if self.max_rows > 0 { self.rows.saturating_sub(self.max_rows).min(CHORE_ROWS as u64) } else { 0 };
-        let look_at_age = self.max_days > 0 && Instant::now() >= self.next_retention;
-        if too_many == 0 && !look_at_age {
-            return false;
-        }
-        let max_days = self.max_days;
-        let forgotten = self.attempt("pruned", |connection| {
-            let mut last: Option<i64> = None;
-            if too_many > 0 {
-                last = connection
-                    .query_row(include_str!("../sql/queries/oldest_over_count.sql"), [too_many as i64], |row| row.get(0))?;
-            }
-            if look_at_age {
-                let query = include_str!("../sql/queries/oldest_over_age.sql");
-                let aged: Option<i64> = connection.query_row(query, [CHORE_ROWS, max_days as i64], |row| row.get(0))?;
-                last = last.max(aged);
-            }
-            let Some(last) = last else { return Ok(0) };
-            connection.prepare_cached(include_str!("../sql/queries/forget_words.sql"))?.execute([last])?;
-            connection.prepare_cached(include_str!("../sql/queries/forget.sql"))?.execute([last])
-        });
-        let forgotten = forgotten.unwrap_or(0) as u64;
-        self.rows = self.rows.saturating_sub(forgotten);
-        if look_at_age && forgotten < CHORE_ROWS as u64 {
-            self.next_retention = Instant::now() + RETENTION_TICK;
-        }
-        forgotten > 0
-    }
-
-    /// Drops old notes of requests that must not be asked twice.
-    fn forget_remembered(&mut self) {
-        if Instant::now() >= self.next_forgetting {
-            self.next_forgetting = Instant::now() + RETENTION_TICK;
-            self.attempt("pruned", |connection| connection.execute(include_str!("../sql/queries/forget_remembered.sql"), []));
-        }
-    }
-
-    /// Does `work` in one transaction. `None` where it failed, which is logged; the database is then
-    /// opened anew for the next.
-    fn attempt<T>(&mut self, what: &str, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Option<T> {
-        if !self.is_in_place() {
-            self.open = None;
-        }
-        let result = self.ready().and_then(|()| self.write(work).map_err(Trouble::Sql));
-        let failing = result.is_err();
-        if let Err(trouble) = &result {
-            log::error!("history cannot be {what}: {}", advice(trouble));
-            self.open = None;
-        }
-        if self.state.failing.swap(failing, Ordering::Relaxed) && !failing {
-            log::info!("history can be written again");
-        }
-        result.ok()
-    }
-
-    fn write<T>(&mut self, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
-        let Some(open) = &mut self.open else { return Err(rusqlite::Error::InvalidQuery) };
-        let connection = &open.connection;
-        // As cached statements: rusqlite's transactions parse their SQL anew each time.
-        connection.prepare_cached("BEGIN IMMEDIATE")?.execute([])?;
-        let result = work(connection).and_then(|result| {
-            connection.prepare_cached("COMMIT")?.execute([])?;
-            Ok(result)
-        });
-        match result {
-            Ok(_) => self.last_write = Instant::now(),
-            // Some errors have rolled back already; then this says so.
-            Err(_) => drop(connection.execute_batch("ROLLBACK")),
-        }
-        result
-    }
-
-    /// The open database is still the file at its path. What is written to a deleted file is lost.
-    fn is_in_place(&self) -> bool {
-        let inode = fs::metadata(&self.path).map(|file| file.ino()).ok();
-        self.open.as_ref().is_some_and(|open| Some(open.inode) == inode)
-    }
-
-    /// Opens and migrates the database where it is not open.
-    fn ready(&mut self) -> Result<(), Trouble> {
-        if self.open.is_some() {
-            return Ok(());
-        }
-        // Made before SQLite makes it, since what people ask is for the owner's eyes only.
-        let _ = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&self.path);
-        let mut connection = connect(&self.path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE)?;
-        let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
-        if version > MIGRATIONS.len() as i64 {
-            return Err(Trouble::Newer(version));
-        }
-        connection.query_row("PRAGMA journal_mode = wal", [], |_| Ok(()))?;
-        let synchronous = match self.sync {
-            Sync::Full => "FULL",
-            Sync::Normal => "NORMAL",
-        };
-        connection.execute_batch(&format!(
-            "PRAGMA synchronous = {synchronous}; PRAGMA cache_size = -2048; PRAGMA journal_size_limit = 67108864;
-             PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES};"
-        ))?;
-        for (number, migration) in (1..).zip(MIGRATIONS).skip(version as usize) {
-            let transaction = connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
-            transaction.execute_batch(migration)?;
-            transaction.pragma_update(None, "user_version", number)?;
-            transaction.commit()?;
-        }
-        if self.max_rows > 0 {
-            self.rows = connection.query_row(include_str!("../sql/queries/count.sql"), [], |row| row.get::<_, i64>(0))? as u64;
-        }
-        let progress = include_str!("../sql/queries/progress.sql");
-        (self.last_id, self.indexed) = connection.query_row(progress, [], |row| Ok((row.get(0)?, row.get(1)?)))?;
-        let inode = fs::metadata(&self.path).map(|file| file.ino()).unwrap_or(0);
-        self.open = Some(Open { connection, inode });
-        self.state.opening.fetch_add(1, Ordering::Relaxed);
-        Ok(())
-    }
-
-    fn close(self) {
-        if let Some(open) = self.open {
-            let _ = open.connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)");
-            if let Err((_, e)) = open.connection.close() {
-                log::error!("history was not closed cleanly: {e}");
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -791,156 +363,5 @@ mod tests {
     fn the_escaped_length_is_that_of_the_json() {
         let text: String = (0..=0x250).filter_map(char::from_u32).collect();
         assert_eq!(escaped_length(&text), serde_json::to_string(&text).expect("JSON").len() - 2);
-    }
-
-    /// A writer whose history is a file of its own.
-    fn writer(name: &str) -> Writer {
-        reopened(std::env::temp_dir().join(format!("ai-proxy-{}-{name}.db", std::process::id())))
-    }
-
-    fn reopened(path: PathBuf) -> Writer {
-        let mut writer = Writer::new(path, Sync::Normal, Arc::default(), Arc::new(Metrics::new(&[], &[])));
-        assert!(writer.ready().is_ok());
-        writer
-    }
-
-    fn remove(writer: Writer) {
-        let path = writer.path.clone();
-        writer.close();
-        fs::remove_file(path).expect("the file is there");
-    }
-
-    fn append(writer: &mut Writer, pairs: usize, bytes: usize) {
-        let arrival = |_| Arrival {
-            pair: Pair {
-                key: "anonymous".into(),
-                question: "w ".repeat(bytes / 2),
-                answer: String::new(),
-                model: String::new(),
-                finish_reason: None,
-                usage: None,
-                latency_ms: 0,
-                created_at: String::new(),
-            },
-            unique: None,
-            then: Box::new(|result| assert!(result.is_ok())),
-        };
-        writer.append((0..pairs).map(arrival).collect());
-    }
-
-    #[test]
-    fn a_bite_of_the_index_is_so_many_bytes_but_at_least_a_row() {
-        let mut writer = writer("bite");
-        append(&mut writer, 6, 100 << 10);
-        append(&mut writer, 2, 1 << 20);
-        append(&mut writer, 700, 2);
-        let mut steps = Vec::new();
-        while writer.index() {
-            steps.push(writer.indexed);
-        }
-        assert_eq!(steps, [2, 4, 6, 7, 8, 508, 708]);
-        append(&mut writer, 10, 2);
-        let deleted = writer.write(|connection| connection.execute("DELETE FROM history WHERE id > 708", []));
-        assert_eq!(deleted, Ok(10));
-        assert!(writer.index() && !writer.index(), "nothing is left to do");
-        remove(writer);
-    }
-
-    #[test]
-    fn an_id_is_not_given_again_when_its_row_is_gone() {
-        let mut writer = writer("ids");
-        append(&mut writer, 3, 2);
-        let delete = |writer: &mut Writer| writer.write(|connection| connection.execute("DELETE FROM history", []));
-        assert_eq!(delete(&mut writer), Ok(3));
-        append(&mut writer, 2, 2);
-        assert_eq!(writer.last_id, 5);
-        assert_eq!(delete(&mut writer), Ok(2));
-        while writer.index() {}
-        let path = writer.path.clone();
-        writer.close();
-        let mut writer = reopened(path);
-        append(&mut writer, 1, 2);
-        assert_eq!(writer.last_id, 6, "nor after a restart");
-        let by_hand = "INSERT INTO history VALUES (9, '', '', '', '', '', NULL, NULL, NULL, NULL, 0)";
-        assert_eq!(writer.write(|connection| connection.execute(by_hand, [])), Ok(1));
-        append(&mut writer, 1, 2);
-        assert_eq!(writer.last_id, 10);
-        remove(writer);
-    }
-
-    #[test]
-    fn a_history_of_before_is_taken_over_with_its_ids() {
-        let path = std::env::temp_dir().join(format!("ai-proxy-{}-before.db", std::process::id()));
-        let before = Connection::open(&path).expect("a file");
-        for (number, migration) in (1..).zip(&MIGRATIONS[..3]) {
-            before.execute_batch(&format!("{migration}; PRAGMA user_version = {number}")).expect("a migration");
-        }
-        let row =
-            "INSERT INTO history (created_at, key_name, question, answer, model, latency_ms) VALUES ('', 'k', 'q', 'a', 'm', 1)";
-        before
-            .execute_batch(&format!("{row}; {row}; {row}; DELETE FROM history WHERE id = 3; UPDATE indexed SET up_to = 2"))
-            .expect("rows");
-        drop(before);
-        let mut writer = reopened(path);
-        append(&mut writer, 1, 2);
-        let ids = "SELECT group_concat(id ORDER BY id) FROM history";
-        let ids = writer.write(|connection| connection.query_row(ids, [], |row| row.get(0)));
-        assert_eq!(ids, Ok("1,2,4".to_string()));
-        remove(writer);
-    }
-
-    #[test]
-    fn under_a_load_that_never_pauses_there_are_the_more_bites_the_more_is_not_indexed() {
-        let mut writer = writer("load");
-        append(&mut writer, 30, 100 << 10);
-        writer.catch_up();
-        assert_eq!(writer.indexed, 0, "that can wait");
-        let (search, _waits) = handoff();
-        writer.searches.push((30, search));
-        writer.catch_up();
-        assert_eq!(writer.indexed, 2, "a search cannot");
-        writer.unindexed_bytes = 3 * MOST_UNINDEXED_BYTES;
-        writer.catch_up();
-        assert_eq!(writer.indexed, 8);
-        writer.last_id = 8 + 4 * MOST_UNINDEXED;
-        writer.catch_up();
-        assert_eq!(writer.indexed, 16);
-        remove(writer);
-    }
-
-    #[test]
-    fn searches_go_on_when_they_miss_nothing_or_cannot_be_helped() {
-        let mut writer = writer("searches");
-        append(&mut writer, 3, 100 << 10);
-        let (early, late, gone) = (handoff(), handoff(), handoff());
-        writer.searches = vec![(2, early.0), (3, late.0), (3, gone.0)];
-        drop(gone.1);
-        writer.index();
-        writer.let_searches_go();
-        assert_eq!(early.1.take(), None);
-        assert_eq!(writer.searches.len(), 1, "who gave up is forgotten");
-        assert_eq!(late.1.take_within(Duration::ZERO), Err(Nothing::Yet));
-        writer.state.failing.store(true, Ordering::Relaxed);
-        writer.let_searches_go();
-        assert_eq!(late.1.take_within(Duration::ZERO), Err(Nothing::Ever));
-        remove(writer);
-    }
-
-    #[test]
-    fn a_writer_that_is_gone_is_not_writable() {
-        let (orders, _) = unbounded();
-        let store = Store {
-            orders,
-            wake: std::thread::current(),
-            readers: Mutex::default(),
-            path: PathBuf::new(),
-            state: Arc::default(),
-            one_key: true,
-            writer: Mutex::default(),
-        };
-        for _ in 0..3 {
-            assert!(!store.writable());
-        }
-        assert!(store.check().is_err(), "nobody pays for an answer that cannot be kept");
     }
 }

@@ -94,14 +94,16 @@ impl Whole {
         }
         let answer = Answer { exit: self.exit, turn, as_it_came: self.as_it_came.then_some((whole.body, whole.headers)) };
         let (question, text) = (pair.question.len(), pair.answer.len());
+        // Who is alone has nobody to share a commit with, and saves a change of threads.
+        let lead = api.in_flight() == 1;
         if answer.exit.responder.takes_at_once(answer.size(question + text)) {
             // No thread sleeps until the commit: that would cost every request two changes of threads more.
-            api.store.append(pair, unique, move |stored| {
+            api.store.append(pair, unique, lead, move |stored| {
                 answer.give(stored, Exit::send);
             });
             return None;
         }
-        answer.give(api.store.keep(pair, unique), Exit::send_or_part).flatten()
+        answer.give(api.store.keep(pair, unique, lead), Exit::send_or_part).flatten()
     }
 
     /// Answers with an error.

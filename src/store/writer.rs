@@ -1,0 +1,737 @@
+//! The writer of the history: commits together what waits together, and does the housekeeping: migrations, the
+//! index of words, retention, moving the journal. Knows rows and files, not who asks for them.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::thread::{self, JoinHandle, Thread};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use rusqlite::{Connection, OpenFlags, params};
+
+use super::{Arrival, Order, PROBE_WAIT, State, Then, Unique, connect, reader, unavailable};
+use crate::config::Sync;
+use crate::error::ApiError;
+use crate::exchange::{Exchange, Usage};
+use crate::handoff::Giver;
+use crate::metrics::Metrics;
+
+/// Numbered from 1; the database's `user_version` is the number of the last one applied.
+const MIGRATIONS: &[&str] = &[
+    include_str!("../../sql/migrations/0001_history.sql"),
+    include_str!("../../sql/migrations/0002_idempotency.sql"),
+    include_str!("../../sql/migrations/0003_deletemerge.sql"),
+    include_str!("../../sql/migrations/0004_ids.sql"),
+];
+
+const PROBE: &str = include_str!("../../sql/queries/probe.sql");
+/// At most so many pairs in one transaction.
+const BATCH: usize = 1000;
+/// The journal is moved over beside the writing when it has grown by about so many pages of 4 KiB: a question
+/// that waits for that waits 10 ms, and under load a fifth of the time goes there.
+const CHECKPOINT_PAGES: usize = 1000;
+/// Passive: it waits for nobody and nobody for it (<https://sqlite.org/pragma.html#pragma_wal_checkpoint>).
+const CHECKPOINT: &str = "PRAGMA wal_checkpoint(PASSIVE)";
+/// With so many pages the writer does not wait for that any more.
+const MOST_PAGES: usize = 4 * CHECKPOINT_PAGES;
+/// The writer does its housekeeping when nothing came for this long.
+const QUIET: Duration = Duration::from_millis(100);
+/// Housekeeping takes so many rows at a time, so that a new pair never waits long.
+const CHORE_ROWS: i64 = 500;
+/// The index takes no more bytes of text at a time, but at least one row.
+const CHORE_BYTES: i64 = 256 << 10;
+/// Words of more rows than this are not left for quiet times.
+const MOST_UNINDEXED: i64 = 200_000;
+/// The same in bytes of text.
+const MOST_UNINDEXED_BYTES: i64 = 64 << 20;
+/// How often retention looks at the clock.
+const RETENTION_TICK: Duration = Duration::from_secs(60);
+/// Why the database is not ready.
+enum Trouble {
+    Sql(rusqlite::Error),
+    Newer(i64),
+}
+
+impl From<rusqlite::Error> for Trouble {
+    fn from(e: rusqlite::Error) -> Trouble {
+        Trouble::Sql(e)
+    }
+}
+
+/// The trouble in words, with what to do about it.
+fn advice(trouble: &Trouble) -> String {
+    use rusqlite::ErrorCode::{
+        CannotOpen, DatabaseBusy, DatabaseCorrupt, DatabaseLocked, DiskFull, NotADatabase, PermissionDenied, ReadOnly,
+        SystemIoFailure,
+    };
+    let e = match trouble {
+        Trouble::Newer(version) => {
+            return format!(
+                "it is of version {version}, made by a newer program than this one, which knows {}; run that program, or set DATABASE_PATH",
+                MIGRATIONS.len()
+            );
+        }
+        Trouble::Sql(e) => e,
+    };
+    let what = match e.sqlite_error_code() {
+        Some(CannotOpen | PermissionDenied | ReadOnly) => {
+            "it cannot be written; check the rights of file and folder, or set DATABASE_PATH"
+        }
+        Some(NotADatabase | DatabaseCorrupt) => {
+            "it is damaged or no SQLite database; move it away and start again, or restore a backup"
+        }
+        Some(DatabaseBusy | DatabaseLocked) => "another process holds its lock; end that process",
+        Some(DiskFull | SystemIoFailure) => "the disk is full or failing; make room",
+        _ => "it cannot be used",
+    };
+    format!("{what} ({e})")
+}
+
+/// The last of the rows that are indexed next, and the bytes of their texts; `None` where there are no rows.
+fn bite(connection: &Connection) -> rusqlite::Result<Option<(i64, i64)>> {
+    let mut next = connection.prepare_cached(include_str!("../../sql/queries/index_next.sql"))?;
+    let mut rows = next.query([CHORE_ROWS])?;
+    let mut bite: Option<(i64, i64)> = None;
+    while let Some(row) = rows.next()? {
+        let bytes = row.get::<_, i64>(1)? + bite.map_or(0, |(_, bytes)| bytes);
+        if bite.is_some() && bytes > CHORE_BYTES {
+            break;
+        }
+        bite = Some((row.get(0)?, bytes));
+    }
+    Ok(bite)
+}
+
+/// The next commits try again, and say so when it is the disk.
+fn log_unmoved(moved: rusqlite::Result<()>) {
+    moved.unwrap_or_else(|e| log::debug!("the history's journal was not moved over: {e}"));
+}
+
+/// A panic in what follows costs this one request, not the history.
+fn tell(then: Then, result: Result<Exchange, ApiError>) {
+    let _ = catch_unwind(AssertUnwindSafe(|| then(result)));
+}
+
+/// Where the writer works. Whoever hands something over while nobody writes may do the writing, which costs no change
+/// of threads; what comes meanwhile, and the housekeeping, is its own thread's, the clerk's.
+pub struct Desk {
+    orders: Sender<Order>,
+    inbox: Receiver<Order>,
+    writer: Mutex<Writer>,
+    clerk: OnceLock<Thread>,
+    is_closed: AtomicBool,
+}
+
+impl Desk {
+    /// A desk without a clerk yet.
+    pub fn new(writer: Writer) -> Desk {
+        let (orders, inbox) = unbounded();
+        Desk { orders, inbox, writer: Mutex::new(writer), clerk: OnceLock::new(), is_closed: AtomicBool::new(false) }
+    }
+
+    /// Gives the desk its clerk, who works until an order to close. Errs where there is no thread for that.
+    pub fn staff(self: &Arc<Desk>) -> std::io::Result<JoinHandle<()>> {
+        let desk = Arc::clone(self);
+        let clerk = thread::Builder::new().name("history".into()).spawn(move || desk.attend())?;
+        self.clerk.get_or_init(|| clerk.thread().clone());
+        Ok(clerk)
+    }
+
+    /// Sees to it that the order is carried out, by this thread where it may `lead`.
+    pub fn order(&self, order: Order, lead: bool) {
+        // It fails only where there is no inbox any more.
+        let _ = self.orders.send(order);
+        // When the clerk has gone, nobody else would say so.
+        if !lead && !self.is_closed.load(Ordering::Relaxed) {
+            return self.wake();
+        }
+        let mut writer = match self.writer.try_lock() {
+            Ok(writer) => writer,
+            Err(TryLockError::Poisoned(e)) => e.into_inner(),
+            // Whoever writes looks again when done.
+            Err(TryLockError::WouldBlock) => return,
+        };
+        writer.work(&self.inbox);
+        let asleep = std::mem::take(&mut writer.is_clerk_asleep);
+        drop(writer);
+        if asleep || !self.inbox.is_empty() {
+            self.wake();
+        }
+    }
+
+    fn wake(&self) {
+        if let Some(clerk) = self.clerk.get() {
+            clerk.unpark();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Writer> {
+        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn attend(&self) {
+        loop {
+            // What a panic leaves behind, a transaction that is open, is an error of the next, which opens anew.
+            let rest = catch_unwind(AssertUnwindSafe(|| {
+                let mut writer = self.lock();
+                while writer.work(&self.inbox) {
+                    // What waits for quiet would never come under a steady load.
+                    writer.catch_up();
+                    writer.retain();
+                }
+                writer.housekeep()
+            }));
+            match rest {
+                Ok(Rest::For(time)) if self.inbox.is_empty() => thread::park_timeout(time),
+                Ok(Rest::For(_) | Rest::No) => {}
+                Ok(Rest::Forever) => return self.is_closed.store(true, Ordering::Relaxed),
+                Err(_) => thread::park_timeout(QUIET),
+            }
+        }
+    }
+}
+
+/// What the clerk may do after its work.
+enum Rest {
+    For(Duration),
+    /// Not at all: there may be more to do.
+    No,
+    Forever,
+}
+
+struct Open {
+    connection: Connection,
+    inode: u64,
+}
+
+/// The one connection that writes.
+pub struct Writer {
+    path: PathBuf,
+    sync: Sync,
+    /// What retention leaves; 0: all.
+    pub max_rows: u64,
+    pub max_days: u64,
+    state: Arc<State>,
+    metrics: Arc<Metrics>,
+    /// `None` after a failure: what comes next opens the database anew.
+    open: Option<Open>,
+    last_write: Instant,
+    last_order: Instant,
+    is_clerk_asleep: bool,
+    is_closed: bool,
+    /// About how many pages the journal has grown by since it was last moved over.
+    pages: usize,
+    checkpoint: Option<JoinHandle<()>>,
+    /// Rows in the table; kept only where their number is limited.
+    rows: u64,
+    /// The last id that was given, and the last one whose words are indexed.
+    last_id: i64,
+    indexed: i64,
+    /// What was appended since the start and is not indexed, in bytes of text.
+    unindexed_bytes: i64,
+    /// Searches that wait until the words up to a row are indexed.
+    searches: Vec<(i64, Giver<()>)>,
+    next_retention: Instant,
+    next_forgetting: Instant,
+}
+
+impl Writer {
+    /// A writer that keeps everything and has not opened its database yet.
+    pub fn new(path: PathBuf, sync: Sync, state: Arc<State>, metrics: Arc<Metrics>) -> Writer {
+        Writer {
+            path,
+            sync,
+            max_rows: 0,
+            max_days: 0,
+            state,
+            metrics,
+            open: None,
+            last_write: Instant::now(),
+            last_order: Instant::now(),
+            is_clerk_asleep: false,
+            is_closed: false,
+            pages: 0,
+            checkpoint: None,
+            rows: 0,
+            last_id: 0,
+            indexed: 0,
+            unindexed_bytes: 0,
+            searches: Vec::new(),
+            next_retention: Instant::now(),
+            next_forgetting: Instant::now(),
+        }
+    }
+
+    /// Opens and migrates the database, and shows that it can be written. Errs with what to do.
+    pub fn prove(&mut self) -> Result<(), String> {
+        self.ready().map_err(|e| advice(&e))?;
+        self.write(|connection| connection.execute_batch(PROBE)).map_err(|e| advice(&Trouble::Sql(e)))
+    }
+
+    /// Does what waits, at most a batch of pairs and one other order; false: nothing did.
+    fn work(&mut self, inbox: &Receiver<Order>) -> bool {
+        let mut batch = Vec::new();
+        let mut other = None;
+        while batch.len() < BATCH && other.is_none() {
+            match inbox.try_recv() {
+                Ok(Order::Append(arrival)) => batch.push(*arrival),
+                Ok(order) => other = Some(order),
+                Err(_) => break,
+            }
+        }
+        if batch.is_empty() && other.is_none() {
+            return false;
+        }
+        self.last_order = Instant::now();
+        if !batch.is_empty() {
+            self.append(batch);
+        }
+        match other {
+            Some(Order::Probe(done)) => self.probe(done),
+            Some(Order::Index(done)) => self.searches.push((self.last_id, done)),
+            Some(Order::Close) => self.close(),
+            Some(Order::Append(_)) | None => {}
+        }
+        self.let_searches_go();
+        true
+    }
+
+    /// What waits for a quiet moment.
+    fn housekeep(&mut self) -> Rest {
+        if self.is_closed {
+            return Rest::Forever;
+        }
+        let is_quiet = self.last_order.elapsed() >= QUIET;
+        let more = match is_quiet || !self.searches.is_empty() {
+            true => {
+                self.forget_remembered();
+                self.index() | self.retain()
+            }
+            false => {
+                self.catch_up();
+                self.retain()
+            }
+        };
+        self.let_searches_go();
+        // Who writes meanwhile wakes a clerk who would sleep for long.
+        self.is_clerk_asleep = is_quiet && !more;
+        match more {
+            true => Rest::No,
+            false if is_quiet => Rest::For(RETENTION_TICK),
+            false => Rest::For(QUIET),
+        }
+    }
+
+    fn probe(&mut self, done: Giver<bool>) {
+        let fresh = !self.state.failing.load(Ordering::Relaxed) && self.last_write.elapsed() < PROBE_WAIT;
+        let fine = fresh && self.is_in_place() || self.attempt("probed", |connection| connection.execute_batch(PROBE)).is_some();
+        self.state.probing.store(false, Ordering::Relaxed);
+        let _ = done.give(fine);
+    }
+
+    /// Commits the pairs together, then does what follows for each.
+    fn append(&mut self, batch: Vec<Arrival>) {
+        let began = Instant::now();
+        let last_id = self.last_id;
+        let bytes: usize = batch.iter().map(|arrival| arrival.pair.question.len() + arrival.pair.answer.len()).sum();
+        let ids = self.attempt("written", |connection| {
+            let mut append = connection.prepare_cached(include_str!("../../sql/queries/append.sql"))?;
+            let mut ids: Vec<i64> = Vec::with_capacity(batch.len());
+            for Arrival { pair, unique, .. } in &batch {
+                let tokens = |count: fn(&Usage) -> u64| pair.usage.as_ref().map(|usage| count(usage).min(i64::MAX as u64) as i64);
+                let id = append.insert(params![
+                    pair.created_at,
+                    &*pair.key,
+                    pair.question,
+                    pair.answer,
+                    pair.model,
+                    pair.finish_reason,
+                    tokens(|u| u.prompt_tokens),
+                    tokens(|u| u.completion_tokens),
+                    tokens(|u| u.total_tokens),
+                    pair.latency_ms as i64,
+                    ids.last().unwrap_or(&last_id),
+                ])?;
+                if let Some(Unique { key, path, request, response }) = unique {
+                    let mut remember = connection.prepare_cached(include_str!("../../sql/queries/remember.sql"))?;
+                    remember.execute(params![&*pair.key, key, path, request, response, id])?;
+                }
+                ids.push(id);
+            }
+            Ok(ids)
+        });
+        match ids {
+            Some(ids) => {
+                self.metrics.history_commits.inc();
+                self.metrics.history_rows.add(ids.len() as u64);
+                self.metrics.history_batch_size.observe_value(ids.len() as f64);
+                self.metrics.history_commit.observe(began.elapsed());
+                self.rows += ids.len() as u64;
+                self.unindexed_bytes += bytes as i64;
+                self.last_id = ids.last().copied().unwrap_or(self.last_id);
+                let rows = ids.len();
+                for (arrival, id) in batch.into_iter().zip(ids) {
+                    tell(arrival.then, Ok(Exchange::new(id, arrival.pair)));
+                }
+                self.grew(rows, bytes);
+            }
+            None => batch.into_iter().for_each(|arrival| tell(arrival.then, Err(unavailable()))),
+        }
+    }
+
+    /// After a commit of so many rows and bytes of text: has the journal moved over beside the writing where it is time.
+    fn grew(&mut self, rows: usize, bytes: usize) {
+        const PAGE: usize = 4096;
+        self.pages += 3 + rows / 8 + 2 * bytes / PAGE;
+        if self.checkpoint.take_if(|running| running.is_finished()).is_some() {
+            // What came meanwhile is little, and the journal begins anew only when all of it is moved.
+            let moved = self.open.as_ref().map(|open| open.connection.query_row(CHECKPOINT, [], |_| Ok(())));
+            log_unmoved(moved.unwrap_or(Ok(())));
+        } else if self.pages >= CHECKPOINT_PAGES && self.checkpoint.is_none() {
+            self.pages = 0;
+            let path = self.path.clone();
+            let checkpoint = thread::Builder::new().name("checkpoint".into()).spawn(move || {
+                log_unmoved(reader(&path).and_then(|connection| connection.query_row(CHECKPOINT, [], |_| Ok(()))));
+            });
+            self.checkpoint = checkpoint.ok();
+        }
+    }
+
+    /// Under a load that never pauses: one bite of the index after each batch where a search waits for it. Where
+    /// very much is not indexed, the more bites the more that is, so that it does not grow for ever.
+    fn catch_up(&mut self) {
+        let behind = ((self.last_id - self.indexed) / MOST_UNINDEXED).max(self.unindexed_bytes / MOST_UNINDEXED_BYTES);
+        for _ in 0..behind.max(i64::from(!self.searches.is_empty())) {
+            self.index();
+        }
+    }
+
+    /// Indexes the words of some rows, one bite; true when there may be more to do.
+    fn index(&mut self) -> bool {
+        if self.indexed >= self.last_id || self.state.failing.load(Ordering::Relaxed) {
+            return false;
+        }
+        let last_id = self.last_id;
+        let done = self.attempt("indexed", |connection| {
+            let Some((up_to, bytes)) = bite(connection)? else {
+                // The newest rows were deleted before they were indexed; their ids are not given again.
+                connection.prepare_cached(include_str!("../../sql/queries/indexed_up_to.sql"))?.execute([last_id])?;
+                return Ok(None);
+            };
+            connection.prepare_cached(include_str!("../../sql/queries/index_words.sql"))?.execute([up_to])?;
+            connection.prepare_cached(include_str!("../../sql/queries/indexed_up_to.sql"))?.execute([up_to])?;
+            Ok(Some((up_to, bytes)))
+        });
+        if let Some(bitten) = done {
+            let (up_to, bytes) = bitten.unwrap_or((last_id, 0));
+            self.grew(0, 2 * bytes as usize);
+            self.indexed = up_to;
+            self.unindexed_bytes = if up_to < self.last_id { (self.unindexed_bytes - bytes).max(0) } else { 0 };
+        }
+        done.is_some()
+    }
+
+    /// Tells the searches that miss nothing any more, and all of them where indexing fails. Who gave up waiting is
+    /// forgotten.
+    fn let_searches_go(&mut self) {
+        let failing = self.state.failing.load(Ordering::Relaxed);
+        // A giver that is dropped wakes who waits.
+        self.searches.retain(|(up_to, search)| *up_to > self.indexed && !failing && search.is_awaited());
+    }
+
+    /// Deletes some of what retention says has to go; true when there may be more to do.
+    fn retain(&mut self) -> bool {
+        let too_many = if self.max_rows > 0 { self.rows.saturating_sub(self.max_rows).min(CHORE_ROWS as u64) } else { 0 };
+        let look_at_age = self.max_days > 0 && Instant::now() >= self.next_retention;
+        if too_many == 0 && !look_at_age {
+            return false;
+        }
+        let max_days = self.max_days;
+        let forgotten = self.attempt("pruned", |connection| {
+            let mut last: Option<i64> = None;
+            if too_many > 0 {
+                last =
+                    connection.query_row(include_str!("../../sql/queries/oldest_over_count.sql"), [too_many as i64], |row| {
+                        row.get(0)
+                    })?;
+            }
+            if look_at_age {
+                let query = include_str!("../../sql/queries/oldest_over_age.sql");
+                let aged: Option<i64> = connection.query_row(query, [CHORE_ROWS, max_days as i64], |row| row.get(0))?;
+                last = last.max(aged);
+            }
+            let Some(last) = last else { return Ok(0) };
+            connection.prepare_cached(include_str!("../../sql/queries/forget_words.sql"))?.execute([last])?;
+            connection.prepare_cached(include_str!("../../sql/queries/forget.sql"))?.execute([last])
+        });
+        let forgotten = forgotten.unwrap_or(0) as u64;
+        self.rows = self.rows.saturating_sub(forgotten);
+        if look_at_age && forgotten < CHORE_ROWS as u64 {
+            self.next_retention = Instant::now() + RETENTION_TICK;
+        }
+        forgotten > 0
+    }
+
+    /// Drops old notes of requests that must not be asked twice.
+    fn forget_remembered(&mut self) {
+        if Instant::now() >= self.next_forgetting {
+            self.next_forgetting = Instant::now() + RETENTION_TICK;
+            self.attempt("pruned", |connection| connection.execute(include_str!("../../sql/queries/forget_remembered.sql"), []));
+        }
+    }
+
+    /// Does `work` in one transaction. `None` where it failed, which is logged; the database is then
+    /// opened anew for the next.
+    fn attempt<T>(&mut self, what: &str, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Option<T> {
+        if !self.is_in_place() {
+            self.open = None;
+        }
+        let result = self.ready().and_then(|()| self.write(work).map_err(Trouble::Sql));
+        let failing = result.is_err();
+        if let Err(trouble) = &result {
+            log::error!("history cannot be {what}: {}", advice(trouble));
+            self.open = None;
+        }
+        if self.state.failing.swap(failing, Ordering::Relaxed) && !failing {
+            log::info!("history can be written again");
+        }
+        result.ok()
+    }
+
+    fn write<T>(&mut self, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
+        let Some(open) = &mut self.open else { return Err(rusqlite::Error::InvalidQuery) };
+        let connection = &open.connection;
+        // As cached statements: rusqlite's transactions parse their SQL anew each time.
+        connection.prepare_cached("BEGIN IMMEDIATE")?.execute([])?;
+        let result = work(connection).and_then(|result| {
+            connection.prepare_cached("COMMIT")?.execute([])?;
+            Ok(result)
+        });
+        match result {
+            Ok(_) => self.last_write = Instant::now(),
+            // Some errors have rolled back already; then this says so.
+            Err(_) => drop(connection.execute_batch("ROLLBACK")),
+        }
+        result
+    }
+
+    /// The open database is still the file at its path. What is written to a deleted file is lost.
+    fn is_in_place(&self) -> bool {
+        let inode = fs::metadata(&self.path).map(|file| file.ino()).ok();
+        self.open.as_ref().is_some_and(|open| Some(open.inode) == inode)
+    }
+
+    /// Opens and migrates the database where it is not open.
+    fn ready(&mut self) -> Result<(), Trouble> {
+        if self.open.is_some() {
+            return Ok(());
+        }
+        if self.is_closed {
+            return Err(Trouble::Sql(rusqlite::Error::InvalidQuery));
+        }
+        // Made before SQLite makes it, since what people ask is for the owner's eyes only.
+        let _ = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&self.path);
+        let mut connection = connect(&self.path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE)?;
+        let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+        if version > MIGRATIONS.len() as i64 {
+            return Err(Trouble::Newer(version));
+        }
+        connection.query_row("PRAGMA journal_mode = wal", [], |_| Ok(()))?;
+        let synchronous = match self.sync {
+            Sync::Full => "FULL",
+            Sync::Normal => "NORMAL",
+        };
+        connection.execute_batch(&format!(
+            "PRAGMA synchronous = {synchronous}; PRAGMA cache_size = -2048; PRAGMA journal_size_limit = 67108864;
+             PRAGMA wal_autocheckpoint = {MOST_PAGES};"
+        ))?;
+        for (number, migration) in (1..).zip(MIGRATIONS).skip(version as usize) {
+            let transaction = connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+            transaction.execute_batch(migration)?;
+            transaction.pragma_update(None, "user_version", number)?;
+            transaction.commit()?;
+        }
+        if self.max_rows > 0 {
+            self.rows = connection.query_row(include_str!("../../sql/queries/count.sql"), [], |row| row.get::<_, i64>(0))? as u64;
+        }
+        let progress = include_str!("../../sql/queries/progress.sql");
+        (self.last_id, self.indexed) = connection.query_row(progress, [], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        let inode = fs::metadata(&self.path).map(|file| file.ino()).unwrap_or(0);
+        self.open = Some(Open { connection, inode });
+        self.state.opening.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn close(&mut self) {
+        self.is_closed = true;
+        if let Some(running) = self.checkpoint.take() {
+            let _ = running.join();
+        }
+        if let Some(open) = self.open.take() {
+            let _ = open.connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)");
+            if let Err((_, e)) = open.connection.close() {
+                log::error!("history was not closed cleanly: {e}");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Pair;
+    use super::*;
+    use crate::handoff::{Nothing, handoff};
+
+    /// A writer whose history is a file of its own.
+    fn writer(name: &str) -> Writer {
+        reopened(std::env::temp_dir().join(format!("ai-proxy-{}-{name}.db", std::process::id())))
+    }
+
+    fn reopened(path: PathBuf) -> Writer {
+        let mut writer = Writer::new(path, Sync::Normal, Arc::default(), Arc::new(Metrics::new(&[], &[])));
+        assert!(writer.ready().is_ok());
+        writer
+    }
+
+    fn remove(mut writer: Writer) {
+        let path = writer.path.clone();
+        writer.close();
+        fs::remove_file(path).expect("the file is there");
+    }
+
+    fn append(writer: &mut Writer, pairs: usize, bytes: usize) {
+        let arrival = |_| Arrival {
+            pair: Pair {
+                key: "anonymous".into(),
+                question: "w ".repeat(bytes / 2),
+                answer: String::new(),
+                model: String::new(),
+                finish_reason: None,
+                usage: None,
+                latency_ms: 0,
+                created_at: String::new(),
+            },
+            unique: None,
+            then: Box::new(|result| assert!(result.is_ok())),
+        };
+        writer.append((0..pairs).map(arrival).collect());
+    }
+
+    #[test]
+    fn a_bite_of_the_index_is_so_many_bytes_but_at_least_a_row() {
+        let mut writer = writer("bite");
+        append(&mut writer, 6, 100 << 10);
+        append(&mut writer, 2, 1 << 20);
+        append(&mut writer, 700, 2);
+        let mut steps = Vec::new();
+        while writer.index() {
+            steps.push(writer.indexed);
+        }
+        assert_eq!(steps, [2, 4, 6, 7, 8, 508, 708]);
+        append(&mut writer, 10, 2);
+        let deleted = writer.write(|connection| connection.execute("DELETE FROM history WHERE id > 708", []));
+        assert_eq!(deleted, Ok(10));
+        assert!(writer.index() && !writer.index(), "nothing is left to do");
+        remove(writer);
+    }
+
+    #[test]
+    fn an_id_is_not_given_again_when_its_row_is_gone() {
+        let mut writer = writer("ids");
+        append(&mut writer, 3, 2);
+        let delete = |writer: &mut Writer| writer.write(|connection| connection.execute("DELETE FROM history", []));
+        assert_eq!(delete(&mut writer), Ok(3));
+        append(&mut writer, 2, 2);
+        assert_eq!(writer.last_id, 5);
+        assert_eq!(delete(&mut writer), Ok(2));
+        while writer.index() {}
+        let path = writer.path.clone();
+        writer.close();
+        let mut writer = reopened(path);
+        append(&mut writer, 1, 2);
+        assert_eq!(writer.last_id, 6, "nor after a restart");
+        let by_hand = "INSERT INTO history VALUES (9, '', '', '', '', '', NULL, NULL, NULL, NULL, 0)";
+        assert_eq!(writer.write(|connection| connection.execute(by_hand, [])), Ok(1));
+        append(&mut writer, 1, 2);
+        assert_eq!(writer.last_id, 10);
+        remove(writer);
+    }
+
+    #[test]
+    fn a_history_of_before_is_taken_over_with_its_ids() {
+        let path = std::env::temp_dir().join(format!("ai-proxy-{}-before.db", std::process::id()));
+        let before = Connection::open(&path).expect("a file");
+        for (number, migration) in (1..).zip(&MIGRATIONS[..3]) {
+            before.execute_batch(&format!("{migration}; PRAGMA user_version = {number}")).expect("a migration");
+        }
+        let row =
+            "INSERT INTO history (created_at, key_name, question, answer, model, latency_ms) VALUES ('', 'k', 'q', 'a', 'm', 1)";
+        before
+            .execute_batch(&format!("{row}; {row}; {row}; DELETE FROM history WHERE id = 3; UPDATE indexed SET up_to = 2"))
+            .expect("rows");
+        drop(before);
+        let mut writer = reopened(path);
+        append(&mut writer, 1, 2);
+        let ids = "SELECT group_concat(id ORDER BY id) FROM history";
+        let ids = writer.write(|connection| connection.query_row(ids, [], |row| row.get(0)));
+        assert_eq!(ids, Ok("1,2,4".to_string()));
+        remove(writer);
+    }
+
+    #[test]
+    fn under_a_load_that_never_pauses_there_are_the_more_bites_the_more_is_not_indexed() {
+        let mut writer = writer("load");
+        append(&mut writer, 30, 100 << 10);
+        writer.catch_up();
+        assert_eq!(writer.indexed, 0, "that can wait");
+        let (search, _waits) = handoff();
+        writer.searches.push((30, search));
+        writer.catch_up();
+        assert_eq!(writer.indexed, 2, "a search cannot");
+        writer.unindexed_bytes = 3 * MOST_UNINDEXED_BYTES;
+        writer.catch_up();
+        assert_eq!(writer.indexed, 8);
+        writer.last_id = 8 + 4 * MOST_UNINDEXED;
+        writer.catch_up();
+        assert_eq!(writer.indexed, 16);
+        remove(writer);
+    }
+
+    #[test]
+    fn searches_go_on_when_they_miss_nothing_or_cannot_be_helped() {
+        let mut writer = writer("searches");
+        append(&mut writer, 3, 100 << 10);
+        let (early, late, gone) = (handoff(), handoff(), handoff());
+        writer.searches = vec![(2, early.0), (3, late.0), (3, gone.0)];
+        drop(gone.1);
+        writer.index();
+        writer.let_searches_go();
+        assert_eq!(early.1.take(), None);
+        assert_eq!(writer.searches.len(), 1, "who gave up is forgotten");
+        assert_eq!(late.1.take_within(Duration::ZERO), Err(Nothing::Yet));
+        writer.state.failing.store(true, Ordering::Relaxed);
+        writer.let_searches_go();
+        assert_eq!(late.1.take_within(Duration::ZERO), Err(Nothing::Ever));
+        remove(writer);
+    }
+
+    #[test]
+    fn what_is_ordered_after_the_end_is_refused() {
+        let writer = writer("closed");
+        let path = writer.path.clone();
+        let desk = Arc::new(Desk::new(writer));
+        let clerk = desk.staff().expect("a thread");
+        desk.order(Order::Close, false);
+        clerk.join().expect("no panic");
+        for lead in [true, false] {
+            let (done, answer) = handoff();
+            desk.order(Order::Probe(done), lead);
+            assert_eq!(answer.take_within(Duration::ZERO), Ok(false));
+        }
+        fs::remove_file(path).expect("the file is there");
+    }
+}
