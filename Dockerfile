@@ -12,8 +12,9 @@ WORKDIR /build
 # glibc linked in. It goes with --target: without one the flags would reach the build scripts and proc macros too.
 ENV RUSTFLAGS="-C target-feature=+crt-static"
 
-# The dependencies, in a layer of their own: only a change of these two files builds them anew.
+# The dependencies, in a layer of their own: only a change of these files builds them anew.
 COPY Cargo.toml Cargo.lock ./
+COPY .cargo .cargo
 RUN mkdir src && echo 'fn main() {}' > src/main.rs \
  && cargo build --release --locked --bin ai-proxy --target "$(rustc --print host-tuple)"
 

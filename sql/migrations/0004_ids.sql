@@ -1,8 +1,8 @@
 -- Ids without AUTOINCREMENT, whose bookkeeping costs a page more in each commit and a lone commit half of its
 -- time. That no id is used twice is the writer's business; see append.sql.
-UPDATE indexed
-SET up_to = max(up_to, (SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'history'))
-WHERE up_to >= (SELECT coalesce(max(id), 0) FROM history);
+ALTER TABLE indexed ADD COLUMN last_id INTEGER NOT NULL DEFAULT 0; -- an id that was given; later ones may have been
+ALTER TABLE indexed ADD COLUMN probes INTEGER NOT NULL DEFAULT 0; -- trial writes so far
+UPDATE indexed SET last_id = (SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'history');
 
 -- One row for each question with its answer.
 CREATE TABLE history_with_ids (

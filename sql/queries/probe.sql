@@ -1,2 +1,2 @@
--- Changes nothing, but has to be written: shows that the history can be.
-UPDATE indexed SET up_to = up_to
+-- Shows that the history can be written. A value that does not change would not be: SQLite skips that.
+UPDATE indexed SET probes = probes + 1

@@ -18,6 +18,7 @@ use crate::config::Sync;
 use crate::error::ApiError;
 use crate::exchange::{Exchange, Usage};
 use crate::handoff::Giver;
+use crate::lines;
 use crate::metrics::Metrics;
 
 /// Numbered from 1; the database's `user_version` is the number of the last one applied.
@@ -374,9 +375,11 @@ impl Writer {
                 self.unindexed_bytes += bytes as i64;
                 self.last_id = ids.last().copied().unwrap_or(self.last_id);
                 let rows = ids.len();
-                for (arrival, id) in batch.into_iter().zip(ids) {
-                    tell(arrival.then, Ok(Exchange::new(id, arrival.pair)));
-                }
+                lines::together(|| {
+                    for (arrival, id) in batch.into_iter().zip(ids) {
+                        tell(arrival.then, Ok(Exchange::new(id, arrival.pair)));
+                    }
+                });
                 self.grew(rows, bytes);
             }
             None => batch.into_iter().for_each(|arrival| tell(arrival.then, Err(unavailable()))),
@@ -417,16 +420,13 @@ impl Writer {
         }
         let last_id = self.last_id;
         let done = self.attempt("indexed", |connection| {
-            let Some((up_to, bytes)) = bite(connection)? else {
-                // The newest rows were deleted before they were indexed; their ids are not given again.
-                connection.prepare_cached(include_str!("../../sql/queries/indexed_up_to.sql"))?.execute([last_id])?;
-                return Ok(None);
-            };
+            let Some((up_to, bytes)) = bite(connection)? else { return Ok(None) };
             connection.prepare_cached(include_str!("../../sql/queries/index_words.sql"))?.execute([up_to])?;
-            connection.prepare_cached(include_str!("../../sql/queries/indexed_up_to.sql"))?.execute([up_to])?;
+            connection.prepare_cached(include_str!("../../sql/queries/indexed_up_to.sql"))?.execute([up_to, last_id])?;
             Ok(Some((up_to, bytes)))
         });
         if let Some(bitten) = done {
+            // The newest rows may have been deleted before they were indexed.
             let (up_to, bytes) = bitten.unwrap_or((last_id, 0));
             self.grew(0, 2 * bytes as usize);
             self.indexed = up_to;
@@ -567,6 +567,11 @@ impl Writer {
     }
 
     fn close(&mut self) {
+        let last_id = self.last_id;
+        if self.open.is_some() {
+            // The newest rows may be deleted before the next start.
+            self.attempt("closed", |connection| connection.execute(include_str!("../../sql/queries/given.sql"), [last_id]));
+        }
         self.is_closed = true;
         if let Some(running) = self.checkpoint.take() {
             let _ = running.join();

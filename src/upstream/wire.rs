@@ -55,6 +55,11 @@ impl Watch {
         bounds.silence = Some(silence);
     }
 
+    /// Only a silence ends the call.
+    fn is_stream(&self) -> bool {
+        self.lock().silence.is_some()
+    }
+
     /// From now on the call must end within this time, and the client may go.
     pub fn without_client(&self, time: Duration) {
         *self.lock() = Bounds { until: Some(Instant::now() + time), ..Bounds::default() };
@@ -191,7 +196,7 @@ impl Connector<()> for WireConnector {
             match self.open(address) {
                 Ok(stream) => {
                     let buffers = SmallBuffers::default();
-                    return Ok(Some(Wire { stream, buffers, pending: Vec::new(), just_read: false, watch: self.0.clone() }));
+                    return Ok(Some(Wire { stream, buffers, just_read: false, watch: self.0.clone() }));
                 }
                 Err(e) if self.0.ended().is_some() => return Err(e),
                 Err(e) => failure = e,
@@ -254,6 +259,9 @@ impl fmt::Debug for WireConnector {
 #[derive(Default)]
 struct SmallBuffers {
     output: Vec<u8>,
+    /// Written but not sent: ureq writes head and body one after the other, and one packet costs the
+    /// upstream and us half of two.
+    unsent: usize,
     input: Vec<u8>,
     filled: usize,
     consumed: usize,
@@ -262,6 +270,8 @@ struct SmallBuffers {
 
 impl SmallBuffers {
     const OUTPUT: usize = 4 * 1024;
+    /// With less room than this it is sent, so that a header field finds enough.
+    const ROOM: usize = 2 * 1024;
     const INPUT: usize = 1024;
     /// More than the largest head that ureq takes; what needs more than that at once is nothing sane.
     const MOST_INPUT: usize = 128 * 1024;
@@ -272,7 +282,7 @@ impl Buffers for SmallBuffers {
         if self.output.is_empty() {
             self.output = vec![0; Self::OUTPUT];
         }
-        &mut self.output
+        &mut self.output[self.unsent..]
     }
 
     fn input(&self) -> &[u8] {
@@ -303,7 +313,7 @@ impl Buffers for SmallBuffers {
     fn tmp_and_output(&mut self) -> (&mut [u8], &mut [u8]) {
         self.input_append_buf();
         self.output();
-        (&mut self.input[self.filled..], &mut self.output)
+        (&mut self.input[self.filled..], &mut self.output[self.unsent..])
     }
 
     fn can_use_input(&self) -> bool {
@@ -315,29 +325,21 @@ impl Buffers for SmallBuffers {
 pub struct Wire {
     stream: TcpStream,
     buffers: SmallBuffers,
-    /// Written but not sent: ureq writes head and body one after the other, and one packet costs the
-    /// upstream and us half of two.
-    pending: Vec<u8>,
     just_read: bool,
     watch: Watch,
 }
 
-/// More than this is sent without waiting for what follows.
-const MOST_PENDING: usize = 16 * 1024;
-
 impl Wire {
-    fn send_pending(&mut self) -> Result<(), ureq::Error> {
-        let mut sent = 0;
-        while sent < self.pending.len() {
-            match (&self.stream).write(&self.pending[sent..]) {
-                Ok(written) => sent += written,
+    fn send(&mut self) -> Result<(), ureq::Error> {
+        let mut unsent = &self.buffers.output[..std::mem::take(&mut self.buffers.unsent)];
+        while !unsent.is_empty() {
+            match (&self.stream).write(unsent) {
+                Ok(written) => unsent = &unsent[written..],
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.watch.wait(self.stream.as_fd(), PollFlags::OUT)?,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(e.into()),
             }
         }
-        self.pending = Vec::new();
-        self.buffers.output = Vec::new();
         Ok(())
     }
 }
@@ -348,12 +350,17 @@ impl Transport for Wire {
     }
 
     fn transmit_output(&mut self, amount: usize, _: NextTimeout) -> Result<(), ureq::Error> {
-        self.pending.extend_from_slice(&self.buffers.output()[..amount]);
-        if self.pending.len() > MOST_PENDING { self.send_pending() } else { Ok(()) }
+        self.buffers.unsent += amount;
+        if SmallBuffers::OUTPUT - self.buffers.unsent < SmallBuffers::ROOM { self.send() } else { Ok(()) }
     }
 
     fn await_input(&mut self, _: NextTimeout) -> Result<bool, ureq::Error> {
-        self.send_pending()?;
+        if self.buffers.unsent > 0 {
+            self.send()?;
+        } else if !self.buffers.output.is_empty() && self.watch.is_stream() {
+            // Streams are many and long, and write nothing more.
+            self.buffers.output = Vec::new();
+        }
         loop {
             self.watch.wait(self.stream.as_fd(), PollFlags::IN)?;
             let space = self.buffers.input_append_buf();

@@ -124,6 +124,18 @@ fn a_full_disk_is_503_loses_nothing_and_heals_by_itself() {
 }
 
 #[test]
+fn a_disk_that_is_full_shows_in_readyz_before_anybody_asks() {
+    let proxy = Proxy::start();
+    assert_eq!(ask(&proxy, "Before?").status, 200);
+    assert_eq!(proxy.get("/readyz").status, 200);
+    limit_files(&proxy, Some(0));
+    eventually("not ready", || proxy.get("/readyz").status == 503);
+    limit_files(&proxy, None);
+    heals(&proxy, Duration::from_secs(5));
+    assert_eq!(proxy.get("/readyz").status, 200);
+}
+
+#[test]
 fn a_full_disk_under_load_is_503_for_some_and_nothing_told_is_lost() {
     let proxy = Proxy::with(&[("WORKERS", "16")]).start();
     let told = Mutex::new(Told::default());

@@ -1,0 +1,2 @@
+-- Notes the last id that was given.
+UPDATE indexed SET last_id = ?1
