@@ -1,6 +1,6 @@
 //! A pool of at most so many threads, and the bounded queue before it. Knows jobs, not what they do.
 //!
-//! A thread starts when it is first needed and ends when it had nothing to do for a while. The thread
+//! A thread starts one job ahead of its need and ends when it had nothing to do for a while. The thread
 //! that was idle last gets the next job, so that few threads, and few connections of theirs, stay warm.
 
 use std::collections::VecDeque;
@@ -51,6 +51,8 @@ struct State<W> {
     /// Places of the queue that are taken and not filled yet.
     promised: usize,
     threads: usize,
+    /// One of them was started ahead and is not idle yet.
+    is_spare_coming: bool,
     /// Who waits a moment for a thread that is about to be free.
     waiting: usize,
     /// For threads' names and idle threads' ids.
@@ -59,9 +61,12 @@ struct State<W> {
 
 /// A promise that a job will be done.
 pub enum Place<W> {
-    Thread(Giver<Job<W>>),
+    Thread(Reserved<W>),
     Queue(Queued<W>),
 }
+
+/// A thread that waits for its job.
+pub struct Reserved<W>(Giver<Job<W>>, Arc<Shared<W>>);
 
 /// A place in the queue, given back where it is not filled.
 pub struct Queued<W>(Arc<Shared<W>>);
@@ -76,7 +81,15 @@ impl<W: 'static> Pool<W> {
         patience: Duration,
         make: impl Fn() -> W + Send + Sync + 'static,
     ) -> Pool<W> {
-        let state = State { idle: Vec::new(), queue: VecDeque::new(), promised: 0, threads: 0, waiting: 0, numbers: 0 };
+        let state = State {
+            idle: Vec::new(),
+            queue: VecDeque::new(),
+            promised: 0,
+            threads: 0,
+            is_spare_coming: false,
+            waiting: 0,
+            numbers: 0,
+        };
         Pool {
             shared: Arc::new(Shared {
                 state: Mutex::new(state),
@@ -124,26 +137,29 @@ impl<W: 'static> Pool<W> {
     /// How busy it is now.
     pub fn load(&self) -> Load {
         let state = self.shared.lock();
-        Load { busy: state.threads - state.idle.len(), total: self.shared.size, queued: state.queue.len() }
+        let busy = state.threads - state.idle.len() - usize::from(state.is_spare_coming);
+        Load { busy, total: self.shared.size, queued: state.queue.len() }
     }
 }
 
-impl<W> Place<W> {
+impl<W: 'static> Place<W> {
     /// Hands the job over; it will be done.
     pub fn fill(self, job: Job<W>) {
-        let giver = match self {
-            Place::Thread(giver) => giver,
+        // A thread that is promised a job waits for it.
+        match self {
+            Place::Thread(Reserved(giver, shared)) => {
+                drop(giver.give(job));
+                shared.spare();
+            }
             Place::Queue(queued) => {
                 let mut state = queued.0.lock();
                 match state.idle.pop() {
                     // A thread found the queue empty and went to sleep after the place was reserved.
-                    Some((_, idle)) => idle,
-                    None => return state.queue.push_back(job),
+                    Some((_, idle)) => drop(idle.give(job)),
+                    None => state.queue.push_back(job),
                 }
             }
-        };
-        // A thread that is promised a job waits for it.
-        drop(giver.give(job));
+        }
     }
 }
 
@@ -156,20 +172,11 @@ impl<W> Drop for Queued<W> {
 impl<W: 'static> Shared<W> {
     fn place(self: &Arc<Self>, state: &mut State<W>) -> Option<Place<W>> {
         if let Some((_, idle)) = state.idle.pop() {
-            return Some(Place::Thread(idle));
+            return Some(Place::Thread(Reserved(idle, Arc::clone(self))));
         }
-        if state.threads < self.size {
-            state.numbers += 1;
-            let (giver, coming) = handoff();
-            let thread = thread::Builder::new().name(format!("{}-{}", self.name, state.numbers)).stack_size(STACK);
-            let own = Arc::clone(self);
-            match thread.spawn(move || own.work(coming)) {
-                Ok(_) => {
-                    state.threads += 1;
-                    return Some(Place::Thread(giver));
-                }
-                Err(e) => log::warn!("no thread for a {}: {e}", self.name),
-            }
+        let (giver, coming) = handoff();
+        if self.start(state, Some(coming)) {
+            return Some(Place::Thread(Reserved(giver, Arc::clone(self))));
         }
         // Where there is no thread at all, nobody would come for what is in the queue.
         if state.queue.len() + state.promised >= self.queue_size || state.threads == 0 {
@@ -178,6 +185,27 @@ impl<W: 'static> Shared<W> {
         state.promised += 1;
         Some(Place::Queue(Queued(Arc::clone(self))))
     }
+
+    /// Starts a thread, with a job that is coming where there is one; false: there may be no more.
+    fn start(self: &Arc<Self>, state: &mut State<W>, coming: Option<Taker<Job<W>>>) -> bool {
+        if state.threads >= self.size {
+            return false;
+        }
+        state.numbers += 1;
+        let thread = thread::Builder::new().name(format!("{}-{}", self.name, state.numbers)).stack_size(STACK);
+        let own = Arc::clone(self);
+        let started = thread.spawn(move || own.work(coming)).map_err(|e| log::warn!("no thread for a {}: {e}", self.name));
+        state.threads += usize::from(started.is_ok());
+        started.is_ok()
+    }
+
+    /// Starts a thread ahead where none is idle, so that the next job need not wait for that.
+    fn spare(self: &Arc<Self>) {
+        let mut state = self.lock();
+        if state.idle.is_empty() && !state.is_spare_coming {
+            state.is_spare_coming = self.start(&mut state, None);
+        }
+    }
 }
 
 impl<W> Shared<W> {
@@ -185,19 +213,19 @@ impl<W> Shared<W> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn work(&self, first: Taker<Job<W>>) {
+    fn work(&self, first: Option<Taker<Job<W>>>) {
         let mut own = (self.make)();
-        let mut next = first.take();
-        loop {
-            if let Some(job) = next {
-                // What a job leaves behind in a panic may be in pieces.
-                if catch_unwind(AssertUnwindSafe(|| job(&mut own))).is_err() {
-                    own = (self.make)();
-                }
+        let mut first = match first {
+            Some(coming) => coming.take(),
+            None => {
+                self.lock().is_spare_coming = false;
+                None
             }
-            next = self.next();
-            if next.is_none() {
-                return;
+        };
+        while let Some(job) = first.take().or_else(|| self.next()) {
+            // What a job leaves behind in a panic may be in pieces.
+            if catch_unwind(AssertUnwindSafe(|| job(&mut own))).is_err() {
+                own = (self.make)();
             }
         }
     }
@@ -284,6 +312,22 @@ mod tests {
         assert!(pool.reserve().is_none());
         drop(place);
         assert!(matches!(pool.reserve(), Some(Place::Queue(_))));
+    }
+
+    #[test]
+    fn threads_that_end_are_counted_once_and_new_ones_start() {
+        let pool = Pool::new("test", 5, 0, Duration::from_millis(1), || ());
+        for _ in 0..3 {
+            let (done, told) = mpsc::channel();
+            pool.reserve().expect("a thread").fill(Box::new(move |()| done.send(()).expect("the test waits")));
+            assert_eq!(told.recv_timeout(LONG), Ok(()));
+            while pool.shared.lock().threads > 0 {
+                thread::yield_now();
+            }
+            // A thread that counts itself out twice does so after it has waited once more.
+            thread::sleep(Duration::from_millis(20));
+            assert_eq!(pool.shared.lock().threads, 0);
+        }
     }
 
     #[test]

@@ -71,6 +71,34 @@ struct Staff {
 }
 
 impl Staff {
+    /// Sees to a connection that was just accepted. Most bring their first question along: where it waits for nothing
+    /// it goes to a worker at once, which saves a change of threads.
+    fn welcome(self: &Arc<Staff>, mut connection: Connection) {
+        if self.workers.is_exhausted() || self.api.is_in_trouble() {
+            return self.receive(connection, None);
+        }
+        match connection.next_call(&self.api, Duration::ZERO, true) {
+            Turn::Call(call) if Api::suits_worker(&call) => match self.api.prepare(*call) {
+                Some(errand) => drop(self.hand_over(connection, errand).map(|connection| self.receive(connection, None))),
+                None => self.receive(connection, None),
+            },
+            Turn::Call(call) => self.receive(connection, Some(call)),
+            Turn::Quiet | Turn::Over => self.receive(connection, None),
+        }
+    }
+
+    /// Gives an errand to a worker, and the connection along with it, so that no two threads wait for one answer.
+    /// Returns the connection where there is no worker for it, which is answered then.
+    fn hand_over(self: &Arc<Staff>, connection: Connection, errand: Errand) -> Option<Connection> {
+        let Some(place) = self.workers.reserve() else {
+            self.api.overloaded(errand);
+            return Some(connection);
+        };
+        let staff = Arc::clone(self);
+        place.fill(Box::new(move |line| staff.work(connection, errand, line)));
+        None
+    }
+
     /// Gives a connection to a reader, with a request that was read from it and not looked at.
     fn receive(self: &Arc<Staff>, connection: Connection, first: Option<Box<Call<Admitted>>>) {
         // There are as many readers as connections may be open, so only a lack of threads refuses.
@@ -94,13 +122,9 @@ impl Staff {
                 },
             };
             let Some(errand) = self.api.prepare(*call) else { continue };
-            match self.workers.reserve() {
-                Some(place) => {
-                    let staff = Arc::clone(&self);
-                    // The connection goes along, so that no two threads wait for one answer.
-                    return place.fill(Box::new(move |line| staff.work(connection, errand, line)));
-                }
-                None => self.api.overloaded(errand),
+            match self.hand_over(connection, errand) {
+                Some(same) => connection = same,
+                None => return,
             }
         }
     }
@@ -147,7 +171,7 @@ impl Staff {
 fn accept(listener: &Listener, staff: &Arc<Staff>, stop: &Stop) {
     while !stop.asked.load(Ordering::SeqCst) {
         match listener.accept(&stop.signals) {
-            Ok(Some(connection)) => staff.receive(connection, None),
+            Ok(Some(connection)) => staff.welcome(connection),
             Ok(None) => {}
             Err(e) => {
                 log::warn!("a client cannot be accepted: {e}");

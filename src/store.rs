@@ -157,10 +157,15 @@ impl Store {
         })
     }
 
+    /// The last write failed.
+    pub fn is_failing(&self) -> bool {
+        self.state.failing.load(Ordering::Relaxed)
+    }
+
     /// Errs with `history_unavailable` where the last write failed and another try fails too, so that
     /// nobody pays for an answer that cannot be kept.
     pub fn check(&self) -> Result<(), ApiError> {
-        if self.state.failing.load(Ordering::Relaxed) && !self.writable() { Err(unavailable()) } else { Ok(()) }
+        if self.is_failing() && !self.writable() { Err(unavailable()) } else { Ok(()) }
     }
 
     /// A key's pairs with ids below `before`, newest first, at most `limit` and 4 MiB of JSON; the first is

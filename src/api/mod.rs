@@ -141,6 +141,11 @@ impl Api {
         self.draining.store(true, Ordering::SeqCst);
     }
 
+    /// Preparing a question may wait for the history.
+    pub fn is_in_trouble(&self) -> bool {
+        self.store.is_failing()
+    }
+
     /// Requests that are being answered.
     pub fn in_flight(&self) -> usize {
         self.in_flight.load(Ordering::SeqCst)

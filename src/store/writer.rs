@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
@@ -146,6 +146,8 @@ impl Desk {
     pub fn order(&self, order: Order, lead: bool) {
         // It fails only where there is no inbox any more.
         let _ = self.orders.send(order);
+        // Either who writes sees the order after leaving the desk, or we see that the desk is free.
+        fence(Ordering::SeqCst);
         // When the clerk has gone, nobody else would say so.
         if !lead && !self.is_closed.load(Ordering::Relaxed) {
             return self.wake();
@@ -159,9 +161,14 @@ impl Desk {
         writer.work(&self.inbox);
         let asleep = std::mem::take(&mut writer.is_clerk_asleep);
         drop(writer);
-        if asleep || !self.inbox.is_empty() {
+        if asleep || self.has_orders() {
             self.wake();
         }
+    }
+
+    fn has_orders(&self) -> bool {
+        fence(Ordering::SeqCst);
+        !self.inbox.is_empty()
     }
 
     fn wake(&self) {
@@ -187,7 +194,7 @@ impl Desk {
                 writer.housekeep()
             }));
             match rest {
-                Ok(Rest::For(time)) if self.inbox.is_empty() => thread::park_timeout(time),
+                Ok(Rest::For(time)) if !self.has_orders() => thread::park_timeout(time),
                 Ok(Rest::For(_) | Rest::No) => {}
                 Ok(Rest::Forever) => return self.is_closed.store(true, Ordering::Relaxed),
                 Err(_) => thread::park_timeout(QUIET),
