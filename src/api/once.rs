@@ -80,8 +80,8 @@ impl Once {
         is_gone: impl Fn() -> bool,
     ) -> Result<Option<Turn>, ApiError> {
         let Some(given) = request.idempotency_key else { return Ok(None) };
-        if !(1..=255).contains(&given.len()) {
-            return Err(ApiError::invalid("Idempotency-Key", "Idempotency-Key must have 1 to 255 characters"));
+        if !(1..=255).contains(&given.len()) || !given.bytes().all(|b| matches!(b, b' '..=b'~')) {
+            return Err(ApiError::invalid("Idempotency-Key", "Idempotency-Key must have 1 to 255 printable ASCII characters"));
         }
         let name = (Arc::clone(request.key), given.to_string());
         let until = Instant::now() + patience;

@@ -91,10 +91,11 @@ impl Head {
         target.split_once('?').unwrap_or((target, ""))
     }
 
-    /// The value of the first field of that name (in any case), without surrounding blanks.
+    /// The value of the first field of that name (in any case), without surrounding blanks; one that is not UTF-8
+    /// is U+FFFD, which no field means.
     pub fn field(&self, name: &str) -> Option<&str> {
         let mut named = self.fields.iter().filter(|f| self.bytes[f[0]..f[1]].eq_ignore_ascii_case(name.as_bytes()));
-        named.next().and_then(|f| std::str::from_utf8(&self.bytes[f[2]..f[3]]).ok())
+        named.next().map(|f| std::str::from_utf8(&self.bytes[f[2]..f[3]]).unwrap_or("\u{fffd}"))
     }
 
     fn judge(head: &[u8], lines: &[(usize, usize)]) -> Result<Head, ApiError> {
@@ -279,6 +280,13 @@ mod tests {
         assert_eq!(head.framing, Framing::Length(5));
         assert_eq!(head.len(), text.len() - 5);
         assert!(!head.close);
+    }
+
+    #[test]
+    fn a_value_that_is_no_text_is_not_taken_for_a_missing_one() {
+        let head = Head::parse(b"GET / HTTP/1.1\r\nHost: a\r\nA: \xe9\r\nB: \xc3\xa9\r\n\r\n");
+        let head = head.expect("no rule broken").expect("complete");
+        assert_eq!([head.field("a"), head.field("b"), head.field("c")], [Some("\u{fffd}"), Some("\u{e9}"), None]);
     }
 
     #[test]
