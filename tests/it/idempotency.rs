@@ -402,11 +402,11 @@ fn streams_are_not_answered_from_history() {
 }
 
 #[test]
-fn a_key_has_1_to_255_characters() {
+fn a_key_has_1_to_255_printable_characters() {
     let upstream = numbering();
     let proxy = Proxy::facing(&upstream).start();
     for request in both("What is it?") {
-        for key in ["", "   ", &"k".repeat(256)] {
+        for key in ["", "   ", "a\tb", "\u{e9}", &"k".repeat(256)] {
             expect_422(&proxy.call(&keyed(&request, key)));
         }
     }
