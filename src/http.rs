@@ -156,8 +156,8 @@ impl Listener {
             max_body: self.max_body,
             closing: false,
             answers: Arc::default(),
-            listed,
             _client: Box::new(client),
+            listed,
         }))
     }
 
@@ -220,9 +220,10 @@ pub struct Connection {
     /// The last answer says that no other follows.
     closing: bool,
     answers: Arc<Answers>,
-    listed: Arc<Listed>,
     /// The library's side, whose type it keeps to itself: it closes the connection when it goes.
     _client: Box<dyn Send>,
+    /// Last, so that the connection is listed for as long as any part of it is open.
+    listed: Arc<Listed>,
 }
 
 /// A request as it came in, or as far as it came in. `A` is what admitting it found out.

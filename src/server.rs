@@ -78,10 +78,15 @@ impl Staff {
             return self.receive(connection, None);
         }
         match connection.next_call(&self.api, Duration::ZERO, true) {
-            Turn::Call(call) if Api::suits_worker(&call) => match self.api.prepare(*call) {
-                Some(errand) => drop(self.hand_over(connection, errand).map(|connection| self.receive(connection, None))),
-                None => self.receive(connection, None),
-            },
+            Turn::Call(call) if Api::suits_worker(&call) => {
+                let left = match self.api.prepare(*call) {
+                    Some(errand) => self.hand_over(connection, errand),
+                    None => Some(connection),
+                };
+                if let Some(connection) = left {
+                    self.receive(connection, None);
+                }
+            }
             Turn::Call(call) => self.receive(connection, Some(call)),
             Turn::Quiet | Turn::Over => self.receive(connection, None),
         }
