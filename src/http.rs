@@ -108,7 +108,7 @@ impl Listener {
     /// Waits for the next client, at most a second, and for room where as many connections are open as
     /// may be. `None`: none came, or `stop` has something to read. Running out of descriptors is an error
     /// to wait out.
-    pub fn accept(&self, stop: &UnixStream) -> io::Result<Option<Connection>> {
+    pub fn accept(&self, stop: &UnixStream) -> io::Result<Option<Box<Connection>>> {
         const TICK: Duration = Duration::from_millis(100);
         const PATIENCE: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
         {
@@ -149,7 +149,7 @@ impl Listener {
         let peer = stream.peer_addr().unwrap_or(self.local);
         let stream = Arc::new(stream);
         let listed = Arc::new(Listed { live: Arc::clone(&self.live), cookie });
-        Ok(Some(Connection {
+        Ok(Some(Box::new(Connection {
             stream,
             peer,
             unparsed: Vec::new(),
@@ -158,7 +158,7 @@ impl Listener {
             answers: Arc::default(),
             _client: Box::new(client),
             listed,
-        }))
+        })))
     }
 
     /// Errs unless the three descriptors that a connection takes are free; else the lowest of them.

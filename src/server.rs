@@ -73,7 +73,7 @@ struct Staff {
 impl Staff {
     /// Sees to a connection that was just accepted. Most bring their first question along: where it waits for nothing
     /// it goes to a worker at once, which saves a change of threads.
-    fn welcome(self: &Arc<Staff>, mut connection: Connection) {
+    fn welcome(self: &Arc<Staff>, mut connection: Box<Connection>) {
         if self.workers.is_exhausted() || self.api.is_in_trouble() {
             return self.receive(connection, None);
         }
@@ -94,7 +94,7 @@ impl Staff {
 
     /// Gives an errand to a worker, and the connection along with it, so that no two threads wait for one answer.
     /// Returns the connection where there is no worker for it, which is answered then.
-    fn hand_over(self: &Arc<Staff>, connection: Connection, errand: Errand) -> Option<Connection> {
+    fn hand_over(self: &Arc<Staff>, connection: Box<Connection>, errand: Errand) -> Option<Box<Connection>> {
         let Some(place) = self.workers.reserve() else {
             self.api.overloaded(errand);
             return Some(connection);
@@ -105,7 +105,7 @@ impl Staff {
     }
 
     /// Gives a connection to a reader, with a request that was read from it and not looked at.
-    fn receive(self: &Arc<Staff>, connection: Connection, first: Option<Box<Call<Admitted>>>) {
+    fn receive(self: &Arc<Staff>, connection: Box<Connection>, first: Option<Box<Call<Admitted>>>) {
         // There are as many readers as connections may be open, so only a lack of threads refuses.
         let Some(place) = self.readers.reserve() else {
             connection.cut();
@@ -116,7 +116,7 @@ impl Staff {
     }
 
     /// A reader's job: requests of one connection, until one is for a worker.
-    fn read(self: Arc<Staff>, mut connection: Connection, first: Option<Box<Call<Admitted>>>) {
+    fn read(self: Arc<Staff>, mut connection: Box<Connection>, first: Option<Box<Call<Admitted>>>) {
         let mut next = first;
         loop {
             let call = match next.take() {
@@ -135,32 +135,48 @@ impl Staff {
     }
 
     /// A worker's job: an errand, and what the connection asks right after it.
-    fn work(self: &Arc<Staff>, mut connection: Connection, errand: Errand, line: &mut Line) {
-        let mut next = Some(errand);
-        loop {
-            if let Some(parting) = next.and_then(|errand| self.api.run(errand, line)) {
-                return self.part(connection, parting);
-            }
-            next = loop {
-                if self.workers.is_wanted() {
-                    return self.receive(connection, None);
-                }
-                let answered = connection.is_answered();
-                let linger = if self.workers.is_exhausted() { SHORT_LINGER } else { LINGER };
-                match connection.next_call(&self.api, linger, true) {
-                    Turn::Call(call) if Api::suits_worker(&call) => break self.api.prepare(*call),
-                    Turn::Call(call) => return self.receive(connection, Some(call)),
-                    // The client does not ask again before it has its answer, and the disk may be slow.
-                    Turn::Quiet if !answered => connection.await_answer(SLOW_COMMIT),
-                    Turn::Over if !connection.has_unread() => return,
-                    Turn::Quiet | Turn::Over => return self.receive(connection, None),
-                }
-            };
+    fn work(self: &Arc<Staff>, connection: Box<Connection>, errand: Errand, line: &mut Line) {
+        let mut next = Some((connection, errand));
+        while let Some((connection, errand)) = next {
+            let parting = self.api.run(errand, line);
+            next = self.go_on(connection, parting);
         }
     }
 
+    /// After an errand: the next one of the same connection, where it comes at once; else the connection, with what is
+    /// left of the answer, is a reader's.
+    // Not inlined: each stream waits with every page of stack that was used.
+    #[inline(never)]
+    fn go_on(self: &Arc<Staff>, mut connection: Box<Connection>, parting: Option<Parting>) -> Option<(Box<Connection>, Errand)> {
+        if let Some(parting) = parting {
+            self.part(connection, parting);
+            return None;
+        }
+        while !self.workers.is_wanted() {
+            let answered = connection.is_answered();
+            let linger = if self.workers.is_exhausted() { SHORT_LINGER } else { LINGER };
+            match connection.next_call(&self.api, linger, true) {
+                Turn::Call(call) if Api::suits_worker(&call) => {
+                    if let Some(errand) = self.api.prepare(*call) {
+                        return Some((connection, errand));
+                    }
+                }
+                Turn::Call(call) => {
+                    self.receive(connection, Some(call));
+                    return None;
+                }
+                // The client does not ask again before it has its answer, and the disk may be slow.
+                Turn::Quiet if !answered => connection.await_answer(SLOW_COMMIT),
+                Turn::Over if !connection.has_unread() => return None,
+                Turn::Quiet | Turn::Over => break,
+            }
+        }
+        self.receive(connection, None);
+        None
+    }
+
     /// Leaves an answer that the client may be slow to take to a reader.
-    fn part(self: &Arc<Staff>, connection: Connection, parting: Parting) {
+    fn part(self: &Arc<Staff>, connection: Box<Connection>, parting: Parting) {
         let Some(place) = self.readers.reserve() else {
             connection.cut();
             return log::warn!("no reader for an answer, which is dropped");
