@@ -274,8 +274,9 @@ mod tests {
     fn the_stream_says_what_the_whole_answer_says() {
         let request = r#"{"model":"m","messages":[{"role":"user","content":"Привет, 🦀\u0000 world"}]}"#.as_bytes();
         let whole = parse_completion(completion(request).as_bytes()).expect("an answer");
-        let chunks: Vec<_> = chunks(request).iter().map(|c| parse_chunk(c.as_bytes()).expect("a chunk")).collect();
-        let streamed: String = chunks.iter().map(|c| c.delta.as_str()).collect();
+        let data = chunks(request);
+        let chunks: Vec<_> = data.iter().map(|c| parse_chunk(c.as_bytes()).expect("a chunk")).collect();
+        let streamed: String = chunks.iter().map(|c| &*c.delta).collect();
         assert_eq!(streamed, whole.answer);
         assert!(streamed.ends_with("Привет, 🦀\0 world"));
         assert_eq!(chunks.last().and_then(|c| c.usage), whole.usage);

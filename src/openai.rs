@@ -105,7 +105,7 @@ impl Chat {
             return Err(ApiError::invalid("messages", "a message's role must be a string"));
         }
         let content: Option<Text> = read(messages.question, "content", "").unwrap_or_default();
-        let question = content.unwrap_or_default().0;
+        let question = content.unwrap_or_default().0.into_owned();
         if question.len() > max_chars && question.chars().count() > max_chars {
             return Err(ApiError::invalid("messages", format!("the question is longer than {max_chars} characters")));
         }
@@ -328,7 +328,7 @@ pub fn parse_completion(body: &[u8]) -> Result<Completion, NoAnswer> {
     let choice =
         answer.choices.unwrap_or_default().0.into_iter().next().ok_or_else(|| "its answer has no choices".to_string())?;
     let mut message = choice.message.ok_or_else(|| "its answer's first choice has no message".to_string())?;
-    let mut text = message.text();
+    let mut text = message.text().into_owned();
     let calls = message.calls();
     if text.len() + calls.len() > MAX_ANSWER {
         return Err(NoAnswer::too_large());
@@ -336,8 +336,8 @@ pub fn parse_completion(body: &[u8]) -> Result<Completion, NoAnswer> {
     calls.append_to(&mut text);
     Ok(Completion {
         answer: text,
-        model: answer.model.map(Cow::into_owned),
-        finish_reason: choice.finish_reason.map(Cow::into_owned),
+        model: answer.model.map(|Words(model)| model.into_owned()),
+        finish_reason: choice.finish_reason.map(|Words(reason)| reason.into_owned()),
         usage: answer.usage.map(Usage::from),
     })
 }
@@ -359,37 +359,37 @@ pub fn is_model_answer(body: &[u8]) -> bool {
     fields.is_ok() && fine
 }
 
-/// What one event of a stream says.
+/// What one event of a stream says, in its own bytes where they are the text.
 #[derive(Debug, Default, PartialEq)]
-pub struct Chunk {
+pub struct Chunk<'a> {
     /// The piece of answer in it, often empty.
-    pub delta: String,
+    pub delta: Cow<'a, str>,
     /// The pieces of tool calls in it.
     pub tool_calls: ToolCalls,
-    pub model: Option<String>,
-    pub finish_reason: Option<String>,
+    pub model: Option<Cow<'a, str>>,
+    pub finish_reason: Option<Cow<'a, str>>,
     pub usage: Option<Usage>,
     /// The chunk has no choice and brings only the usage.
     pub usage_only: bool,
 }
 
 /// Reads the data of one event that is not `[DONE]`. Errs when it is an error or no chunk.
-pub fn parse_chunk(data: &[u8]) -> Result<Chunk, NoAnswer> {
+pub fn parse_chunk(data: &[u8]) -> Result<Chunk<'_>, NoAnswer> {
     let answer: Answer = from_json(data).map_err(|e| format!("an event of its stream is not a chunk: {e}"))?;
     if let Some(error) = answer.error {
         return Err(NoAnswer::error("its stream broke off with an error", error));
     }
     let usage = answer.usage.map(Usage::from);
-    let mut chunk = Chunk { model: answer.model.map(Cow::into_owned), usage, ..Chunk::default() };
+    let mut chunk = Chunk { model: answer.model.map(|Words(model)| model), usage, ..Chunk::default() };
     let choices = answer.choices.unwrap_or_default().0;
     chunk.usage_only = choices.is_empty() && usage.is_some();
     // Further choices (`n` > 1) reach the client, and history keeps the first.
     for choice in choices.into_iter().filter(|choice| choice.index == 0) {
         if let Some(mut delta) = choice.delta {
-            chunk.delta.push_str(&delta.text());
+            chunk.delta += delta.text();
             chunk.tool_calls.add(delta.calls());
         }
-        chunk.finish_reason = choice.finish_reason.map(Cow::into_owned).or(chunk.finish_reason);
+        chunk.finish_reason = choice.finish_reason.map(|Words(reason)| reason).or(chunk.finish_reason);
     }
     Ok(chunk)
 }
@@ -439,7 +439,7 @@ fn one_line(text: &str) -> String {
 #[derive(Deserialize)]
 struct Answer<'a> {
     #[serde(borrow, default)]
-    model: Option<Cow<'a, str>>,
+    model: Option<Words<'a>>,
     #[serde(borrow, default)]
     choices: Option<Few<Choice<'a>>>,
     #[serde(default)]
@@ -489,30 +489,30 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for FewVisitor<T> {
 struct Choice<'a> {
     #[serde(default)]
     index: u64,
-    #[serde(default)]
-    message: Option<Said>,
-    #[serde(default)]
-    delta: Option<Said>,
     #[serde(borrow, default)]
-    finish_reason: Option<Cow<'a, str>>,
+    message: Option<Said<'a>>,
+    #[serde(borrow, default)]
+    delta: Option<Said<'a>>,
+    #[serde(borrow, default)]
+    finish_reason: Option<Words<'a>>,
 }
 
 #[derive(Deserialize)]
-struct Said {
-    #[serde(default)]
-    content: Text,
-    #[serde(default)]
-    refusal: Text,
+struct Said<'a> {
+    #[serde(borrow, default)]
+    content: Text<'a>,
+    #[serde(borrow, default)]
+    refusal: Text<'a>,
     #[serde(default)]
     tool_calls: Option<Few<ToolCall>>,
     /// How a single call looked before there were tools.
     #[serde(default)]
-    function_call: Option<ToolFunction>,
+    function_call: Option<Box<ToolFunction>>,
 }
 
-impl Said {
+impl<'a> Said<'a> {
     fn calls(&mut self) -> ToolCalls {
-        let older = self.function_call.take().map(|function| ToolCall { function: Some(function), ..ToolCall::default() });
+        let older = self.function_call.take().map(|function| ToolCall { function: Some(*function), ..ToolCall::default() });
         let calls = self.tool_calls.take().unwrap_or_default().0.into_iter().chain(older);
         calls.fold(ToolCalls::default(), |mut all, call| {
             all.size += call.size();
@@ -521,7 +521,7 @@ impl Said {
         })
     }
 
-    fn text(&mut self) -> String {
+    fn text(&mut self) -> Cow<'a, str> {
         let words = if self.content.0.is_empty() { &mut self.refusal } else { &mut self.content };
         std::mem::take(&mut words.0)
     }
@@ -666,10 +666,10 @@ impl From<Counts> for Usage {
 
 /// Content: a string, null, or a list of parts whose texts count. Anything else is no text.
 #[derive(Default)]
-struct Text(String);
+struct Text<'a>(Cow<'a, str>);
 
-impl<'de> Deserialize<'de> for Text {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Text, D::Error> {
+impl<'de: 'a, 'a> Deserialize<'de> for Text<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Text<'a>, D::Error> {
         deserializer.deserialize_any(TextVisitor).map(Text)
     }
 }
@@ -677,40 +677,41 @@ impl<'de> Deserialize<'de> for Text {
 struct TextVisitor;
 
 #[derive(Deserialize)]
-struct Part {
-    #[serde(default)]
-    text: Text,
+struct Part<'a> {
+    #[serde(borrow, default)]
+    text: Text<'a>,
 }
 
 impl<'de> Visitor<'de> for TextVisitor {
-    type Value = String;
+    type Value = Cow<'de, str>;
 
     fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str("a string, null or a list of parts")
     }
 
-    fn visit_str<E>(self, text: &str) -> Result<String, E> {
-        Ok(text.to_string())
+    fn visit_borrowed_str<E>(self, text: &'de str) -> Result<Cow<'de, str>, E> {
+        Ok(text.into())
     }
 
-    fn visit_unit<E>(self) -> Result<String, E> {
-        Ok(String::new())
+    fn visit_str<E>(self, text: &str) -> Result<Cow<'de, str>, E> {
+        Ok(text.to_string().into())
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut parts: A) -> Result<String, A::Error> {
-        let mut text = String::new();
+    fn visit_unit<E>(self) -> Result<Cow<'de, str>, E> {
+        Ok(Cow::default())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut parts: A) -> Result<Cow<'de, str>, A::Error> {
+        let mut text = Cow::default();
         while let Some(part) = parts.next_element::<Part>()? {
-            match text.is_empty() {
-                true => text = part.text.0,
-                false => text.push_str(&part.text.0),
-            }
+            text += part.text.0;
         }
         Ok(text)
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<String, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Cow<'de, str>, A::Error> {
         while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-        Ok(String::new())
+        Ok(Cow::default())
     }
 }
 

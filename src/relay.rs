@@ -15,7 +15,7 @@ use crate::exchange::{Pair, Usage};
 use crate::http::{Responder, StreamWriter};
 use crate::openai::{self, Chat, NoAnswer, ToolCalls};
 use crate::store::Store;
-use crate::upstream::{Events, Line};
+use crate::upstream::{Events, Hangup, Line};
 
 fn headers() -> Vec<Header> {
     [("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no")]
@@ -37,6 +37,8 @@ struct State {
     /// The head takes in fields of the upstream's; true: but for its id.
     upstream_head: Option<bool>,
     last_sent: Instant,
+    /// There once a worker has taken the stream.
+    hangup: Option<Hangup>,
 }
 
 enum Phase {
@@ -60,6 +62,7 @@ impl ClientEnd {
                 id,
                 upstream_head,
                 last_sent: Instant::now(),
+                hangup: None,
             }),
         }
     }
@@ -139,13 +142,17 @@ impl ClientEnd {
         self.finish(event.as_bytes()).unwrap_or(0)
     }
 
-    /// Sends a comment where nothing was sent for `interval` and the client has room for it.
-    /// False: the stream is over.
-    fn break_silence(&self, interval: Duration) -> bool {
+    /// Sends a comment where nothing was sent for `interval` and the client has room for it; ends the upstream's
+    /// call where the client has gone. False: the stream is over.
+    fn beat(&self, interval: Duration) -> bool {
         // Whoever holds it is sending.
         let Ok(mut state) = self.state.try_lock() else { return true };
         if matches!(state.phase, Phase::Over) {
             return false;
+        }
+        if let (Some(hangup), true) = (&state.hangup, state.is_client_gone()) {
+            hangup.end();
+            return true;
         }
         // Who has not taken what was sent would only keep all others waiting.
         if state.last_sent.elapsed() < interval || !state.has_room() {
@@ -161,7 +168,8 @@ impl ClientEnd {
     }
 }
 
-/// The thread that breaks the silence of streams, those that wait for a worker included.
+/// The thread that breaks the silence of streams, those that wait for a worker included, and ends those whose client
+/// has gone, since their workers wait for the upstream alone.
 pub struct Pulse {
     ends: Arc<Mutex<Vec<Weak<ClientEnd>>>>,
     thread: Option<Thread>,
@@ -180,7 +188,7 @@ impl Pulse {
                     thread::park();
                     continue;
                 }
-                kept.retain(|end| end.upgrade().is_some_and(|end| end.break_silence(interval)));
+                kept.retain(|end| end.upgrade().is_some_and(|end| end.beat(interval)));
                 lock(&beating).append(&mut kept);
                 thread::sleep(beat);
             }
@@ -211,6 +219,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl State {
+    fn is_client_gone(&self) -> bool {
+        match &self.phase {
+            Phase::Unanswered(responder) => responder.is_client_gone(),
+            Phase::Open(writer) => writer.is_client_gone(),
+            Phase::Over => false,
+        }
+    }
+
     fn has_room(&self) -> bool {
         match &self.phase {
             Phase::Unanswered(responder) => responder.has_room(0),
@@ -302,16 +318,18 @@ pub struct Streamed {
 }
 
 /// Asks the upstream and relays its events until the answer is complete or cannot become so. Errs
-/// where nothing went out, so that the error can be the answer.
+/// where nothing went out, so that the error can be the answer. `is_alone`: nobody else has a question.
 pub fn run(
     line: &mut Line,
     client: Arc<TcpStream>,
     chat: &mut Chat,
     end: &ClientEnd,
     store: &Store,
-    mut draft: Draft,
+    is_alone: impl Fn() -> bool,
+    mut draft: Box<Draft>,
 ) -> Result<Streamed, ApiError> {
     let deadline = line.deadline();
+    end.lock().hangup = Some(line.hangup(&client));
     loop {
         let mut events = match line.stream(Arc::clone(&client), chat, deadline) {
             Ok(events) => events,
@@ -321,14 +339,11 @@ pub fn run(
         end.head(std::mem::take(&mut events.headers));
         match pump(&mut events, end, &mut draft) {
             Ok(done) => {
-                let streamed = draft.streamed();
-                if let Err(e) = store.keep(draft.into_pair(), None, false) {
-                    return Ok(fail(&e, end, streamed));
+                let streamed = complete(&done, end, store, is_alone(), draft);
+                if streamed.failure.is_none() {
+                    events.settle();
                 }
-                // Where the client left in this very moment, its answer is complete all the same.
-                let sent = end.finish(&done);
-                events.settle();
-                return Ok(Streamed { bytes: sent.unwrap_or(0), ..streamed });
+                return Ok(streamed);
             }
             Err(broken) => {
                 events.count_failure(broken.error.code);
@@ -363,11 +378,12 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
         let mut done = None;
         let mut failure = None;
         for event in batch.drain(..) {
-            if event.data == b"[DONE]" {
+            let data = event.data();
+            if *data == *b"[DONE]" {
                 done = Some([&event.lines[..], b"\n"].concat());
                 break;
             }
-            match take_in(&event.data, draft, events) {
+            match take_in(&data, draft, events) {
                 Ok(true) => {
                     began = true;
                     out.extend_from_slice(&event.lines);
@@ -417,20 +433,37 @@ fn take_in(data: &[u8], draft: &mut Draft, events: &Events) -> Result<bool, NoAn
     if let Some(model) = chunk.model.filter(|model| !model.is_empty() && *model != draft.model) {
         draft.model = events.redact(&model);
     }
-    draft.finish_reason = chunk.finish_reason.or(draft.finish_reason.take());
+    draft.finish_reason = chunk.finish_reason.map(Cow::into_owned).or(draft.finish_reason.take());
     draft.usage = chunk.usage.or(draft.usage);
     Ok(draft.wants_usage || !chunk.usage_only)
 }
 
+/// Stores the pair and ends the stream with its closing event.
+// Not inlined, as what else comes after the last event: each stream waits with every page of stack that was used.
+#[inline(never)]
+fn complete(done: &[u8], end: &ClientEnd, store: &Store, is_alone: bool, draft: Box<Draft>) -> Streamed {
+    let streamed = draft.streamed();
+    let stored = match is_alone {
+        true => store.keep(draft.into_pair(), None, true),
+        false => store.keep_together(draft.into_pair()),
+    };
+    match stored {
+        // Where the client left in this very moment, its answer is complete all the same.
+        Ok(_) => Streamed { bytes: end.finish(done).unwrap_or(0), ..streamed },
+        Err(e) => fail(&e, end, streamed),
+    }
+}
+
 /// Ends a stream that did not come to its end; what had arrived is kept.
-fn cut_short(e: ApiError, end: &ClientEnd, store: &Store, mut draft: Draft) -> Result<Streamed, ApiError> {
+#[inline(never)]
+fn cut_short(e: ApiError, end: &ClientEnd, store: &Store, mut draft: Box<Draft>) -> Result<Streamed, ApiError> {
     let gone = e.code == Code::ClientGone;
     if end.is_unanswered() && !gone {
         return Err(e);
     }
     draft.finish_reason = Some(if gone { "client_gone" } else { "upstream_error" }.to_string());
     let streamed = draft.streamed();
-    if let Err(e) = store.keep(draft.into_pair(), None, false) {
+    if let Err(e) = store.keep_together(draft.into_pair()) {
         log::warn!("a stream that was cut short is not in the history: {e}");
     }
     if gone {
@@ -455,13 +488,13 @@ mod tests {
         let client = TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
         let (mut server, _) = listener.accept().expect("accepted");
         let end = ClientEnd::new(Responder::on(server.try_clone().expect("a copy")), String::new(), Vec::new(), None);
-        assert!(end.break_silence(Duration::ZERO) && !end.is_unanswered(), "who has room gets one");
+        assert!(end.beat(Duration::ZERO) && !end.is_unanswered(), "who has room gets one");
         server.set_nonblocking(true).expect("nonblocking");
         while server.write(&[0; 4096]).is_ok() {}
         // With a write that waits, and gives up, the stream would be over.
         server.set_nonblocking(false).expect("blocking");
         server.set_write_timeout(Some(Duration::from_millis(100))).expect("a timeout");
-        assert!(end.break_silence(Duration::ZERO) && end.break_silence(Duration::ZERO), "it is still open");
+        assert!(end.beat(Duration::ZERO) && end.beat(Duration::ZERO), "it is still open");
         drop(client);
     }
 }

@@ -2,13 +2,29 @@
 //! (<https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream>).
 //! Pure: knows bytes, not what the events mean.
 
-/// One event: its data lines as they came, and their values.
+use std::borrow::Cow;
+
+/// One event: its data lines as they came.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Event {
     /// The data lines byte for byte, each ended by one LF.
     pub lines: Vec<u8>,
+}
+
+impl Event {
     /// The values of the data lines, joined by LF.
-    pub data: Vec<u8>,
+    pub fn data(&self) -> Cow<'_, [u8]> {
+        let mut values = self.lines.strip_suffix(b"\n").unwrap_or(&self.lines).split(|b| *b == b'\n').map(|line| {
+            let value = line.strip_prefix(b"data:").unwrap_or_default();
+            value.strip_prefix(b" ").unwrap_or(value)
+        });
+        let mut data = Cow::Borrowed(values.next().unwrap_or_default());
+        for value in values {
+            data.to_mut().push(b'\n');
+            data.to_mut().extend_from_slice(value);
+        }
+        data
+    }
 }
 
 /// An event, or the text between two events, is longer than the limit.
@@ -21,7 +37,7 @@ pub struct Splitter {
     limit: usize,
     /// Bytes between two events.
     noise: usize,
-    /// The unfinished line.
+    /// The beginning of an unfinished line.
     line: Vec<u8>,
     /// The data lines of the unfinished event.
     lines: Vec<u8>,
@@ -49,10 +65,10 @@ impl Splitter {
                 self.line.extend_from_slice(piece);
                 return self.check();
             };
-            self.line.extend_from_slice(&piece[..end]);
-            self.after_cr = piece[end] == b'\r';
-            piece = &piece[end + 1..];
-            self.end_line(events);
+            let (line, rest) = piece.split_at(end);
+            self.after_cr = rest[0] == b'\r';
+            piece = &rest[1..];
+            self.end_line(line, events);
             self.check()?;
         }
         Ok(())
@@ -62,9 +78,9 @@ impl Splitter {
     pub fn finish(mut self) -> Option<Event> {
         let mut events = Vec::new();
         if !self.line.is_empty() {
-            self.end_line(&mut events);
+            self.end_line(b"", &mut events);
         }
-        self.end_line(&mut events);
+        self.end_line(b"", &mut events);
         events.pop()
     }
 
@@ -73,38 +89,36 @@ impl Splitter {
         if held > self.limit || self.idle > self.noise { Err(TooLong) } else { Ok(()) }
     }
 
-    fn end_line(&mut self, events: &mut Vec<Event>) {
-        if std::mem::take(&mut self.at_start) && self.line.starts_with(b"\xef\xbb\xbf") {
-            self.line.drain(..3);
-        }
-        if self.line.is_empty() {
+    /// A line is at its end, of which `rest` is what was not there before.
+    fn end_line(&mut self, rest: &[u8], events: &mut Vec<Event>) {
+        let mut line = std::mem::take(&mut self.line);
+        let whole = if line.is_empty() {
+            rest
+        } else {
+            line.extend_from_slice(rest);
+            &line
+        };
+        let whole = match std::mem::take(&mut self.at_start) {
+            true => whole.strip_prefix(b"\xef\xbb\xbf").unwrap_or(whole),
+            false => whole,
+        };
+        if whole.is_empty() {
             self.idle += 1;
             if !self.lines.is_empty() {
                 self.idle = 0;
-                let lines = std::mem::take(&mut self.lines);
-                let data = data_of(&lines);
-                events.push(Event { lines, data });
+                events.push(Event { lines: std::mem::take(&mut self.lines) });
             }
-        } else if self.line.starts_with(b"data:") || self.line == b"data" {
-            self.lines.append(&mut self.line);
+        } else if whole.starts_with(b"data:") || whole == b"data" {
+            // With room for the empty line that ends the event.
+            self.lines.reserve(whole.len() + 2);
+            self.lines.extend_from_slice(whole);
             self.lines.push(b'\n');
         } else {
-            self.idle += self.line.len() + 1;
+            self.idle += whole.len() + 1;
         }
-        self.line.clear();
+        line.clear();
+        self.line = line;
     }
-}
-
-fn data_of(lines: &[u8]) -> Vec<u8> {
-    let mut data = Vec::with_capacity(lines.len());
-    for (i, line) in lines.strip_suffix(b"\n").unwrap_or(lines).split(|b| *b == b'\n').enumerate() {
-        if i > 0 {
-            data.push(b'\n');
-        }
-        let value = line.strip_prefix(b"data:").unwrap_or_default();
-        data.extend_from_slice(value.strip_prefix(b" ").unwrap_or(value));
-    }
-    data
 }
 
 #[cfg(test)]
@@ -119,7 +133,7 @@ mod tests {
             splitter.push(piece, &mut events).expect("within the limit");
         }
         events.extend(splitter.finish());
-        events.into_iter().map(|e| String::from_utf8(e.data).expect("UTF-8")).collect()
+        events.into_iter().map(|e| String::from_utf8(e.data().into_owned()).expect("UTF-8")).collect()
     }
 
     #[test]

@@ -26,6 +26,9 @@ const MOST_WORDS: usize = 32;
 const MOST_QUERY: usize = 512;
 /// Read connections kept open.
 const READERS: usize = 4;
+/// How long the end of a stream waits for others, where there are: of 500 that come and go in a second that takes
+/// 7 % of the CPU time.
+const GATHER: Duration = Duration::from_millis(5);
 /// How long `/readyz` waits for the writer.
 const PROBE_WAIT: Duration = Duration::from_secs(1);
 
@@ -124,6 +127,19 @@ impl Store {
         let (done, committed) = handoff();
         self.append(pair, unique, lead, move |stored| drop(done.give(stored)));
         committed.take().unwrap_or_else(|| Err(unavailable()))
+    }
+
+    /// The same for one of many that are in no hurry: what comes within a moment is committed together, and costs
+    /// little more than one.
+    pub fn keep_together(&self, pair: Pair) -> Result<Exchange, ApiError> {
+        let (done, committed) = handoff();
+        let then = Box::new(move |stored| drop(done.give(stored)));
+        self.desk.leave(Order::Append(Box::new(Arrival { pair, unique: None, then })));
+        let stored = committed.take_within(GATHER).ok().or_else(|| {
+            self.desk.hurry(false);
+            committed.take()
+        });
+        stored.unwrap_or_else(|| Err(unavailable()))
     }
 
     /// What answered the request that this key sent with this `Idempotency-Key` within the last day.

@@ -230,6 +230,11 @@ impl Line {
         Line { upstream: Arc::clone(upstream), agent, watch }
     }
 
+    /// How another thread ends a stream that this client has left.
+    pub fn hangup(&self, client: &Arc<TcpStream>) -> Hangup {
+        Hangup { watch: self.watch.clone(), client: Arc::clone(client) }
+    }
+
     /// Closes the connection kept from the last call.
     pub fn hang_up(&mut self) {
         self.agent = agent(&self.watch);
@@ -442,6 +447,19 @@ impl Line {
     }
 }
 
+/// Ends a client's stream from another thread: its worker waits for the upstream alone.
+pub struct Hangup {
+    watch: Watch,
+    client: Arc<TcpStream>,
+}
+
+impl Hangup {
+    /// Ends it where it is under way: the worker gets `client_gone`.
+    pub fn end(&self) {
+        self.watch.client_left(&self.client);
+    }
+}
+
 fn agent(watch: &Watch) -> Agent {
     let config = ureq::config::Config::builder()
         .http_status_as_error(false)
@@ -489,6 +507,8 @@ enum Source {
 impl Events<'_> {
     /// Waits for the next events and appends them: those that arrived together. False: the stream
     /// ended as HTTP has it. Errs when it broke off, was silent for too long, or the client has gone.
+    // Not inlined: what is read from then on would stand below the buffer on a stack that each stream keeps.
+    #[inline(never)]
     pub fn next(&mut self, events: &mut Vec<Event>) -> Result<bool, ApiError> {
         let upstream = &self.line.upstream;
         let before = events.len();
@@ -501,8 +521,7 @@ impl Events<'_> {
                     self.line.watch.sleep(gap).map_err(|ended| upstream.unanswered(&ended.into(), Some(ended)).error)?;
                 }
                 let Some(data) = chunks.pop_front() else { return Ok(false) };
-                let lines = format!("data: {data}\n").into_bytes();
-                events.push(Event { lines, data: data.into_bytes() });
+                events.push(Event { lines: format!("data: {data}\n").into_bytes() });
             }
             Source::Upstream { reader, splitter } => {
                 let mut buffer = [0; 1024];

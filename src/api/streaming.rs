@@ -13,7 +13,7 @@ use crate::upstream::Line;
 /// A stream that waits for a worker; its client hears comments meanwhile.
 pub struct Stream {
     chat: Chat,
-    draft: Draft,
+    draft: Box<Draft>,
     client: Arc<TcpStream>,
     end: Arc<ClientEnd>,
     headers: Vec<Header>,
@@ -41,7 +41,7 @@ pub fn prepare_chat(api: &Api, request: &Request, exit: Exit, chat: Chat, as_it_
     if let Err(e) = api.store.check() {
         return exit.refuse(e);
     }
-    let draft = Draft::new(Arc::clone(request.key), &chat, !chat.added_usage, request.started);
+    let draft = Box::new(Draft::new(Arc::clone(request.key), &chat, !chat.added_usage, request.started));
     let Exit { responder, headers, entry } = exit;
     let client = responder.client();
     let end = Arc::new(ClientEnd::new(responder, entry.id.clone(), headers.clone(), as_it_came.then_some(entry.own_id)));
@@ -54,7 +54,7 @@ impl Stream {
     // Not inlined, and not moved out of its box: each stream waits with every page of stack that was used.
     #[inline(never)]
     pub fn run(mut self: Box<Stream>, api: &Api, line: &mut Line) {
-        match relay::run(line, self.client, &mut self.chat, &self.end, &api.store, self.draft) {
+        match relay::run(line, self.client, &mut self.chat, &self.end, &api.store, || api.in_flight() == 1, self.draft) {
             Ok(streamed) => {
                 if let Some(time) = streamed.first_event {
                     api.metrics.time_to_first_token.observe(time);
@@ -76,6 +76,7 @@ impl Stream {
     }
 }
 
+#[inline(never)]
 fn refuse(end: &ClientEnd, headers: Vec<Header>, entry: Entry, e: ApiError) {
     match end.unanswered() {
         Some(responder) => drop(Exit { responder, headers, entry }.refuse(e)),

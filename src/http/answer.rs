@@ -271,6 +271,11 @@ impl StreamWriter {
         self.responder.has_room(0)
     }
 
+    /// The client has hung up, as far as one can tell.
+    pub fn is_client_gone(&self) -> bool {
+        self.responder.is_client_gone()
+    }
+
     /// Sends a piece at once, in one write. Errs when the client has gone or takes nothing.
     pub fn write(&mut self, piece: &[u8]) -> io::Result<()> {
         self.frame.clear();

@@ -144,8 +144,18 @@ impl Desk {
 
     /// Sees to it that the order is carried out, by this thread where it may `lead`.
     pub fn order(&self, order: Order, lead: bool) {
+        self.leave(order);
+        self.hurry(lead);
+    }
+
+    /// Leaves an order for who writes next; nobody may for long, but for what is hurried.
+    pub fn leave(&self, order: Order) {
         // It fails only where there is no inbox any more.
         let _ = self.orders.send(order);
+    }
+
+    /// Sees to it that all orders are carried out, by this thread where it may `lead`.
+    pub fn hurry(&self, lead: bool) {
         // Either who writes sees the order after leaving the desk, or we see that the desk is free.
         fence(Ordering::SeqCst);
         // When the clerk has gone, nobody else would say so.

@@ -3,8 +3,8 @@
 //! time, nothing of HTTP or chat.
 
 use std::fmt;
-use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::io;
+use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, sockopt};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, sockopt};
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
 
@@ -36,6 +36,8 @@ struct Bounds {
     silence: Option<Duration>,
     ended: Option<Ended>,
     reused: bool,
+    /// The socket that a stream comes from.
+    source: Option<Arc<TcpStream>>,
 }
 
 impl Watch {
@@ -55,9 +57,23 @@ impl Watch {
         bounds.silence = Some(silence);
     }
 
-    /// Only a silence ends the call.
-    fn is_stream(&self) -> bool {
-        self.lock().silence.is_some()
+    /// Only a silence ends the call: its length. Whoever ends the call before that ends `source`.
+    fn silence(&self, source: &Arc<TcpStream>) -> Result<Option<Duration>, Ended> {
+        let mut bounds = self.lock();
+        if bounds.silence.is_some() && bounds.source.is_none() {
+            bounds.source = Some(Arc::clone(source));
+        }
+        bounds.ended.map_or(Ok(bounds.silence), Err)
+    }
+
+    /// Ends the stream that this client has left, where it is still the one under way.
+    pub fn client_left(&self, client: &Arc<TcpStream>) {
+        let mut bounds = self.lock();
+        if bounds.silence.is_some() && bounds.client.as_ref().is_some_and(|mine| Arc::ptr_eq(mine, client)) {
+            bounds.ended = Some(Ended::ClientGone);
+            // Wakes its worker.
+            bounds.source.iter().for_each(|source| drop(source.shutdown(Shutdown::Both)));
+        }
     }
 
     /// From now on the call must end within this time, and the client may go.
@@ -196,7 +212,8 @@ impl Connector<()> for WireConnector {
             match self.open(address) {
                 Ok(stream) => {
                     let buffers = SmallBuffers::default();
-                    return Ok(Some(Wire { stream, buffers, just_read: false, watch: self.0.clone() }));
+                    let (stream, watch) = (Arc::new(stream), self.0.clone());
+                    return Ok(Some(Wire { stream, buffers, just_read: false, is_patient: false, watch }));
                 }
                 Err(e) if self.0.ended().is_some() => return Err(e),
                 Err(e) => failure = e,
@@ -321,23 +338,66 @@ impl Buffers for SmallBuffers {
     }
 }
 
-/// One connection to the upstream. Its socket does not block: every wait is the watch's.
+/// One connection to the upstream. Every wait is the watch's, but for that for the next piece of a stream: it is the
+/// socket's own, a system call less each. The watch ends it where somebody says that the client has gone.
 pub struct Wire {
-    stream: TcpStream,
+    stream: Arc<TcpStream>,
     buffers: SmallBuffers,
     just_read: bool,
+    /// The socket waits for as long as a stream may be silent.
+    is_patient: bool,
     watch: Watch,
 }
 
 impl Wire {
+    /// Waits for what comes next and takes it; 0: the upstream has closed.
+    fn receive(&mut self) -> Result<usize, ureq::Error> {
+        let silence = self.watch.silence(&self.stream)?;
+        if silence.is_some() {
+            // Streams are many and long, and write nothing more.
+            self.buffers.output = Vec::new();
+        }
+        if let (Some(silence), false) = (silence, self.is_patient) {
+            sockopt::set_socket_timeout(&self.stream, sockopt::Timeout::Recv, Some(silence)).map_err(io::Error::from)?;
+            self.stream.set_nonblocking(false)?;
+            self.is_patient = true;
+        }
+        loop {
+            let flags = match silence {
+                Some(_) => RecvFlags::empty(),
+                None => {
+                    self.watch.wait(self.stream.as_fd(), PollFlags::IN)?;
+                    RecvFlags::DONTWAIT
+                }
+            };
+            let space = self.buffers.input_append_buf();
+            if space.is_empty() {
+                return Err(ureq::Error::BodyStalled);
+            }
+            match rustix::net::recv(&self.stream, space, flags) {
+                Ok((amount, _)) => {
+                    if amount == 0 {
+                        // It may have been closed by us.
+                        self.watch.silence(&self.stream)?;
+                    }
+                    self.buffers.input_appended(amount);
+                    return Ok(amount);
+                }
+                Err(Errno::AGAIN) if silence.is_some() => self.watch.ended_by(Ended::TimedOut)?,
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                Err(e) => return Err(io::Error::from(e).into()),
+            }
+        }
+    }
+
     fn send(&mut self) -> Result<(), ureq::Error> {
         let mut unsent = &self.buffers.output[..std::mem::take(&mut self.buffers.unsent)];
         while !unsent.is_empty() {
-            match (&self.stream).write(unsent) {
+            match rustix::net::send(&self.stream, unsent, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
                 Ok(written) => unsent = &unsent[written..],
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.watch.wait(self.stream.as_fd(), PollFlags::OUT)?,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e.into()),
+                Err(Errno::AGAIN) => self.watch.wait(self.stream.as_fd(), PollFlags::OUT)?,
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(io::Error::from(e).into()),
             }
         }
         Ok(())
@@ -357,26 +417,10 @@ impl Transport for Wire {
     fn await_input(&mut self, _: NextTimeout) -> Result<bool, ureq::Error> {
         if self.buffers.unsent > 0 {
             self.send()?;
-        } else if !self.buffers.output.is_empty() && self.watch.is_stream() {
-            // Streams are many and long, and write nothing more.
-            self.buffers.output = Vec::new();
         }
-        loop {
-            self.watch.wait(self.stream.as_fd(), PollFlags::IN)?;
-            let space = self.buffers.input_append_buf();
-            if space.is_empty() {
-                return Err(ureq::Error::BodyStalled);
-            }
-            match (&self.stream).read(space) {
-                Ok(amount) => {
-                    self.buffers.input_appended(amount);
-                    self.just_read = amount > 0;
-                    return Ok(amount > 0);
-                }
-                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-                Err(e) => return Err(e.into()),
-            }
-        }
+        let amount = self.receive()?;
+        self.just_read = amount > 0;
+        Ok(amount > 0)
     }
 
     /// Open means: neither closed by the upstream nor with bytes that nobody asked for.
@@ -395,5 +439,34 @@ impl Transport for Wire {
 impl fmt::Debug for Wire {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Wire")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::net::TcpListener;
+
+    #[test]
+    fn a_stream_is_ended_for_its_own_client_only() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
+        let socket = || Arc::new(TcpStream::connect(listener.local_addr().expect("bound")).expect("connected"));
+        let (client, other, source) = (socket(), socket(), socket());
+        let (_, _, (mut upstream, _)) = (listener.accept(), listener.accept(), listener.accept().expect("accepted"));
+        let watch = Watch::default();
+        watch.begin(Arc::clone(&client), Instant::now() + Duration::from_secs(60));
+        watch.client_left(&client);
+        assert_eq!(watch.silence(&source), Ok(None), "the wait for the answer's head notices it itself");
+        watch.only_silence(Duration::from_secs(60));
+        assert_eq!(watch.silence(&source), Ok(Some(Duration::from_secs(60))));
+        watch.client_left(&other);
+        assert_eq!(watch.ended(), None);
+        watch.client_left(&client);
+        assert_eq!(watch.silence(&source), Err(Ended::ClientGone));
+        assert_eq!(upstream.read(&mut [0]).ok(), Some(0), "the socket is closed, which wakes who waits for it");
+        watch.end();
+        watch.client_left(&client);
+        assert_eq!(watch.ended(), None, "the call is over");
     }
 }
