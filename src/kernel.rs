@@ -101,6 +101,15 @@ pub fn forget_unused_stack() {
     }
 }
 
+/// Gives the free memory of the heap back to the system: what a busy hour took, the C library keeps for the next.
+pub fn forget_unused_heap() {
+    // SAFETY: it has no requirements (malloc_trim(3)).
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

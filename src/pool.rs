@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::handoff::{Giver, Nothing, Taker, handoff};
+use crate::kernel;
 
 /// What a thread, with its own `W`, is to do.
 pub type Job<W> = Box<dyn FnOnce(&mut W) + Send>;
@@ -20,6 +21,9 @@ const STACK: usize = 512 * 1024;
 
 /// A thread whose last answer is out needs a moment until it is idle; nobody is refused for that.
 const MOMENT: Duration = Duration::from_millis(5);
+
+/// A thread that had nothing to do for this long gives back what it does not use of its stack.
+const REST: Duration = Duration::from_secs(1);
 
 /// How busy the pool is.
 pub struct Load {
@@ -247,7 +251,12 @@ impl<W> Shared<W> {
                 state.idle.push((id, giver));
                 (id, coming)
             };
-            match coming.take_within(self.patience) {
+            let mut came = coming.take_within(REST.min(self.patience));
+            if matches!(came, Err(Nothing::Yet)) {
+                kernel::forget_unused_stack();
+                came = coming.take_within(self.patience.saturating_sub(REST));
+            }
+            match came {
                 Ok(job) => return Some(job),
                 Err(Nothing::Ever) => {}
                 Err(Nothing::Yet) => {
@@ -257,6 +266,10 @@ impl<W> Shared<W> {
                     // Who holds a place in the queue counts on a thread.
                     if state.idle.len() < idle && state.promised == 0 {
                         state.threads -= 1;
+                        if state.threads == 0 {
+                            drop(state);
+                            kernel::forget_unused_heap();
+                        }
                         return None;
                     }
                     drop(state);

@@ -24,6 +24,8 @@ const LINGER: Duration = Duration::from_millis(20);
 const SHORT_LINGER: Duration = Duration::from_millis(2);
 /// After that the answer itself waits for a slow disk, and the worker looks now and then whether it is wanted.
 const SLOW_COMMIT: Duration = Duration::from_millis(100);
+/// A reader without a connection ends after this: it keeps nothing that is worth more.
+const READER_PATIENCE: Duration = Duration::from_secs(1);
 /// How long the accept loop waits when descriptors or threads ran out.
 const EXHAUSTED: Duration = Duration::from_millis(50);
 
@@ -49,7 +51,7 @@ pub fn serve(config: Config) -> Result<(), StartError> {
 
     let make_line = move || Line::new(&upstream);
     let workers = Pool::new("worker", config.workers, config.queue_size, config::UPSTREAM_KEEP_ALIVE, make_line);
-    let readers = Pool::new("reader", config.max_connections, config.max_connections, config::UPSTREAM_KEEP_ALIVE, || ());
+    let readers = Pool::new("reader", config.max_connections, config.max_connections, READER_PATIENCE, || ());
     let (workers, grace) = (Arc::new(workers), config.shutdown_grace);
     let api = Api::new(config, Arc::clone(&store), Arc::clone(&workers), listener.connections(), metrics);
     let staff = Arc::new(Staff { api, readers, workers });

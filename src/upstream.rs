@@ -291,9 +291,8 @@ impl Line {
         self.watch.begin(client, deadline);
         match self.source(chat) {
             Ok((source, headers)) => {
-                kernel::forget_unused_stack();
                 self.watch.only_silence(self.upstream.idle);
-                Ok(Events { line: self, source, began: false, headers })
+                Ok(Events { line: self, source, began: false, is_shallow: false, headers })
             }
             Err(e) => {
                 self.watch.end();
@@ -494,6 +493,8 @@ pub struct Events<'a> {
     source: Source,
     /// There was an event.
     began: bool,
+    /// What the call took of the stack is given back.
+    is_shallow: bool,
     /// Fields of the answer's head that clients understand.
     pub headers: Vec<Header>,
 }
@@ -510,6 +511,10 @@ impl Events<'_> {
     // Not inlined: what is read from then on would stand below the buffer on a stack that each stream keeps.
     #[inline(never)]
     pub fn next(&mut self, events: &mut Vec<Event>) -> Result<bool, ApiError> {
+        // Not before the first event is out.
+        if self.began && !std::mem::replace(&mut self.is_shallow, true) {
+            kernel::forget_unused_stack();
+        }
         let upstream = &self.line.upstream;
         let before = events.len();
         match &mut self.source {
