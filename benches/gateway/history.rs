@@ -28,12 +28,11 @@ pub fn fill(path: &Path, rows: i64) {
             let key = if row % 2 == 0 { "bench" } else { "other" };
             let rare = if row % (rows / 10) == 0 { RARE } else { "" };
             let question = format!("What {} {COMMON} {rare}?", words.take(8));
-            let values = params![AT, key, question, words.take(24), "bench-1", "stop", 17, 46, 63, 412];
+            let values = params![AT, key, question, words.take(24), "bench-1", "stop", 17, 46, 63, 412, row - 1];
             transaction.prepare_cached(append).and_then(|mut append| append.execute(values)).expect("a row");
         }
-        for sql in [index, note] {
-            transaction.prepare_cached(sql).and_then(|mut sql| sql.execute([last])).expect("an index");
-        }
+        transaction.prepare_cached(index).and_then(|mut index| index.execute([last])).expect("an index");
+        transaction.prepare_cached(note).and_then(|mut note| note.execute([last, last])).expect("a note of it");
         transaction.commit().expect("a commit");
     }
     database.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).expect("a checkpoint");

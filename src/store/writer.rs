@@ -49,6 +49,8 @@ const CHORE_BYTES: i64 = 256 << 10;
 const MOST_UNINDEXED: i64 = 200_000;
 /// The same in bytes of text.
 const MOST_UNINDEXED_BYTES: i64 = 64 << 20;
+/// Retention takes so many in a quiet moment: their words are in the index, and a new pair waits about a millisecond.
+const RETAIN_ROWS: u64 = 50;
 /// How often retention looks at the clock.
 const RETENTION_TICK: Duration = Duration::from_secs(60);
 /// Why the database is not ready.
@@ -110,6 +112,37 @@ fn bite(connection: &Connection) -> rusqlite::Result<Option<(i64, i64)>> {
 /// The next commits try again, and say so when it is the disk.
 fn log_unmoved(moved: rusqlite::Result<()>) {
     moved.unwrap_or_else(|e| log::debug!("the history's journal was not moved over: {e}"));
+}
+
+/// What retention says has to go.
+struct Surplus {
+    /// Rows more than may be kept.
+    rows: u64,
+    /// Rows of more than so many days ago; 0: it is not the time to look for them.
+    days: u64,
+}
+
+impl Surplus {
+    fn is_none(&self) -> bool {
+        self.rows == 0 && self.days == 0
+    }
+
+    /// Deletes at most so many of them, the oldest; how many.
+    fn delete(&self, connection: &Connection, most: u64) -> rusqlite::Result<u64> {
+        let mut last: Option<i64> = None;
+        if self.rows > 0 {
+            let mut over_count = connection.prepare_cached(include_str!("../../sql/queries/oldest_over_count.sql"))?;
+            last = over_count.query_row([self.rows.min(most) as i64], |row| row.get(0))?;
+        }
+        if self.days > 0 {
+            let mut over_age = connection.prepare_cached(include_str!("../../sql/queries/oldest_over_age.sql"))?;
+            let aged: Option<i64> = over_age.query_row([most as i64, self.days as i64], |row| row.get(0))?;
+            last = last.max(aged);
+        }
+        let Some(last) = last else { return Ok(0) };
+        connection.prepare_cached(include_str!("../../sql/queries/forget_words.sql"))?.execute([last])?;
+        Ok(connection.prepare_cached(include_str!("../../sql/queries/forget.sql"))?.execute([last])? as u64)
+    }
 }
 
 /// A panic in what follows costs this one request, not the history.
@@ -199,7 +232,6 @@ impl Desk {
                 while writer.work(&self.inbox) {
                     // What waits for quiet would never come under a steady load.
                     writer.catch_up();
-                    writer.retain();
                 }
                 writer.housekeep()
             }));
@@ -331,7 +363,7 @@ impl Writer {
             }
             false => {
                 self.catch_up();
-                self.retain()
+                false
             }
         };
         self.let_searches_go();
@@ -355,8 +387,10 @@ impl Writer {
     fn append(&mut self, batch: Vec<Arrival>) {
         let began = Instant::now();
         let last_id = self.last_id;
+        // Those that come make room for themselves, and for as many again where there are too many already.
+        let (surplus, most) = (self.surplus(batch.len()), 2 * batch.len() as u64);
         let bytes: usize = batch.iter().map(|arrival| arrival.pair.question.len() + arrival.pair.answer.len()).sum();
-        let ids = self.attempt("written", |connection| {
+        let written = self.attempt("written", |connection| {
             let mut append = connection.prepare_cached(include_str!("../../sql/queries/append.sql"))?;
             let mut ids: Vec<i64> = Vec::with_capacity(batch.len());
             for Arrival { pair, unique, .. } in &batch {
@@ -380,15 +414,17 @@ impl Writer {
                 }
                 ids.push(id);
             }
-            Ok(ids)
+            let deleted = surplus.delete(connection, most)?;
+            Ok((ids, deleted))
         });
-        match ids {
-            Some(ids) => {
+        match written {
+            Some((ids, deleted)) => {
                 self.metrics.history_commits.inc();
                 self.metrics.history_rows.add(ids.len() as u64);
                 self.metrics.history_batch_size.observe_value(ids.len() as f64);
                 self.metrics.history_commit.observe(began.elapsed());
                 self.rows += ids.len() as u64;
+                self.shrank(&surplus, deleted, most);
                 self.unindexed_bytes += bytes as i64;
                 self.last_id = ids.last().copied().unwrap_or(self.last_id);
                 let rows = ids.len();
@@ -460,37 +496,30 @@ impl Writer {
         self.searches.retain(|(up_to, search)| *up_to > self.indexed && !failing && search.is_awaited());
     }
 
-    /// Deletes some of what retention says has to go; true when there may be more to do.
+    /// What has to go when so many pairs come.
+    fn surplus(&self, coming: usize) -> Surplus {
+        let rows = if self.max_rows > 0 { (self.rows + coming as u64).saturating_sub(self.max_rows) } else { 0 };
+        Surplus { rows, days: if Instant::now() >= self.next_retention { self.max_days } else { 0 } }
+    }
+
+    /// Deletes some of what has to go, one bite; true when there may be more to do.
     fn retain(&mut self) -> bool {
-        let too_many = if self.max_rows > 0 { self.rows.saturating_sub(self.max_rows).min(CHORE_ROWS as u64) } else { 0 };
-        let look_at_age = self.max_days > 0 && Instant::now() >= self.next_retention;
-        if too_many == 0 && !look_at_age {
+        let surplus = self.surplus(0);
+        if surplus.is_none() {
             return false;
         }
-        let max_days = self.max_days;
-        let forgotten = self.attempt("pruned", |connection| {
-            let mut last: Option<i64> = None;
-            if too_many > 0 {
-                last =
-                    connection.query_row(include_str!("../../sql/queries/oldest_over_count.sql"), [too_many as i64], |row| {
-                        row.get(0)
-                    })?;
-            }
-            if look_at_age {
-                let query = include_str!("../../sql/queries/oldest_over_age.sql");
-                let aged: Option<i64> = connection.query_row(query, [CHORE_ROWS, max_days as i64], |row| row.get(0))?;
-                last = last.max(aged);
-            }
-            let Some(last) = last else { return Ok(0) };
-            connection.prepare_cached(include_str!("../../sql/queries/forget_words.sql"))?.execute([last])?;
-            connection.prepare_cached(include_str!("../../sql/queries/forget.sql"))?.execute([last])
-        });
-        let forgotten = forgotten.unwrap_or(0) as u64;
-        self.rows = self.rows.saturating_sub(forgotten);
-        if look_at_age && forgotten < CHORE_ROWS as u64 {
+        let deleted = self.attempt("pruned", |connection| surplus.delete(connection, RETAIN_ROWS)).unwrap_or(0);
+        self.shrank(&surplus, deleted, RETAIN_ROWS);
+        self.grew(deleted as usize, 0);
+        deleted > 0
+    }
+
+    /// After so many rows were deleted, of `most` that would have been.
+    fn shrank(&mut self, surplus: &Surplus, deleted: u64, most: u64) {
+        self.rows = self.rows.saturating_sub(deleted);
+        if surplus.days > 0 && deleted < most {
             self.next_retention = Instant::now() + RETENTION_TICK;
         }
-        forgotten > 0
     }
 
     /// Drops old notes of requests that must not be asked twice.
@@ -641,6 +670,29 @@ mod tests {
             then: Box::new(|result| assert!(result.is_ok())),
         };
         writer.append((0..pairs).map(arrival).collect());
+    }
+
+    #[test]
+    fn where_there_are_too_many_each_new_row_makes_room_for_two() {
+        let mut writer = writer("room");
+        append(&mut writer, 20, 10);
+        while writer.index() {}
+        writer.max_rows = 6;
+        let mut left = Vec::new();
+        for new in [1, 5, 1, 3, 3, 1] {
+            append(&mut writer, new, 10);
+            left.push(writer.rows);
+        }
+        assert_eq!(left, [19, 14, 13, 10, 7, 6]);
+        let counted = |writer: &Writer, sql| {
+            let connection = &writer.open.as_ref().expect("it is open").connection;
+            connection.query_row(sql, [], |row| row.get::<_, i64>(0)).expect("a number")
+        };
+        assert_eq!(counted(&writer, "SELECT count(*) FROM history"), 6);
+        assert_eq!(counted(&writer, "SELECT count(*) FROM history_words WHERE history_words MATCH 'w'"), 0);
+        while writer.index() {}
+        assert_eq!(counted(&writer, "SELECT count(*) FROM history_words WHERE history_words MATCH 'w'"), 6);
+        remove(writer);
     }
 
     #[test]
