@@ -57,7 +57,8 @@ impl Watch {
         bounds.silence = Some(silence);
     }
 
-    /// Only a silence ends the call: its length. Whoever ends the call before that ends `source`.
+    /// How long the stream under way, which comes from `source`, may be silent; `None` where the call is none yet. Errs
+    /// where it was ended meanwhile.
     fn silence(&self, source: &Arc<TcpStream>) -> Result<Option<Duration>, Ended> {
         let mut bounds = self.lock();
         if bounds.silence.is_some() && bounds.source.is_none() {
@@ -338,8 +339,8 @@ impl Buffers for SmallBuffers {
     }
 }
 
-/// One connection to the upstream. Every wait is the watch's, but for that for the next piece of a stream: it is the
-/// socket's own, a system call less each. The watch ends it where somebody says that the client has gone.
+/// One connection to the upstream. Every wait is the watch's, but the one for a stream's next piece: that is the
+/// socket's own, a system call less each. Where somebody says that the client has gone, the watch shuts the socket.
 pub struct Wire {
     stream: Arc<TcpStream>,
     buffers: SmallBuffers,
