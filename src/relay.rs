@@ -160,6 +160,9 @@ impl ClientEnd {
         }
         state.last_sent = Instant::now();
         let sent = state.send(b": keep-alive\n\n");
+        if let (Some(hangup), Err(_)) = (&state.hangup, &sent) {
+            hangup.end();
+        }
         drop(state);
         if sent.is_err() {
             self.abort();

@@ -386,6 +386,8 @@ impl Wire {
                 }
                 Err(Errno::AGAIN) if silence.is_some() => self.watch.ended_by(Ended::TimedOut)?,
                 Err(Errno::AGAIN | Errno::INTR) => {}
+                // ureq takes a reset for the end of a body that ends with its connection.
+                Err(e) if silence.is_some() => return Err(io::Error::other(io::Error::from(e)).into()),
                 Err(e) => return Err(io::Error::from(e).into()),
             }
         }

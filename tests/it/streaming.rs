@@ -434,6 +434,27 @@ fn chunks_without_choices_or_content_are_legal() {
 }
 
 #[test]
+fn a_reset_is_no_clean_end_of_a_body_that_ends_with_its_connection() {
+    for (ending, reason) in [(Step::Close, "stop"), (Step::Reset, "upstream_error")] {
+        let gate = Gate::new();
+        let sent = format!("data: {}\n\ndata: {}\n\n", delta("Yes"), finish("stop"));
+        let head = send("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n");
+        let upstream = FakeUpstream::always(vec![head, send(sent), Step::Wait(gate.clone()), ending]);
+        let proxy = Proxy::facing(&upstream).start();
+        let mut stream = proxy.stream("What is it?");
+        stream.expect_event(&delta("Yes"));
+        stream.expect_event(&finish("stop"));
+        gate.open();
+        if reason == "stop" {
+            stream.expect_event("[DONE]");
+        } else {
+            stream.expect_failure("upstream_error");
+        }
+        assert_eq!(proxy.newest_of(1)["finish_reason"], reason);
+    }
+}
+
+#[test]
 fn a_client_that_leaves_ends_the_upstream_call_and_is_remembered() {
     let written = format!("data: {}\n\n", delta("more "));
     let written = format!("{:x}\r\n{written}\r\n", written.len()).into_bytes();
