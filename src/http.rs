@@ -8,13 +8,13 @@ mod answer;
 mod chunked;
 mod head;
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::buffer::spare_capacity;
@@ -44,16 +44,17 @@ pub struct Listener {
     max_body: usize,
 }
 
-/// The open connections, by their sockets' cookies.
+/// The open connections.
 #[derive(Default)]
 struct Live {
-    cookies: Mutex<HashSet<u64>>,
+    /// By their cookies.
+    sockets: Mutex<HashMap<u64, Weak<TcpStream>>>,
     room: Condvar,
 }
 
 impl Live {
-    fn lock(&self) -> MutexGuard<'_, HashSet<u64>> {
-        self.cookies.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Weak<TcpStream>>> {
+        self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -100,7 +101,7 @@ impl Listener {
         self.local
     }
 
-    /// A counter of open connections that outlives the listener.
+    /// The open connections, for whoever outlives the listener.
     pub fn connections(&self) -> Connections {
         Connections(Arc::clone(&self.live))
     }
@@ -140,14 +141,14 @@ impl Listener {
             Err(e) => return Err(e),
         };
         let mut live = self.live.lock();
-        let Some((stream, cookie)) = kernel::adopt_accepted(lowest, self.local, |cookie| live.contains(&cookie)) else {
+        let Some((stream, cookie)) = kernel::adopt_accepted(lowest, self.local, |cookie| live.contains_key(&cookie)) else {
             log::error!("bug: an accepted socket was not found; its connection is dropped");
             return Ok(None);
         };
-        live.insert(cookie);
+        let stream = Arc::new(stream);
+        live.insert(cookie, Arc::downgrade(&stream));
         drop(live);
         let peer = stream.peer_addr().unwrap_or(self.local);
-        let stream = Arc::new(stream);
         let listed = Arc::new(Listed { live: Arc::clone(&self.live), cookie });
         Ok(Some(Box::new(Connection {
             stream,
@@ -169,7 +170,7 @@ impl Listener {
     }
 }
 
-/// Counts the open connections.
+/// All open connections.
 #[derive(Clone)]
 pub struct Connections(Arc<Live>);
 
@@ -177,6 +178,11 @@ impl Connections {
     /// How many are open now.
     pub fn open(&self) -> usize {
         self.0.lock().len()
+    }
+
+    /// Makes all clients seem to have gone, for whoever waits for them or watches them; they can still be answered.
+    pub fn hear_no_more(&self) {
+        self.0.lock().values().filter_map(Weak::upgrade).for_each(|socket| drop(socket.shutdown(Shutdown::Read)));
     }
 }
 

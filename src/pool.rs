@@ -266,8 +266,9 @@ impl<W> Shared<W> {
                     // Who holds a place in the queue counts on a thread.
                     if state.idle.len() < idle && state.promised == 0 {
                         state.threads -= 1;
-                        if state.threads == 0 {
-                            drop(state);
+                        let is_last = state.threads == 0;
+                        drop(state);
+                        if is_last {
                             kernel::forget_unused_heap();
                         }
                         return None;

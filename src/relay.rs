@@ -13,6 +13,7 @@ use crate::config::MAX_ANSWER;
 use crate::error::{ApiError, Code, Header, add_headers};
 use crate::exchange::{Pair, Usage};
 use crate::http::{Responder, StreamWriter};
+use crate::kernel;
 use crate::openai::{self, Chat, NoAnswer, ToolCalls};
 use crate::store::Store;
 use crate::upstream::{Events, Hangup, Line};
@@ -147,27 +148,23 @@ impl ClientEnd {
     fn beat(&self, interval: Duration) -> bool {
         // Whoever holds it is sending.
         let Ok(mut state) = self.state.try_lock() else { return true };
-        if matches!(state.phase, Phase::Over) {
-            return false;
-        }
-        if let (Some(hangup), true) = (&state.hangup, state.is_client_gone()) {
+        let Some(responder) = state.responder() else { return false };
+        if let (Some(hangup), true) = (&state.hangup, responder.is_client_gone()) {
             hangup.end();
             return true;
         }
         // Who has not taken what was sent would only keep all others waiting.
-        if state.last_sent.elapsed() < interval || !state.has_room() {
+        if state.last_sent.elapsed() < interval || !responder.has_room(0) {
             return true;
         }
         state.last_sent = Instant::now();
-        let sent = state.send(b": keep-alive\n\n");
-        if let (Some(hangup), Err(_)) = (&state.hangup, &sent) {
-            hangup.end();
+        if state.send(b": keep-alive\n\n").is_ok() {
+            return true;
         }
+        state.hangup.iter().for_each(Hangup::end);
         drop(state);
-        if sent.is_err() {
-            self.abort();
-        }
-        sent.is_ok()
+        self.abort();
+        false
     }
 }
 
@@ -222,19 +219,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl State {
-    fn is_client_gone(&self) -> bool {
+    /// What knows the client, until the stream is over.
+    fn responder(&self) -> Option<&Responder> {
         match &self.phase {
-            Phase::Unanswered(responder) => responder.is_client_gone(),
-            Phase::Open(writer) => writer.is_client_gone(),
-            Phase::Over => false,
-        }
-    }
-
-    fn has_room(&self) -> bool {
-        match &self.phase {
-            Phase::Unanswered(responder) => responder.has_room(0),
-            Phase::Open(writer) => writer.has_room(),
-            Phase::Over => true,
+            Phase::Unanswered(responder) => Some(responder),
+            Phase::Open(writer) => Some(writer.responder()),
+            Phase::Over => None,
         }
     }
 
@@ -404,7 +394,10 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
         if !out.is_empty() {
             end.send(&out).map_err(|_| Box::new(ApiError::new(Code::ClientGone, "the client went away").into()))?;
             out.clear();
-            draft.first_event.get_or_insert_with(|| draft.started.elapsed());
+            if draft.first_event.is_none() {
+                draft.first_event = Some(draft.started.elapsed());
+                kernel::forget_unused_stack();
+            }
         }
         if let Some(failure) = failure {
             return Err(Box::new(failure));
@@ -441,8 +434,9 @@ fn take_in(data: &[u8], draft: &mut Draft, events: &Events) -> Result<bool, NoAn
     Ok(draft.wants_usage || !chunk.usage_only)
 }
 
+// What comes after the last event is not inlined: each stream waits with every page of stack that was used.
+
 /// Stores the pair and ends the stream with its closing event.
-// Not inlined, as what else comes after the last event: each stream waits with every page of stack that was used.
 #[inline(never)]
 fn complete(done: &[u8], end: &ClientEnd, store: &Store, is_alone: bool, draft: Box<Draft>) -> Streamed {
     let streamed = draft.streamed();
@@ -464,7 +458,8 @@ fn cut_short(e: ApiError, end: &ClientEnd, store: &Store, mut draft: Box<Draft>)
     if end.is_unanswered() && !gone {
         return Err(e);
     }
-    draft.finish_reason = Some(if gone { "client_gone" } else { "upstream_error" }.to_string());
+    let reason = if matches!(e.code, Code::ClientGone | Code::ShuttingDown) { e.code } else { Code::UpstreamError };
+    draft.finish_reason = Some(reason.name().to_string());
     let streamed = draft.streamed();
     if let Err(e) = store.keep_together(draft.into_pair()) {
         log::warn!("a stream that was cut short is not in the history: {e}");

@@ -26,6 +26,8 @@ const SHORT_LINGER: Duration = Duration::from_millis(2);
 const SLOW_COMMIT: Duration = Duration::from_millis(100);
 /// A reader without a connection ends after this: it keeps nothing that is worth more.
 const READER_PATIENCE: Duration = Duration::from_secs(1);
+/// How long requests that are ended at a shutdown have to be kept and to tell their clients.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 /// How long the accept loop waits when descriptors or threads ran out.
 const EXHAUSTED: Duration = Duration::from_millis(50);
 
@@ -49,17 +51,25 @@ pub fn serve(config: Config) -> Result<(), StartError> {
     let keys: Vec<&str> = config.api_keys.iter().map(|key| &*key.name).collect();
     log::info!("keys: {}", if keys.is_empty() { "none, everybody is served".to_string() } else { keys.join(", ") });
 
-    let make_line = move || Line::new(&upstream);
+    let asked = Arc::clone(&upstream);
+    let make_line = move || Line::new(&asked);
     let workers = Pool::new("worker", config.workers, config.queue_size, config::UPSTREAM_KEEP_ALIVE, make_line);
     let readers = Pool::new("reader", config.max_connections, config.max_connections, READER_PATIENCE, || ());
     let (workers, grace) = (Arc::new(workers), config.shutdown_grace);
-    let api = Api::new(config, Arc::clone(&store), Arc::clone(&workers), listener.connections(), metrics);
+    let connections = listener.connections();
+    let api = Api::new(config, Arc::clone(&store), Arc::clone(&workers), connections.clone(), metrics);
     let staff = Arc::new(Staff { api, readers, workers });
     accept(&listener, &staff, &stop);
 
     staff.api.drain();
     drop(listener);
-    drain(&staff.api, grace);
+    log::info!("draining: {} requests in flight, up to {} s", staff.api.in_flight(), grace.as_secs());
+    if !drain(&staff.api, grace) {
+        log::warn!("{} requests were not finished in time and are ended", staff.api.in_flight());
+        upstream.give_up();
+        connections.hear_no_more();
+        drain(&staff.api, LAST_WORDS);
+    }
     store.close();
     log::info!("stopped");
     Ok(())
@@ -204,16 +214,13 @@ fn accept(listener: &Listener, staff: &Arc<Staff>, stop: &Stop) {
     }
 }
 
-fn drain(api: &Api, grace: Duration) {
+/// Waits until no request is in flight; false: the time came first.
+fn drain(api: &Api, grace: Duration) -> bool {
     let until = Instant::now() + grace;
-    log::info!("draining: {} requests in flight, up to {} s", api.in_flight(), grace.as_secs());
     while api.in_flight() > 0 && Instant::now() < until {
         thread::sleep(Duration::from_millis(5));
     }
-    let left = api.in_flight();
-    if left > 0 {
-        log::warn!("{left} requests were not finished in time");
-    }
+    api.in_flight() == 0
 }
 
 /// What a signal says to the accept loop.

@@ -16,7 +16,7 @@ use rusqlite::{Connection, OpenFlags, Row, params};
 use crate::config::{self, Config};
 use crate::error::{ApiError, Code, StartError};
 use crate::exchange::{Exchange, Pair, Usage};
-use crate::handoff::{Giver, Nothing, handoff};
+use crate::handoff::{Giver, Nothing, Taker, handoff};
 use crate::metrics::Metrics;
 use writer::{Desk, Writer};
 
@@ -124,17 +124,16 @@ impl Store {
 
     /// The same, and waits until it is committed.
     pub fn keep(&self, pair: Pair, unique: Option<Unique>, lead: bool) -> Result<Exchange, ApiError> {
-        let (done, committed) = handoff();
-        self.append(pair, unique, lead, move |stored| drop(done.give(stored)));
+        let (order, committed) = awaited(pair, unique);
+        self.desk.order(order, lead);
         committed.take().unwrap_or_else(|| Err(unavailable()))
     }
 
     /// The same for one of many that are in no hurry: what comes within a moment is committed together, and costs
     /// little more than one.
     pub fn keep_together(&self, pair: Pair) -> Result<Exchange, ApiError> {
-        let (done, committed) = handoff();
-        let then = Box::new(move |stored| drop(done.give(stored)));
-        self.desk.leave(Order::Append(Box::new(Arrival { pair, unique: None, then })));
+        let (order, committed) = awaited(pair, None);
+        self.desk.leave(order);
         let stored = committed.take_within(GATHER).ok().or_else(|| {
             self.desk.hurry(false);
             committed.take()
@@ -242,6 +241,13 @@ impl Store {
             unavailable()
         })
     }
+}
+
+/// An order to keep a pair, and the way to what becomes of it.
+fn awaited(pair: Pair, unique: Option<Unique>) -> (Order, Taker<Result<Exchange, ApiError>>) {
+    let (done, committed) = handoff();
+    let then = Box::new(move |stored| drop(done.give(stored)));
+    (Order::Append(Box::new(Arrival { pair, unique, then })), committed)
 }
 
 /// The error for a pair that cannot be kept or found.

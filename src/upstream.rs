@@ -10,6 +10,7 @@ use std::hash::{BuildHasher, Hasher};
 use std::io::{self, Read};
 use std::net::TcpStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use ureq::http::{self, HeaderMap, HeaderValue, Method, Request, Response, Uri, header};
@@ -19,7 +20,6 @@ use ureq::{Agent, Body, BodyReader};
 
 use crate::config::{self, Config, Mode};
 use crate::error::{ApiError, Code, Header, StartError, is_sane_id};
-use crate::kernel;
 use crate::metrics::Metrics;
 use crate::mock;
 use crate::openai::{self, Chat, Completion};
@@ -55,6 +55,8 @@ pub struct Upstream {
     /// What no message may repeat.
     secrets: Vec<String>,
     metrics: Arc<Metrics>,
+    /// A client that seems to have gone has not: the server ends.
+    is_over: AtomicBool,
 }
 
 impl Upstream {
@@ -96,7 +98,13 @@ impl Upstream {
             retries: config.upstream_retries,
             secrets,
             metrics,
+            is_over: AtomicBool::new(false),
         })
+    }
+
+    /// From now on calls that lose their client end with `shutting_down`.
+    pub fn give_up(&self) {
+        self.is_over.store(true, Ordering::SeqCst);
     }
 
     fn redact(&self, text: &str) -> String {
@@ -126,6 +134,11 @@ impl Upstream {
     /// An attempt that ended without an answer's head.
     fn unanswered(&self, error: &ureq::Error, ended: Option<Ended>) -> Failure {
         let (code, text, retry) = match (ended, error) {
+            (Some(Ended::ClientGone), _) if self.is_over.load(Ordering::SeqCst) => (
+                Code::ShuttingDown,
+                "the server is shutting down, and the LLM had not answered in time; try again, on a new connection".to_string(),
+                false,
+            ),
             (Some(Ended::ClientGone), _) => (Code::ClientGone, "the client went away".to_string(), false),
             (Some(Ended::TimedOut), _) => (
                 Code::UpstreamTimeout,
@@ -236,7 +249,7 @@ impl Line {
     }
 
     /// Closes the connection kept from the last call.
-    pub fn hang_up(&mut self) {
+    fn close(&mut self) {
         self.agent = agent(&self.watch);
     }
 
@@ -292,7 +305,7 @@ impl Line {
         match self.source(chat) {
             Ok((source, headers)) => {
                 self.watch.only_silence(self.upstream.idle);
-                Ok(Events { line: self, source, began: false, is_shallow: false, headers })
+                Ok(Events { line: self, source, began: false, headers })
             }
             Err(e) => {
                 self.watch.end();
@@ -404,7 +417,7 @@ impl Line {
                     let ended = self.watch.ended();
                     // A kept connection may have died while nobody looked; that costs nobody an attempt.
                     if ended.is_none() && self.watch.reused() && matches!(e, ureq::Error::Io(_)) {
-                        self.hang_up();
+                        self.close();
                         continue;
                     }
                     self.upstream.unanswered(&e, ended)
@@ -493,8 +506,6 @@ pub struct Events<'a> {
     source: Source,
     /// There was an event.
     began: bool,
-    /// What the call took of the stack is given back.
-    is_shallow: bool,
     /// Fields of the answer's head that clients understand.
     pub headers: Vec<Header>,
 }
@@ -511,10 +522,6 @@ impl Events<'_> {
     // Not inlined: what is read from then on would stand below the buffer on a stack that each stream keeps.
     #[inline(never)]
     pub fn next(&mut self, events: &mut Vec<Event>) -> Result<bool, ApiError> {
-        // Not before the first event is out.
-        if self.began && !std::mem::replace(&mut self.is_shallow, true) {
-            kernel::forget_unused_stack();
-        }
         let upstream = &self.line.upstream;
         let before = events.len();
         match &mut self.source {

@@ -76,6 +76,7 @@ impl Stream {
     }
 }
 
+// Not inlined, for the same reason.
 #[inline(never)]
 fn refuse(end: &ClientEnd, headers: Vec<Header>, entry: Entry, e: ApiError) {
     match end.unanswered() {

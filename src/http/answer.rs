@@ -266,14 +266,9 @@ fn event_deadline() -> Option<Instant> {
 }
 
 impl StreamWriter {
-    /// The client's socket has room for a little more.
-    pub fn has_room(&self) -> bool {
-        self.responder.has_room(0)
-    }
-
-    /// The client has hung up, as far as one can tell.
-    pub fn is_client_gone(&self) -> bool {
-        self.responder.is_client_gone()
+    /// What knows the client.
+    pub fn responder(&self) -> &Responder {
+        &self.responder
     }
 
     /// Sends a piece at once, in one write. Errs when the client has gone or takes nothing.

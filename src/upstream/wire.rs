@@ -1,6 +1,6 @@
-//! The socket under ureq: while it waits for the upstream it also watches the client and the clock, so
-//! that one thread can do both and a client that hangs up ends the call at once. Knows sockets and
-//! time, nothing of HTTP or chat.
+//! The socket under ureq: while it waits for the upstream's answer it also watches the client and the clock, so that
+//! one thread can do both and a client that hangs up ends the call at once. A stream's next piece it waits for alone, and
+//! can be woken. Knows sockets and time, nothing of HTTP or chat.
 
 use std::fmt;
 use std::io;
@@ -57,9 +57,9 @@ impl Watch {
         bounds.silence = Some(silence);
     }
 
-    /// How long the stream under way, which comes from `source`, may be silent; `None` where the call is none yet. Errs
-    /// where it was ended meanwhile.
-    fn silence(&self, source: &Arc<TcpStream>) -> Result<Option<Duration>, Ended> {
+    /// How long the stream under way, which comes from `source`, may be silent; `None` where the call is none yet. From
+    /// now on whoever ends the stream shuts that socket; errs where it was ended before.
+    fn stream_from(&self, source: &Arc<TcpStream>) -> Result<Option<Duration>, Ended> {
         let mut bounds = self.lock();
         if bounds.silence.is_some() && bounds.source.is_none() {
             bounds.source = Some(Arc::clone(source));
@@ -353,15 +353,9 @@ pub struct Wire {
 impl Wire {
     /// Waits for what comes next and takes it; 0: the upstream has closed.
     fn receive(&mut self) -> Result<usize, ureq::Error> {
-        let silence = self.watch.silence(&self.stream)?;
-        if silence.is_some() {
-            // Streams are many and long, and write nothing more.
-            self.buffers.output = Vec::new();
-        }
-        if let (Some(silence), false) = (silence, self.is_patient) {
-            sockopt::set_socket_timeout(&self.stream, sockopt::Timeout::Recv, Some(silence)).map_err(io::Error::from)?;
-            self.stream.set_nonblocking(false)?;
-            self.is_patient = true;
+        let silence = self.watch.stream_from(&self.stream)?;
+        if let Some(silence) = silence {
+            self.be_patient(silence)?;
         }
         loop {
             let flags = match silence {
@@ -378,8 +372,8 @@ impl Wire {
             match rustix::net::recv(&self.stream, space, flags) {
                 Ok((amount, _)) => {
                     if amount == 0 {
-                        // It may have been closed by us.
-                        self.watch.silence(&self.stream)?;
+                        // It may have been shut by us.
+                        self.watch.stream_from(&self.stream)?;
                     }
                     self.buffers.input_appended(amount);
                     return Ok(amount);
@@ -391,6 +385,16 @@ impl Wire {
                 Err(e) => return Err(io::Error::from(e).into()),
             }
         }
+    }
+
+    /// From now on the socket itself waits, for so long. Nothing more is sent, and streams are many and long.
+    fn be_patient(&mut self, silence: Duration) -> io::Result<()> {
+        self.buffers.output = Vec::new();
+        if !std::mem::replace(&mut self.is_patient, true) {
+            sockopt::set_socket_timeout(&self.stream, sockopt::Timeout::Recv, Some(silence))?;
+            self.stream.set_nonblocking(false)?;
+        }
+        Ok(())
     }
 
     fn send(&mut self) -> Result<(), ureq::Error> {
@@ -460,13 +464,13 @@ mod tests {
         let watch = Watch::default();
         watch.begin(Arc::clone(&client), Instant::now() + Duration::from_secs(60));
         watch.client_left(&client);
-        assert_eq!(watch.silence(&source), Ok(None), "the wait for the answer's head notices it itself");
+        assert_eq!(watch.stream_from(&source), Ok(None), "the wait for the answer's head notices it itself");
         watch.only_silence(Duration::from_secs(60));
-        assert_eq!(watch.silence(&source), Ok(Some(Duration::from_secs(60))));
+        assert_eq!(watch.stream_from(&source), Ok(Some(Duration::from_secs(60))));
         watch.client_left(&other);
         assert_eq!(watch.ended(), None);
         watch.client_left(&client);
-        assert_eq!(watch.silence(&source), Err(Ended::ClientGone));
+        assert_eq!(watch.stream_from(&source), Err(Ended::ClientGone));
         assert_eq!(upstream.read(&mut [0]).ok(), Some(0), "the socket is closed, which wakes who waits for it");
         watch.end();
         watch.client_left(&client);

@@ -142,20 +142,31 @@ fn an_idle_server_ends_at_once_and_closes_its_database_cleanly() {
     assert_eq!(proxy.stderr(), Vec::<String>::new());
 }
 
+/// What is left then is told so, and kept as far as it came.
 #[test]
 fn the_grace_has_an_end() {
     let upstream = FakeUpstream::answering(|request| match request.is_streaming() {
         true => vec![stream_head(), event(&delta("Half")), Step::Silence],
         false => vec![Step::Silence],
     });
-    let mut proxy = Proxy::facing(&upstream).set("SHUTDOWN_GRACE_SECS", "1").start();
-    let mut asking = proxy.connect();
-    asking.send(&post("/api/ask", &json!({"question": "Never answered?"})));
+    let mut proxy = Proxy::facing(&upstream).set("SHUTDOWN_GRACE_SECS", "1").set("WORKERS", "2").start();
+    let ask = post("/api/ask", &json!({"question": "Never answered?"}));
+    let [mut asking, mut queued] = [proxy.connect(), proxy.connect()];
+    asking.send(&ask);
     let mut stream = proxy.stream("Never ended?");
     stream.expect_event(&delta("Half"));
     upstream.wait_for_calls(2);
+    queued.send(&ask);
+    eventually("one waits in the queue", || proxy.get("/readyz").json()["queue_length"] == 1);
     proxy.signal(Signal::TERM);
+    asking.read_response().expect_error(503, "shutting_down");
+    queued.read_response().expect_error(503, "shutting_down");
+    stream.expect_failure("shutting_down");
     assert_eq!(proxy.wait_for_exit(SOON).code(), Some(0), "{:?}", proxy.stderr());
+    assert_eq!(upstream.calls(), 2);
+    let kept = "SELECT answer || ', ' || finish_reason FROM history";
+    let kept: String = proxy.database().query_row(kept, [], |row| row.get(0)).expect("a row");
+    assert_eq!((kept.as_str(), proxy.count_rows()), ("Half, shutting_down", 1));
     let check: String = proxy.database().query_row("PRAGMA integrity_check", [], |row| row.get(0)).expect("the database opens");
     assert_eq!(check, "ok");
 }
