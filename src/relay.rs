@@ -372,6 +372,10 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
         let mut failure = None;
         for event in batch.drain(..) {
             let data = event.data();
+            // Nothing is said by it: some servers keep a connection alive so.
+            if data.is_empty() {
+                continue;
+            }
             if *data == *b"[DONE]" {
                 done = Some([&event.lines[..], b"\n"].concat());
                 break;

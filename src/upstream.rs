@@ -398,8 +398,9 @@ impl Line {
     /// The head of a successful answer, after as many attempts as are allowed and fit the time.
     fn attempts(&mut self, request: &http::request::Parts, body: &[u8]) -> Result<Response<Body>, Box<Failure>> {
         let mut retries = 0;
-        // Whoever left while waiting for a worker is not worth a call.
-        if let Err(ended) = self.watch.check() {
+        // Whoever left while waiting for a worker is not worth a call, and there is no time for one at the end.
+        let is_over = self.upstream.is_over.load(Ordering::SeqCst);
+        if let Err(ended) = if is_over { Err(Ended::ClientGone) } else { self.watch.check() } {
             let error = self.upstream.unanswered(&ended.into(), Some(ended)).error;
             return Err(Box::new(Failure { error, retry: false, wait: None, unknown_model: false }));
         }

@@ -382,6 +382,7 @@ fn every_legal_way_to_write_an_event_is_understood() {
         ("other fields", format!("event: message\nid: 1\nretry: 10\ndata: {}\n\n", delta("Yes"))),
         ("unknown and nameless fields", format!("x: y\nnothing\ndata: {}\n\n", delta("Yes"))),
         ("blank lines", format!("\n\n\r\n\ndata: {}\n\n\n\n", delta("Yes"))),
+        ("events without data", format!("data:\n\ndata: {}\n\ndata\n\n", delta("Yes"))),
         ("a byte order mark", format!("\u{feff}data: {}\n\n", delta("Yes"))),
     ];
     for (what, text) in lines {
