@@ -113,6 +113,11 @@ impl ApiError {
         ApiError { code, message: message.into(), param: None, retry_after, headers: Vec::new() }
     }
 
+    /// The server ends: nothing new is begun, and what its clients wait for is given up when the grace is over.
+    pub fn shutting_down() -> ApiError {
+        ApiError::new(Code::ShuttingDown, "the server is shutting down; try again, on a new connection")
+    }
+
     /// A 422 that names the field at fault.
     pub fn invalid(param: &str, message: impl Into<String>) -> ApiError {
         ApiError { param: Some(param.to_string()), ..ApiError::new(Code::InvalidRequest, message) }

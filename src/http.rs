@@ -14,6 +14,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -50,6 +51,7 @@ struct Live {
     /// By their cookies.
     sockets: Mutex<HashMap<u64, Weak<TcpStream>>>,
     room: Condvar,
+    is_deaf: AtomicBool,
 }
 
 impl Live {
@@ -180,9 +182,16 @@ impl Connections {
         self.0.lock().len()
     }
 
-    /// Makes all clients seem to have gone, for whoever waits for them or watches them; they can still be answered.
-    pub fn hear_no_more(&self) {
-        self.0.lock().values().filter_map(Weak::upgrade).for_each(|socket| drop(socket.shutdown(Shutdown::Read)));
+    /// Shuts all of them. For reading: to whoever waits for a client or watches one it has gone, but it can still be
+    /// answered. For both: whoever waits until a client takes its answer waits no longer.
+    pub fn shut(&self, how: Shutdown) {
+        self.0.is_deaf.store(true, Ordering::SeqCst);
+        self.0.lock().values().filter_map(Weak::upgrade).for_each(|socket| drop(socket.shutdown(how)));
+    }
+
+    /// They were shut: clients that seem to have gone may be there.
+    pub fn are_deaf(&self) -> bool {
+        self.0.is_deaf.load(Ordering::SeqCst)
     }
 }
 

@@ -133,6 +133,13 @@ impl ClientEnd {
         }
     }
 
+    fn reason(&self, e: ApiError) -> ApiError {
+        match self.lock().responder() {
+            Some(responder) => responder.reason(e),
+            None => e,
+        }
+    }
+
     fn is_unanswered(&self) -> bool {
         matches!(self.lock().phase, Phase::Unanswered(_))
     }
@@ -458,6 +465,7 @@ fn complete(done: &[u8], end: &ClientEnd, store: &Store, is_alone: bool, draft: 
 /// Ends a stream that did not come to its end; what had arrived is kept.
 #[inline(never)]
 fn cut_short(e: ApiError, end: &ClientEnd, store: &Store, mut draft: Box<Draft>) -> Result<Streamed, ApiError> {
+    let e = end.reason(e);
     let gone = e.code == Code::ClientGone;
     if end.is_unanswered() && !gone {
         return Err(e);

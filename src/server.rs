@@ -1,6 +1,7 @@
 //! The running server: puts the doors together, accepts clients until a signal says stop, lets what
 //! runs come to its end. Knows no endpoint.
 
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,7 +27,7 @@ const SHORT_LINGER: Duration = Duration::from_millis(2);
 const SLOW_COMMIT: Duration = Duration::from_millis(100);
 /// A reader without a connection ends after this: it keeps nothing that is worth more.
 const READER_PATIENCE: Duration = Duration::from_secs(1);
-/// How long requests that are ended at a shutdown have to be kept and to tell their clients.
+/// How long requests that are ended at a shutdown have to tell their clients; and then, without those, to be kept.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 /// How long the accept loop waits when descriptors or threads ran out.
 const EXHAUSTED: Duration = Duration::from_millis(50);
@@ -51,8 +52,7 @@ pub fn serve(config: Config) -> Result<(), StartError> {
     let keys: Vec<&str> = config.api_keys.iter().map(|key| &*key.name).collect();
     log::info!("keys: {}", if keys.is_empty() { "none, everybody is served".to_string() } else { keys.join(", ") });
 
-    let asked = Arc::clone(&upstream);
-    let make_line = move || Line::new(&asked);
+    let make_line = move || Line::new(&upstream);
     let workers = Pool::new("worker", config.workers, config.queue_size, config::UPSTREAM_KEEP_ALIVE, make_line);
     let readers = Pool::new("reader", config.max_connections, config.max_connections, READER_PATIENCE, || ());
     let (workers, grace) = (Arc::new(workers), config.shutdown_grace);
@@ -66,9 +66,12 @@ pub fn serve(config: Config) -> Result<(), StartError> {
     log::info!("draining: {} requests in flight, up to {} s", staff.api.in_flight(), grace.as_secs());
     if !drain(&staff.api, grace) {
         log::warn!("{} requests were not finished in time and are ended", staff.api.in_flight());
-        upstream.give_up();
-        connections.hear_no_more();
-        drain(&staff.api, LAST_WORDS);
+        connections.shut(Shutdown::Read);
+        if !drain(&staff.api, LAST_WORDS) {
+            // Who does not read cannot be told, but what was said is kept.
+            connections.shut(Shutdown::Both);
+            drain(&staff.api, LAST_WORDS);
+        }
     }
     store.close();
     log::info!("stopped");

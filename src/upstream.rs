@@ -10,7 +10,6 @@ use std::hash::{BuildHasher, Hasher};
 use std::io::{self, Read};
 use std::net::TcpStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use ureq::http::{self, HeaderMap, HeaderValue, Method, Request, Response, Uri, header};
@@ -55,8 +54,6 @@ pub struct Upstream {
     /// What no message may repeat.
     secrets: Vec<String>,
     metrics: Arc<Metrics>,
-    /// A client that seems to have gone has not: the server ends.
-    is_over: AtomicBool,
 }
 
 impl Upstream {
@@ -98,13 +95,7 @@ impl Upstream {
             retries: config.upstream_retries,
             secrets,
             metrics,
-            is_over: AtomicBool::new(false),
         })
-    }
-
-    /// From now on calls that lose their client end with `shutting_down`.
-    pub fn give_up(&self) {
-        self.is_over.store(true, Ordering::SeqCst);
     }
 
     fn redact(&self, text: &str) -> String {
@@ -134,11 +125,6 @@ impl Upstream {
     /// An attempt that ended without an answer's head.
     fn unanswered(&self, error: &ureq::Error, ended: Option<Ended>) -> Failure {
         let (code, text, retry) = match (ended, error) {
-            (Some(Ended::ClientGone), _) if self.is_over.load(Ordering::SeqCst) => (
-                Code::ShuttingDown,
-                "the server is shutting down, and the LLM had not answered in time; try again, on a new connection".to_string(),
-                false,
-            ),
             (Some(Ended::ClientGone), _) => (Code::ClientGone, "the client went away".to_string(), false),
             (Some(Ended::TimedOut), _) => (
                 Code::UpstreamTimeout,
@@ -398,9 +384,8 @@ impl Line {
     /// The head of a successful answer, after as many attempts as are allowed and fit the time.
     fn attempts(&mut self, request: &http::request::Parts, body: &[u8]) -> Result<Response<Body>, Box<Failure>> {
         let mut retries = 0;
-        // Whoever left while waiting for a worker is not worth a call, and there is no time for one at the end.
-        let is_over = self.upstream.is_over.load(Ordering::SeqCst);
-        if let Err(ended) = if is_over { Err(Ended::ClientGone) } else { self.watch.check() } {
+        // Whoever left while waiting for a worker is not worth a call.
+        if let Err(ended) = self.watch.check() {
             let error = self.upstream.unanswered(&ended.into(), Some(ended)).error;
             return Err(Box::new(Failure { error, retry: false, wait: None, unknown_model: false }));
         }

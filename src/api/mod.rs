@@ -102,6 +102,16 @@ impl From<Kind> for Errand {
     }
 }
 
+impl Errand {
+    fn refuse(self, e: ApiError) {
+        match self.kind {
+            Kind::Whole(whole) => whole.refuse(e),
+            Kind::Stream(stream) => stream.refuse(e),
+            Kind::Models(models) => models.refuse(e),
+        }
+    }
+}
+
 impl Api {
     /// The service on these doors.
     pub fn new(
@@ -205,6 +215,10 @@ impl Api {
     /// Runs an errand to its answer; returns the answer where the client may be slow to take it.
     pub fn run(&self, errand: Errand, line: &mut Line) -> Option<Parting> {
         self.metrics.queue_wait.observe(errand.since.elapsed());
+        if self.connections.are_deaf() {
+            errand.refuse(ApiError::shutting_down());
+            return None;
+        }
         match errand.kind {
             Kind::Whole(whole) => whole.run(self, line),
             Kind::Stream(stream) => {
@@ -219,12 +233,7 @@ impl Api {
     pub fn overloaded(&self, errand: Errand) {
         let (workers, queue) = (self.config.workers, self.config.queue_size);
         let text = format!("all {workers} workers are busy and the queue of {queue} is full; try again");
-        let e = ApiError::new(Code::Overloaded, text);
-        match errand.kind {
-            Kind::Whole(whole) => whole.refuse(e),
-            Kind::Stream(stream) => stream.refuse(e),
-            Kind::Models(models) => models.refuse(e),
-        }
+        errand.refuse(ApiError::new(Code::Overloaded, text));
     }
 
     fn admitted(&self, endpoint: Endpoint, key: Arc<str>) -> Admitted {
@@ -261,7 +270,7 @@ impl Site for Api {
             Err(e) => return (None, Err(e)),
         };
         let verdict = if self.draining.load(Ordering::SeqCst) {
-            Err(ApiError::new(Code::ShuttingDown, "the server is shutting down; try again, on a new connection"))
+            Err(ApiError::shutting_down())
         } else if endpoint.asks() && !head.field("content-type").is_none_or(is_json) {
             Err(ApiError::new(Code::UnsupportedMediaType, "the body must be JSON: send Content-Type: application/json"))
         } else {
@@ -327,6 +336,7 @@ impl Exit {
 
     /// Sends an error; there is nothing left to do.
     fn refuse(self, e: ApiError) -> Option<Errand> {
+        let e = self.responder.reason(e);
         let (status, code) = (e.code.status(), Some(e.code));
         if e.code == Code::ClientGone {
             self.entry.log(&Done { status, code, ..Done::default() });

@@ -12,7 +12,7 @@ use rustix::event::PollFlags;
 
 use super::{Listed, wait};
 use crate::config;
-use crate::error::Header;
+use crate::error::{ApiError, Code, Header};
 use crate::kernel;
 
 /// What became of a connection's answers.
@@ -108,7 +108,7 @@ pub struct Responder {
     is_used: bool,
     answers: Arc<Answers>,
     /// Last, so that the connection is listed for as long as any part of it is open.
-    _listed: Arc<Listed>,
+    listed: Arc<Listed>,
 }
 
 impl Drop for Responder {
@@ -127,7 +127,14 @@ impl Responder {
     pub fn new(stream: Arc<TcpStream>, form: Form, id: String, answers: Arc<Answers>, listed: Arc<Listed>) -> Responder {
         answers.begin();
         let is_idle = form.keep && kernel::is_idle(&stream);
-        Responder { stream, form, is_idle, id, is_used: false, answers, _listed: listed }
+        Responder { stream, form, is_idle, id, is_used: false, answers, listed }
+    }
+
+    /// The reason for a failure of this request: where it is that the client seems to have gone, and it was us who shut
+    /// its connection, that the server shuts down.
+    pub fn reason(&self, e: ApiError) -> ApiError {
+        let is_ours = e.code == Code::ClientGone && self.listed.live.is_deaf.load(Ordering::SeqCst);
+        if is_ours { ApiError::shutting_down() } else { e }
     }
 
     /// For tests: the right to answer on this socket.

@@ -2,6 +2,7 @@
 
 use crate::support::client::{Connection, get, post, streaming};
 use crate::support::gate::Gate;
+use crate::support::hostile::{plug_in_narrow, throw};
 use crate::support::proxy::Proxy;
 use crate::support::upstream::{FakeUpstream, Step, answer, delta, end, event, finish, stream_head};
 use crate::support::{PATIENCE, eventually};
@@ -194,4 +195,47 @@ fn a_client_that_sends_nothing_does_not_hold_it() {
     assert_eq!(proxy.get("/livez").status, 200);
     proxy.signal(Signal::TERM);
     assert_eq!(proxy.wait_for_exit(SOON).code(), Some(0), "{:?}", proxy.stderr());
+}
+
+#[test]
+fn who_waits_at_the_end_of_the_grace_is_told_whatever_it_waits_for() {
+    let upstream = FakeUpstream::always(vec![Step::Silence]);
+    let mut proxy = Proxy::facing(&upstream).set("SHUTDOWN_GRACE_SECS", "1").start();
+    let ask = post("/api/ask", &json!({"question": "Never answered?"}));
+    let once = ask.clone().header("Idempotency-Key", "one");
+    let mut waiting = [proxy.connect(), proxy.connect(), proxy.connect()];
+    let [first, equal, beginning] = &mut waiting;
+    first.send(&once);
+    upstream.wait_for_calls(1);
+    equal.send(&once);
+    let whole = ask.header("Expect", "100-continue").bytes();
+    beginning.send_bytes(&whole[..whole.len() - 10]);
+    assert_eq!(beginning.read_bodyless().status, 100, "its head was read");
+    let waiting_now = "ai_proxy_requests_in_flight 4\n";
+    eventually("all of them wait", || String::from_utf8_lossy(&proxy.get("/metrics").body).contains(waiting_now));
+    proxy.signal(Signal::TERM);
+    for connection in &mut waiting {
+        connection.read_response().expect_error(503, "shutting_down");
+    }
+    assert_eq!(proxy.wait_for_exit(SOON).code(), Some(0), "{:?}", proxy.stderr());
+    assert_eq!(upstream.calls(), 1);
+}
+
+#[test]
+fn a_stream_whose_client_does_not_read_is_kept_at_the_end_of_the_grace() {
+    let mut steps = vec![stream_head()];
+    steps.extend(std::iter::repeat_with(|| event(&delta(&"much ".repeat(2000)))).take(800));
+    steps.push(Step::Silence);
+    let upstream = FakeUpstream::always(steps);
+    let mut proxy = Proxy::facing(&upstream).set("SHUTDOWN_GRACE_SECS", "1").start();
+    let client = plug_in_narrow(proxy.address);
+    throw(&client, &[&streaming("Who reads all that?").bytes()]);
+    upstream.wait_for_calls(1);
+    proxy.signal(Signal::TERM);
+    assert_eq!(proxy.wait_for_exit(SOON).code(), Some(0), "{:?}", proxy.stderr());
+    let kept = "SELECT finish_reason FROM history WHERE answer LIKE 'much much %'";
+    let kept: String = proxy.database().query_row(kept, [], |row| row.get(0)).expect("a row");
+    assert_eq!(kept, "shutting_down");
+    let lines = proxy.log().into_iter().filter(|line| line.contains("code=shutting_down")).count();
+    assert_eq!(lines, 1);
 }
