@@ -188,7 +188,7 @@ pub struct Pair {
     pub answer: String,
     /// The model that answered, in the upstream's words.
     pub model: String,
-    /// The upstream's word, or `client_gone` or `upstream_error` for a stream cut short.
+    /// The upstream's word, or `client_gone`, `upstream_error` or `shutting_down` for a stream cut short.
     pub finish_reason: Option<String>,
     pub usage: Option<Usage>,
     /// From the request's first byte to the answer's last.

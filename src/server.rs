@@ -3,6 +3,7 @@
 
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -208,7 +209,8 @@ impl Staff {
 fn accept(listener: &Listener, staff: &Arc<Staff>, stop: &Stop) {
     while !stop.asked.load(Ordering::SeqCst) {
         match listener.accept(&stop.signals) {
-            Ok(Some(connection)) => staff.welcome(connection),
+            // A panic there is logged by the hook and costs this connection only, as one in a job does.
+            Ok(Some(connection)) => drop(catch_unwind(AssertUnwindSafe(|| staff.welcome(connection)))),
             Ok(None) => {}
             Err(e) => {
                 log::warn!("a client cannot be accepted: {e}");

@@ -478,7 +478,7 @@ fn agent(watch: &Watch) -> Agent {
     Agent::with_parts(config, WireConnector(watch.clone()).chain(RustlsConnector::default()), NoResolver)
 }
 
-/// Exponential with full jitter, so that many clients' retries do not meet.
+/// Exponential, shortened by up to half at random, so that many clients' retries do not meet.
 fn backoff(retries: u32) -> Duration {
     let most = FIRST_BACKOFF.saturating_mul(1 << retries.min(10)).min(LONGEST_BACKOFF);
     // The standard library's only source of randomness.
