@@ -58,6 +58,11 @@ impl Live {
     fn lock(&self) -> MutexGuard<'_, HashMap<u64, Weak<TcpStream>>> {
         self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// They were shut: clients that seem to have gone may be there.
+    fn is_deaf(&self) -> bool {
+        self.is_deaf.load(Ordering::SeqCst)
+    }
 }
 
 /// Takes a connection off the list when everything of it is closed: a socket that is open and not on the
@@ -191,7 +196,7 @@ impl Connections {
 
     /// They were shut: clients that seem to have gone may be there.
     pub fn are_deaf(&self) -> bool {
-        self.0.is_deaf.load(Ordering::SeqCst)
+        self.0.is_deaf()
     }
 }
 

@@ -13,7 +13,7 @@ use serde_json::value::RawValue;
 
 use crate::config::MAX_ANSWER;
 use crate::error::ApiError;
-use crate::exchange::{Question, Usage, parse_json};
+use crate::exchange::{Question, Usage, parse_json, size_in_json};
 
 /// Choices of an answer, and tool calls, that are kept: no model gives more, and an index beyond is not believed.
 const MOST: usize = 128;
@@ -557,16 +557,6 @@ impl ToolCall {
         let name = function.and_then(|function| function.name.as_deref());
         Self::FRAME + [arguments, name, self.id.as_deref()].into_iter().flatten().map(size_in_json).sum::<usize>()
     }
-}
-
-/// Bytes of a text in JSON, but for its quotes.
-fn size_in_json(text: &str) -> usize {
-    let size = |byte| match byte {
-        b'"' | b'\\' | b'\n' | b'\r' | b'\t' | 0x08 | 0x0c => 2,
-        ..0x20 => 6,
-        _ => 1,
-    };
-    text.bytes().map(size).sum()
 }
 
 /// The tool calls of an answer as they come together.

@@ -16,7 +16,7 @@ use rusqlite::{Connection, OpenFlags, Row, params};
 
 use crate::config::{self, Config};
 use crate::error::{ApiError, Code, StartError};
-use crate::exchange::{Exchange, Pair, Usage};
+use crate::exchange::{Exchange, Pair, Usage, size_in_json};
 use crate::handoff::{Giver, Nothing, Taker, handoff};
 use crate::metrics::Metrics;
 use writer::{Desk, Writer};
@@ -312,24 +312,13 @@ fn bounded(rows: impl Iterator<Item = rusqlite::Result<Exchange>>) -> rusqlite::
     for row in rows {
         let row = row?;
         let texts = [&*row.question, &row.answer, &row.model, row.finish_reason.as_deref().unwrap_or_default()];
-        bytes += texts.into_iter().map(escaped_length).sum::<usize>();
+        bytes += texts.into_iter().map(size_in_json).sum::<usize>();
         if bytes > MOST && !kept.is_empty() {
             break;
         }
         kept.push(row);
     }
     Ok(kept)
-}
-
-/// How long a text is as JSON: six bytes for some characters, two for others.
-fn escaped_length(text: &str) -> usize {
-    // Without branches, so that many bytes are looked at together: texts are long.
-    let length = |byte| {
-        let (escaped, control) = (matches!(byte, b'"' | b'\\'), byte < 0x20);
-        let short = matches!(byte, b'\n' | b'\r' | b'\t' | 0x08 | 0x0c);
-        1 + usize::from(escaped) + 5 * usize::from(control) - 4 * usize::from(short)
-    };
-    text.bytes().map(length).sum()
 }
 
 fn exchange(row: &Row) -> rusqlite::Result<Exchange> {
@@ -388,11 +377,5 @@ mod tests {
         assert_eq!(wanted(&"x".repeat(513)), [""; 0]);
         assert_eq!(wanted(&format!("whole {} half", "é".repeat(252))), ["whole".to_string(), "é".repeat(252)]);
         assert_eq!(wanted(&format!("{0}blank{0}", " ".repeat(500))), ["blank"]);
-    }
-
-    #[test]
-    fn the_escaped_length_is_that_of_the_json() {
-        let text: String = (0..=0x250).filter_map(char::from_u32).collect();
-        assert_eq!(escaped_length(&text), serde_json::to_string(&text).expect("JSON").len() - 2);
     }
 }

@@ -371,9 +371,9 @@ impl Wire {
             }
             match rustix::net::recv(&self.stream, space, flags) {
                 Ok((amount, _)) => {
-                    if amount == 0 {
-                        // It may have been shut by us.
-                        self.watch.stream_from(&self.stream)?;
+                    // It may have been shut by us.
+                    if let (0, Some(ended)) = (amount, self.watch.ended()) {
+                        return Err(ended.into());
                     }
                     self.buffers.input_appended(amount);
                     return Ok(amount);
