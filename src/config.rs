@@ -21,9 +21,9 @@ pub const CLIENT_STALL: Duration = Duration::from_secs(30);
 pub const UPSTREAM_KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// One address of the upstream must accept within this time.
 pub const UPSTREAM_CONNECT: Duration = Duration::from_secs(5);
-/// How long a write waits for a lock that another process holds on the database.
+/// How long the database is waited for where another process holds its lock, or the index of words is behind.
 pub const DATABASE_BUSY: Duration = Duration::from_secs(2);
-/// The largest answer of the upstream, whole or one event of a stream, in bytes.
+/// The largest answer of the upstream, in bytes: as a whole, one event of a stream, or all text of it.
 pub const MAX_ANSWER: usize = 16 << 20;
 
 /// One line of `--help`: a variable, its default as text, and what it does.
@@ -163,6 +163,12 @@ impl Config {
             }
         }
         Config::from_lookup(|name| environment.get(name).or_else(|| file.get(name)).cloned())
+    }
+
+    /// The models of the settings: the default, then the fallbacks.
+    pub fn models(&self) -> Vec<String> {
+        let others = self.fallback_models.iter().filter(|model| **model != self.model);
+        std::iter::once(&self.model).chain(others).cloned().collect()
     }
 
     fn from_lookup(lookup: impl Fn(&str) -> Option<String>) -> Result<Config, StartError> {

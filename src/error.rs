@@ -37,7 +37,7 @@ pub enum Code {
 
 impl Code {
     /// The machine-readable name that goes out as `error.code`, and the HTTP status it comes with.
-    pub fn facts(self) -> (&'static str, u16) {
+    fn facts(self) -> (&'static str, u16) {
         match self {
             Code::InvalidJson => ("invalid_json", 400),
             Code::BadRequest => ("bad_request", 400),
@@ -111,6 +111,11 @@ impl ApiError {
     pub fn new(code: Code, message: impl Into<String>) -> ApiError {
         let retry_after = (code.status() == 503).then(|| "1".to_string());
         ApiError { code, message: message.into(), param: None, retry_after, headers: Vec::new() }
+    }
+
+    /// Nobody is there any more to be answered: it stands in the log only.
+    pub fn client_gone() -> ApiError {
+        ApiError::new(Code::ClientGone, "the client went away")
     }
 
     /// The server ends: nothing new is begun, and what its clients wait for is given up when the grace is over.

@@ -74,12 +74,16 @@ impl Question {
         if asked.question.trim().is_empty() {
             return Err(ApiError::invalid("question", "question is blank"));
         }
-        // Bytes bound characters from above, so most questions need no count.
-        if asked.question.len() > max_chars && asked.question.chars().count() > max_chars {
+        if is_longer(&asked.question, max_chars) {
             return Err(ApiError::invalid("question", format!("question is longer than {max_chars} characters")));
         }
         Ok(asked)
     }
+}
+
+/// A text has more than so many characters. Bytes bound them from above, so most texts need no count.
+pub fn is_longer(text: &str, max_chars: usize) -> bool {
+    text.len() > max_chars && text.chars().count() > max_chars
 }
 
 /// The body as JSON, in so far as a question can use it: an object has the fields of one and the first

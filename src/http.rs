@@ -1,4 +1,4 @@
-//! The door to HTTP clients, and the only file that names tiny_http: listens, accepts, reads requests
+//! The door to HTTP clients, and the only place that names tiny_http: listens, accepts, reads requests
 //! within limits. Knows nothing of what requests mean.
 //!
 //! tiny_http accepts clients and closes their connections. What they send is read past its parser, which has no
@@ -284,7 +284,7 @@ pub trait Site {
 
 /// What a connection brought.
 pub enum Turn<A> {
-    /// A request, to be answered before the connection is asked for the next.
+    /// A request; the next one is read when it is answered.
     Call(Box<Call<A>>),
     /// No request, or no whole one where only such is wanted, for as long as was to be waited.
     Quiet,
@@ -454,7 +454,7 @@ impl Connection {
             let begun = self.unparsed.split_off(head.len());
             self.unparsed.clear();
             if head.expects_continue {
-                (&*self.stream).write_all(b"HTTP/1.1 100 Continue\r\n\r\n").map_err(|_| client_gone())?;
+                (&*self.stream).write_all(b"HTTP/1.1 100 Continue\r\n\r\n").map_err(|_| ApiError::client_gone())?;
             }
             match length {
                 Some(length) => self.read_on(begun, length),
@@ -470,7 +470,7 @@ impl Connection {
         let rest = length - body.len();
         body.reserve_exact(rest);
         match (&*self.stream).take(rest as u64).read_to_end(&mut body) {
-            Ok(read) if read < rest => Err(client_gone()),
+            Ok(read) if read < rest => Err(ApiError::client_gone()),
             Ok(_) => Ok(body),
             Err(e) => Err(not_read(&e)),
         }
@@ -487,7 +487,7 @@ impl Connection {
             }
             piece.resize(8 * 1024, 0);
             match (&*self.stream).read(&mut piece) {
-                Ok(0) => return Err(client_gone()),
+                Ok(0) => return Err(ApiError::client_gone()),
                 Ok(read) => piece.truncate(read),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => piece.clear(),
                 Err(e) => return Err(not_read(&e)),
@@ -520,7 +520,7 @@ impl Drop for Connection {
 fn not_read(e: &io::Error) -> ApiError {
     match e.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => stalled(),
-        _ => client_gone(),
+        _ => ApiError::client_gone(),
     }
 }
 
@@ -530,10 +530,6 @@ fn too_large(limit: usize) -> ApiError {
 
 fn stalled() -> ApiError {
     ApiError::new(Code::RequestTimeout, format!("nothing of the body came for {} s", config::CLIENT_STALL.as_secs()))
-}
-
-fn client_gone() -> ApiError {
-    ApiError::new(Code::ClientGone, "the client went away")
 }
 
 /// The client's `X-Request-Id`, unless it could break a log line.

@@ -17,7 +17,7 @@ const HEARD: usize = 128 * 1024;
 /// Nesting to which a JSON schema is followed.
 const DEEPEST: usize = 16;
 /// Bytes that are said for a JSON schema, about; where it asks for more, the rest is null or left out.
-const MOST: usize = 16 * 1024;
+const LONGEST_INSTANCE: usize = 16 * 1024;
 
 /// The body of a 200 for a chat request.
 pub fn completion(request: &[u8]) -> String {
@@ -160,7 +160,7 @@ fn say(request: &[u8]) -> Said {
         Some("json_object") => json!({"mock": true, "question": repeated(&question)}).to_string(),
         Some("json_schema") => {
             let schema = &format["json_schema"]["schema"];
-            instance(schema, schema, 0, &mut { MOST }).to_string()
+            instance(schema, schema, 0, &mut { LONGEST_INSTANCE }).to_string()
         }
         _ => format!("This is a mock answer to: {}", repeated(&question)),
     };
@@ -208,7 +208,7 @@ fn demanded_tool(tools: &Value, choice: &Value) -> Option<Tool> {
         None => return None,
     };
     let schema = &tool["function"]["parameters"];
-    let arguments = instance(schema, schema, 0, &mut { MOST }).to_string();
+    let arguments = instance(schema, schema, 0, &mut { LONGEST_INSTANCE }).to_string();
     Some(Tool { name: tool["function"]["name"].as_str()?.to_string(), arguments })
 }
 
@@ -294,7 +294,7 @@ mod tests {
     #[test]
     fn a_schema_gets_what_it_asks_for() {
         let schema = json!({"type":"object","properties":{"a":{"enum":["x"]},"b":{"type":"array","minItems":1,"items":{"type":"boolean"}},"c":{"anyOf":[{"type":"null"}]}}});
-        assert_eq!(instance(&schema, &schema, 0, &mut { MOST }), json!({"a":"x","b":[true],"c":null}));
+        assert_eq!(instance(&schema, &schema, 0, &mut { LONGEST_INSTANCE }), json!({"a":"x","b":[true],"c":null}));
     }
 
     #[test]
@@ -302,9 +302,9 @@ mod tests {
         for schema in [
             json!({"type":"array","minItems":16,"items":{"$ref":"#"}}),
             json!({"properties":{"a":{"$ref":"#"},"b":{"$ref":"#"},"c":{"anyOf":[{"$ref":"#"}]}}}),
-            json!({"properties":{"a":{"const":"x".repeat(MOST)},"b":{"type":"number","minimum":vec![0; MOST]}}}),
+            json!({"properties":{"a":{"const":"x".repeat(LONGEST_INSTANCE)},"b":{"type":"number","minimum":vec![0; LONGEST_INSTANCE]}}}),
         ] {
-            assert!(instance(&schema, &schema, 0, &mut { MOST }).to_string().len() < 2 * MOST);
+            assert!(instance(&schema, &schema, 0, &mut { LONGEST_INSTANCE }).to_string().len() < 2 * LONGEST_INSTANCE);
         }
     }
 }

@@ -13,10 +13,10 @@ use serde_json::value::RawValue;
 
 use crate::config::MAX_ANSWER;
 use crate::error::ApiError;
-use crate::exchange::{Question, Usage, parse_json, size_in_json};
+use crate::exchange::{Question, Usage, is_longer, parse_json, size_in_json};
 
 /// Choices of an answer, and tool calls, that are kept: no model gives more, and an index beyond is not believed.
-const MOST: usize = 128;
+const MOST_PARTS: usize = 128;
 /// An error of more bytes is not kept as a whole, only its words.
 const LARGE_ERROR: usize = 64 * 1024;
 
@@ -106,7 +106,7 @@ impl Chat {
         }
         let content: Option<Text> = read(messages.question, "content", "").unwrap_or_default();
         let question = content.unwrap_or_default().0.into_owned();
-        if question.len() > max_chars && question.chars().count() > max_chars {
+        if is_longer(&question, max_chars) {
             return Err(ApiError::invalid("messages", format!("the question is longer than {max_chars} characters")));
         }
         let stream = read(stream, "stream", "true or false")?.unwrap_or(false);
@@ -150,7 +150,7 @@ impl Chat {
     }
 
     /// Asks another model the same.
-    pub fn set_model(&mut self, model: &str) {
+    fn set_model(&mut self, model: &str) {
         self.body = with_field(&self.body, "model", Some(&Value::from(model).to_string()));
         self.model = model.to_string();
     }
@@ -348,6 +348,11 @@ fn from_json<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, String> {
     serde_json::from_str(text).map_err(|e| e.to_string())
 }
 
+/// The model whose name stands in a path: clients may write a slash in it as `%2F`; other bytes have no reason to hide.
+pub fn model_in_path(name: &str) -> String {
+    name.replace("%2F", "/").replace("%2f", "/")
+}
+
 /// Whether a body is a JSON object without an `error` in it, as every list and model is.
 pub fn is_model_answer(body: &[u8]) -> bool {
     let mut fine = true;
@@ -394,7 +399,8 @@ pub fn parse_chunk(data: &[u8]) -> Result<Chunk<'_>, NoAnswer> {
     Ok(chunk)
 }
 
-/// The words for people in the body of an error answer, of any length: the message of an `error` in any of the usual shapes, or the start of whatever text it is.
+/// The words for people in the body of an error answer, of any length: the message of an `error` in any of the usual
+/// shapes, or whatever text it is.
 pub fn error_text(body: &[u8]) -> String {
     match serde_json::from_slice::<Value>(body) {
         Ok(value) => error_words(value.get("error").filter(|e| !e.is_null()).unwrap_or(&value)),
@@ -448,7 +454,7 @@ struct Answer<'a> {
     error: Option<&'a RawValue>,
 }
 
-/// The first `MOST` of a list. The others are read and not kept: an empty one takes a hundred times its bytes.
+/// The first `MOST_PARTS` of a list. The others are read and not kept: an empty one takes a hundred times its bytes.
 struct Few<T>(Vec<T>);
 
 impl<T> Default for Few<T> {
@@ -474,7 +480,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for FewVisitor<T> {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
         let mut few = Vec::new();
-        while few.len() < MOST {
+        while few.len() < MOST_PARTS {
             match list.next_element()? {
                 Some(element) => few.push(element),
                 None => return Ok(few),
@@ -570,7 +576,7 @@ pub struct ToolCalls {
 impl ToolCalls {
     /// Adds the pieces that a chunk brought.
     pub fn add(&mut self, pieces: ToolCalls) {
-        for piece in pieces.calls.into_iter().filter(|piece| piece.index < MOST) {
+        for piece in pieces.calls.into_iter().filter(|piece| piece.index < MOST_PARTS) {
             while self.calls.len() <= piece.index {
                 self.calls.push(ToolCall { index: self.calls.len(), ..ToolCall::default() });
                 self.size += ToolCall::FRAME;
@@ -823,10 +829,10 @@ mod tests {
 
     #[test]
     fn of_many_choices_and_calls_the_first_are_kept() {
-        let calls = format!("{{}}{}", ",{}".repeat(MOST));
+        let calls = format!("{{}}{}", ",{}".repeat(MOST_PARTS));
         let body = format!(r#"{{"choices":[{{"message":{{"tool_calls":[{calls}]}}}},{calls}]}}"#);
         let answer: Value = serde_json::from_str(&parse_completion(body.as_bytes()).expect("an answer").answer).expect("JSON");
-        assert_eq!(answer["tool_calls"].as_array().map(Vec::len), Some(MOST));
+        assert_eq!(answer["tool_calls"].as_array().map(Vec::len), Some(MOST_PARTS));
         assert!(parse_completion(br#"{"choices":[{"message":{"content":""}},0]}"#).is_err());
     }
 

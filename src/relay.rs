@@ -403,7 +403,7 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
             }
         }
         if !out.is_empty() {
-            end.send(&out).map_err(|_| Box::new(ApiError::new(Code::ClientGone, "the client went away").into()))?;
+            end.send(&out).map_err(|_| Box::new(ApiError::client_gone().into()))?;
             out.clear();
             if draft.first_event.is_none() {
                 draft.first_event = Some(draft.started.elapsed());

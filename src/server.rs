@@ -19,7 +19,7 @@ use crate::pool::Pool;
 use crate::store::Store;
 use crate::upstream::{Line, Upstream};
 
-/// A worker that answered waits so long for the connection's next question, before it gives the
+/// A worker that is done with a question waits so long for the connection's next, before it gives the
 /// connection back: a client that asks again at once, as one under load does, costs no change of threads.
 const LINGER: Duration = Duration::from_millis(20);
 /// The same where there is no other worker for who comes meanwhile.

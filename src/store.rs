@@ -1,4 +1,4 @@
-//! The door to the history, and the only file that names rusqlite: one connection writes, committing
+//! The door to the history, and the only place that names rusqlite: one connection writes, committing
 //! together what waits together; readers have connections of their own and never block it. Knows pairs
 //! and pages, nothing of HTTP or the LLM.
 
@@ -299,10 +299,20 @@ fn score(pair: &Exchange, words: &[String]) -> u64 {
     let text = format!("{} {}", pair.question, pair.answer).to_lowercase();
     let length = text.len() as f64 / 500.0;
     let weights = words.iter().map(|word| {
-        let count = text.matches(word.as_str()).count() as f64;
+        let count = occurrences(&text, word) as f64;
         count * 2.2 / (count + 1.2 * (0.25 + 0.75 * length))
     });
     (weights.sum::<f64>() * 1000.0) as u64
+}
+
+/// How often a word stands in a text as a whole, as the index has it: not within another one.
+fn occurrences(text: &str, word: &str) -> usize {
+    let goes_on = |c: char| c.is_alphanumeric();
+    let is_whole = |(at, _): &(usize, &str)| {
+        let (before, after) = (&text[..*at], &text[at + word.len()..]);
+        !(word.starts_with(goes_on) && before.ends_with(goes_on) || word.ends_with(goes_on) && after.starts_with(goes_on))
+    };
+    text.match_indices(word).filter(is_whole).count()
 }
 
 /// The rows as far as they fit in an answer: pairs may be large.
@@ -366,6 +376,13 @@ mod tests {
         assert_eq!(found.as_deref(), Some(r#"key : "61" AND {question answer} : ("""x""" AND "OR" AND "-z" AND "don't")"#));
         assert_eq!(query(" \"'*🦀", false), None);
         assert_eq!(query("x", true).as_deref(), Some(r#"{question answer} : ("x")"#));
+    }
+
+    #[test]
+    fn words_within_others_do_not_count() {
+        assert_eq!(occurrences("cat concatenate cats: cat, (cat)", "cat"), 3);
+        assert_eq!(occurrences("кот кота кот", "кот"), 2);
+        assert_eq!(occurrences("a+b ca+bc", "+b"), 1);
     }
 
     #[test]

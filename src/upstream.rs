@@ -27,7 +27,7 @@ use wire::{Ended, NoResolver, Watch, WireConnector};
 
 /// An error answer is read so far for its words.
 const MAX_ERROR_BODY: u64 = 64 * 1024;
-/// Characters of the upstream's words that a message repeats.
+/// Characters of a message that repeats the upstream's words.
 const MAX_WORDS: usize = 1200;
 /// Comments and other noise of a stream between two events, in bytes.
 const MAX_NOISE: usize = 1 << 20;
@@ -74,9 +74,6 @@ impl Upstream {
                 request.headers.insert(name, value);
             }
         }
-        let fallbacks = config.fallback_models.clone();
-        let mut models = vec![config.model.clone()];
-        models.extend(fallbacks.iter().filter(|model| **model != config.model).cloned());
         let mut secrets = vec![config.openai_api_key.clone()];
         if let Some(credentials) = &config.upstream.credentials {
             secrets.push(credentials.clone());
@@ -88,8 +85,8 @@ impl Upstream {
             mock_delay: config.mock_delay,
             base: config.upstream.base.clone(),
             request,
-            models,
-            fallbacks,
+            models: config.models(),
+            fallbacks: config.fallback_models.clone(),
             timeout: config.upstream_timeout,
             idle: config.upstream_idle,
             retries: config.upstream_retries,
@@ -125,7 +122,7 @@ impl Upstream {
     /// An attempt that ended without an answer's head.
     fn unanswered(&self, error: &ureq::Error, ended: Option<Ended>) -> Failure {
         let (code, text, retry) = match (ended, error) {
-            (Some(Ended::ClientGone), _) => (Code::ClientGone, "the client went away".to_string(), false),
+            (Some(Ended::ClientGone), _) => return Failure::last(ApiError::client_gone()),
             (Some(Ended::TimedOut), _) => (
                 Code::UpstreamTimeout,
                 format!("the LLM did not answer within {} s (UPSTREAM_TIMEOUT_SECS)", self.timeout.as_secs()),
@@ -188,6 +185,13 @@ struct Failure {
     wait: Option<Duration>,
     /// A 404: another model may be there.
     unknown_model: bool,
+}
+
+impl Failure {
+    /// There is no use in another attempt.
+    fn last(error: ApiError) -> Failure {
+        Failure { error, retry: false, wait: None, unknown_model: false }
+    }
 }
 
 /// A whole answer.
@@ -325,34 +329,33 @@ impl Line {
         })
     }
 
-    /// The list of models (`path` empty) or one of them (`/NAME`), as JSON.
+    /// The list of models, or the one whose name stands in `path` (`/NAME`), as JSON.
     pub fn models(&mut self, client: Arc<TcpStream>, path: &str) -> Result<Vec<u8>, ApiError> {
         if self.upstream.mode != Mode::Upstream {
             let names = &self.upstream.models;
-            return match path.strip_prefix('/') {
-                None => Ok(mock::models(names).into_bytes()),
-                Some(name) if names.iter().any(|known| *known == name.replace("%2F", "/").replace("%2f", "/")) => {
-                    Ok(mock::model(&name.replace("%2F", "/").replace("%2f", "/")).to_string().into_bytes())
-                }
-                Some(_) => Err(no_model()),
+            let Some(name) = path.strip_prefix('/').map(openai::model_in_path) else {
+                return Ok(mock::models(names).into_bytes());
             };
+            return if names.contains(&name) { Ok(mock::model(&name).to_string().into_bytes()) } else { Err(no_model()) };
         }
-        self.watch.begin(client, Instant::now() + self.upstream.timeout);
+        self.watch.begin(client, self.deadline());
+        let result = self.ask_for_models(path);
+        self.watch.end();
+        result.inspect_err(|e| self.upstream.metrics.upstream_error(e.code))
+    }
+
+    fn ask_for_models(&mut self, path: &str) -> Result<Vec<u8>, ApiError> {
         let mut request = self.upstream.request.clone();
         request.method = Method::GET;
         request.headers.remove(header::CONTENT_TYPE);
         let url = format!("{}/models{path}", self.upstream.base);
         request.uri = url.parse().map_err(|_| no_model())?;
-        let result = match self.attempts(&request, b"") {
-            Ok(response) => self.whole(response).and_then(|body| match openai::is_model_answer(&body) {
-                true => Ok(body),
-                false => Err(self.upstream.failed(Code::UpstreamBadAnswer, "the LLM answered with something else than models")),
-            }),
-            Err(failure) if failure.unknown_model => Err(no_model()),
-            Err(failure) => Err(failure.error),
-        };
-        self.watch.end();
-        result
+        let answer = self.attempts(&request, b"");
+        let body = self.whole(answer.map_err(|failure| if failure.unknown_model { no_model() } else { failure.error })?)?;
+        if !openai::is_model_answer(&body) {
+            return Err(self.upstream.failed(Code::UpstreamBadAnswer, "the LLM answered with something else than models"));
+        }
+        Ok(body)
     }
 
     fn think(&self, time: Duration) -> Result<(), ApiError> {
@@ -386,8 +389,7 @@ impl Line {
         let mut retries = 0;
         // Whoever left while waiting for a worker is not worth a call.
         if let Err(ended) = self.watch.check() {
-            let error = self.upstream.unanswered(&ended.into(), Some(ended)).error;
-            return Err(Box::new(Failure { error, retry: false, wait: None, unknown_model: false }));
+            return Err(Box::new(self.upstream.unanswered(&ended.into(), Some(ended))));
         }
         loop {
             self.watch.forget_reuse();
@@ -422,7 +424,7 @@ impl Line {
             self.upstream.metrics.upstream_retries.inc();
             log::debug!("attempt {retries} failed, next in {wait:?}: {}", failure.error.code.name());
             if let Err(error) = self.think(wait) {
-                return Err(Box::new(Failure { error, retry: false, wait: None, unknown_model: false }));
+                return Err(Box::new(Failure::last(error)));
             }
         }
     }

@@ -1,7 +1,7 @@
 //! The service behind the HTTP door: admits, authenticates, answers each request and logs it. Knows
 //! the doors through what they offer; HTTP's bytes, ureq and SQL are theirs.
 //!
-//! A request is answered in two steps: `prepare` does what needs no LLM, on the connection's reader;
+//! A request is answered in two steps: `prepare` does what needs no LLM, on the thread that read the request;
 //! what is left, an `Errand`, is run on a worker.
 
 mod ask;
@@ -62,7 +62,7 @@ pub struct Admitted {
     /// Name of the client's key.
     key: Arc<str>,
     /// Its request counts from its head on.
-    running: Option<Running>,
+    in_flight: Option<InFlight>,
 }
 
 /// What is left to do of a request: ask the LLM.
@@ -141,9 +141,7 @@ impl Api {
 
     /// Zeros of everything that is counted.
     pub fn metrics(config: &Config) -> Metrics {
-        let mut models = vec![config.model.clone()];
-        models.extend(config.fallback_models.iter().filter(|model| **model != config.model).cloned());
-        Metrics::new(Endpoint::NAMES, &models)
+        Metrics::new(Endpoint::NAMES, &config.models())
     }
 
     /// From now on new requests are refused.
@@ -161,8 +159,8 @@ impl Api {
         self.in_flight.load(Ordering::SeqCst)
     }
 
-    /// A worker may take this request from the connection that it just answered: it is for the LLM, has to
-    /// wait for no other request, and its client takes what it is given.
+    /// This request may go to a worker without a reader between: it is for the LLM, has to wait for no other
+    /// request, and its client takes what it is given.
     pub fn suits_worker(call: &Call<Admitted>) -> bool {
         let asks = call.admitted.as_ref().is_some_and(|admitted| admitted.endpoint.asks()) && call.body.is_ok();
         asks && call.head.as_ref().is_some_and(|head| head.field(IDEMPOTENCY_KEY).is_none()) && call.responder.is_idle()
@@ -237,7 +235,7 @@ impl Api {
     }
 
     fn admitted(&self, endpoint: Endpoint, key: Arc<str>) -> Admitted {
-        Admitted { endpoint, key, running: Some(Running::new(&self.in_flight)) }
+        Admitted { endpoint, key, in_flight: Some(InFlight::new(&self.in_flight)) }
     }
 
     /// The name of the key that the request brings. Errs with 401 and says what is wrong.
@@ -363,12 +361,12 @@ struct Entry {
     started: Instant,
     route: &'static str,
     metrics: Arc<Metrics>,
-    _running: Running,
+    _in_flight: InFlight,
 }
 
 impl Entry {
     fn new(api: &Api, call: &mut Call<Admitted>) -> Entry {
-        let running = call.admitted.as_mut().and_then(|admitted| admitted.running.take());
+        let counted = call.admitted.as_mut().and_then(|admitted| admitted.in_flight.take());
         let head = call.head.as_ref();
         let admitted = call.admitted.as_ref().filter(|admitted| !admitted.endpoint.is_public());
         Entry {
@@ -381,7 +379,7 @@ impl Entry {
             started: call.started,
             route: call.admitted.as_ref().map_or(Endpoint::NONE, |admitted| admitted.endpoint.name()),
             metrics: Arc::clone(&api.metrics),
-            _running: running.unwrap_or_else(|| Running::new(&api.in_flight)),
+            _in_flight: counted.unwrap_or_else(|| InFlight::new(&api.in_flight)),
         }
     }
 
@@ -406,16 +404,16 @@ impl Entry {
 }
 
 /// Counts a request as long as it lives.
-struct Running(Arc<AtomicUsize>);
+struct InFlight(Arc<AtomicUsize>);
 
-impl Running {
-    fn new(count: &Arc<AtomicUsize>) -> Running {
+impl InFlight {
+    fn new(count: &Arc<AtomicUsize>) -> InFlight {
         count.fetch_add(1, Ordering::SeqCst);
-        Running(Arc::clone(count))
+        InFlight(Arc::clone(count))
     }
 }
 
-impl Drop for Running {
+impl Drop for InFlight {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::SeqCst);
     }

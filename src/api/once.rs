@@ -98,7 +98,7 @@ impl Once {
                 return Err(another());
             }
             if is_gone() {
-                return Err(ApiError::new(Code::ClientGone, "the client went away"));
+                return Err(ApiError::client_gone());
             }
             if Instant::now() >= until {
                 let text = "requests with this Idempotency-Key have been running for too long; try again";

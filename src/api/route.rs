@@ -1,6 +1,7 @@
 //! The whole API as one `match`. Knows names, not what stands behind them.
 
 use crate::error::{ApiError, Code};
+use crate::openai::model_in_path;
 
 /// What a request is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,10 +86,9 @@ pub fn route(method: &str, path: &str) -> Result<Endpoint, ApiError> {
     Err(ApiError::new(Code::MethodNotAllowed, format!("this path takes {allow}")).with_header("Allow", allow))
 }
 
-/// A model's name as it stands in a path; OpenRouter's have a slash.
+/// A name that a model may have.
 fn is_model(name: &str) -> bool {
-    // Clients may write the slash so; other bytes have no reason to hide.
-    let name = name.replace("%2F", "/").replace("%2f", "/");
+    let name = model_in_path(name);
     let sane = |b: u8| b.is_ascii_alphanumeric() || b"._-:@/~".contains(&b);
     (1..=200).contains(&name.len()) && name.bytes().all(sane) && name.split('/').all(|step| !matches!(step, "" | "." | ".."))
 }

@@ -143,8 +143,9 @@ fn q_gives_the_best_match_first() {
     let (_upstream, proxy) = echoing();
     let best = "whale whale whale";
     let weak = format!("whale {}", "and many other words ".repeat(50));
-    ask_all(&proxy, &["nothing", best, &weak, "nothing again"]);
-    assert_eq!(questions(&page(&proxy, "?q=whale")), [best, &weak]);
+    let other_words = "whale whales whaler narwhale";
+    ask_all(&proxy, &["nothing", best, other_words, &weak, "nothing again"]);
+    assert_eq!(questions(&page(&proxy, "?q=whale")), [best, other_words, &weak]);
     assert_eq!(questions(&page(&proxy, "?q=whale&limit=1")), [best]);
 }
 

@@ -4,7 +4,7 @@ use crate::support::client::{get, post, streaming};
 use crate::support::eventually;
 use crate::support::gate::Gate;
 use crate::support::proxy::Proxy;
-use crate::support::upstream::{FakeUpstream, Step, answer};
+use crate::support::upstream::{FakeUpstream, Step, answer, refusal, streamed};
 use serde_json::json;
 
 #[test]
@@ -41,6 +41,57 @@ fn readyz_counts_what_runs_and_what_waits() {
         gate.open();
     });
     eventually("all is quiet", || proxy.get("/readyz").json()["workers_busy"] == 0);
+}
+
+#[test]
+fn the_metrics_count_what_happened() {
+    let silence = Gate::new();
+    let upstream = FakeUpstream::script(vec![
+        refusal(500, "once more"),
+        answer("Yes"),
+        refusal(400, "too long"),
+        refusal(401, "wrong key"),
+        streamed(&["Yes"]),
+        vec![Step::Wait(silence.clone())],
+    ]);
+    let proxy = Proxy::facing(&upstream).set("UPSTREAM_RETRIES", "1").start();
+    proxy.answer("Really?");
+    proxy.ask("Is it too long?").expect_error(400, "upstream_rejected");
+    proxy.get("/v1/models").expect_error(502, "upstream_error");
+    assert_eq!(proxy.stream("And now?").events().last().map(String::as_str), Some("[DONE]"));
+    let mut leaving = proxy.connect();
+    leaving.send(&post("/api/ask", &json!({"question": "Who waits?"})));
+    upstream.wait_for_calls(6);
+    drop(leaving);
+    proxy.get("/nowhere").expect_error(404, "not_found");
+    let mut text = String::new();
+    eventually("the one who left is counted, and only this request is in flight", || {
+        text = String::from_utf8(proxy.get("/metrics").body).expect("text");
+        text.contains("{route=\"ask\",status=\"499\"} 1\n") && text.contains("requests_in_flight 1\n")
+    });
+    silence.open();
+    for line in [
+        r#"requests_total{route="ask",status="200"} 1"#,
+        r#"requests_total{route="ask",status="400"} 1"#,
+        r#"requests_total{route="models",status="502"} 1"#,
+        r#"requests_total{route="streaming",status="200"} 1"#,
+        r#"requests_total{route="none",status="404"} 1"#,
+        r#"request_duration_seconds_count{route="ask"} 3"#,
+        "time_to_first_token_seconds_count 1",
+        "queue_wait_seconds_count 5",
+        "upstream_attempts_total 6",
+        "upstream_retries_total 1",
+        r#"upstream_errors_total{code="upstream_rejected"} 1"#,
+        r#"upstream_errors_total{code="upstream_error"} 1"#,
+        "upstream_cancelled_total 1",
+        r#"tokens_total{model="gpt-4o-mini",kind="prompt"} 14"#,
+        r#"tokens_total{model="gpt-4o-mini",kind="completion"} 3"#,
+        "history_commits_total 2",
+        "history_rows_total 2",
+        "history_batch_size_sum 2",
+    ] {
+        assert!(text.lines().any(|counted| counted == format!("ai_proxy_{line}")), "{line}\n{text}");
+    }
 }
 
 #[test]
