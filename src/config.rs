@@ -30,10 +30,14 @@ pub const MAX_ANSWER: usize = 16 << 20;
 struct Setting(&'static str, &'static str, &'static str);
 
 const SETTINGS: &[Setting] = &[
-    Setting("HOST", "127.0.0.1", "address to listen on"),
+    Setting("HOST", "127.0.0.1", "IP address to listen on, or localhost"),
     Setting("PORT", "8000", "port to listen on; 0: any free one"),
     Setting("DATABASE_PATH", "data/history.db", "SQLite file of the history; its folder is made"),
-    Setting("API_KEYS", "", "keys of the clients, NAME:SECRET,...; a bare secret is named default"),
+    Setting(
+        "API_KEYS",
+        "",
+        "keys of the clients, NAME:SECRET,... (64 and 256 characters at most); a bare secret is named default",
+    ),
     Setting("AUTH", "on", "off: serve without keys on any address"),
     Setting("OPENAI_API_KEY", "", "the upstream's key; without it the server mocks the LLM"),
     Setting("OPENAI_BASE_URL", "https://api.openai.com/v1", "the upstream: its URL up to /chat/completions"),
@@ -41,7 +45,7 @@ const SETTINGS: &[Setting] = &[
     Setting("OPENAI_FALLBACK_MODELS", "", "models to try in this order when the one asked for fails, a,b,..."),
     Setting("OPENROUTER_REFERER", "", "sent to the upstream as HTTP-Referer, by which OpenRouter knows your site"),
     Setting("OPENROUTER_TITLE", "", "sent to the upstream as X-OpenRouter-Title, your site's name there"),
-    Setting("SYSTEM_PROMPT", "", "system message for requests that bring none"),
+    Setting("SYSTEM_PROMPT", "", "system message for questions at /api that bring none; /v1 never gets it"),
     Setting("MOCK_MODE", "false", "true: answer without any upstream"),
     Setting("MOCK_DELAY_MS", "300", "how long the mock thinks, 0 to 600000"),
     Setting("WORKERS", "2048", "LLM calls at once, 1 to 32768; a thread each, started when first needed"),
@@ -53,11 +57,11 @@ const SETTINGS: &[Setting] = &[
     Setting("HISTORY_LIMIT", "20", "pairs in one page of history when the client names no limit, 1 to 1000"),
     Setting("HISTORY_SYNC", "full", "full: a power cut loses nothing; normal: it may lose the last moments"),
     Setting("HISTORY_MAX_ROWS", "0", "pairs kept, the oldest go first; 0: all"),
-    Setting("HISTORY_MAX_DAYS", "0", "days a pair is kept; 0: for ever"),
+    Setting("HISTORY_MAX_DAYS", "0", "days a pair is kept, up to 36500; 0: for ever"),
     Setting(
         "UPSTREAM_TIMEOUT_SECS",
         "60",
-        "a call with its retries, to the first byte of a stream or the whole answer, 1 to 86400",
+        "a call with its retries, to the end of a whole answer or the head of a stream's, 1 to 86400",
     ),
     Setting("UPSTREAM_IDLE_SECS", "60", "silence after which a stream is given up, 1 to 86400"),
     Setting("UPSTREAM_RETRIES", "2", "further attempts after a retryable failure, 0 to 10"),

@@ -28,7 +28,7 @@ use crate::error::{ApiError, Code, StartError, is_sane_id};
 use crate::kernel;
 use answer::{Answers, Form};
 pub use answer::{Reply, Responder, StreamWriter};
-use chunked::Decoder;
+use chunked::{Decoder, too_large};
 pub use head::Head;
 use head::{Framing, MAX_HEAD};
 
@@ -522,10 +522,6 @@ fn not_read(e: &io::Error) -> ApiError {
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => stalled(),
         _ => ApiError::client_gone(),
     }
-}
-
-fn too_large(limit: usize) -> ApiError {
-    ApiError::new(Code::BodyTooLarge, format!("the body is larger than {limit} bytes (MAX_BODY_BYTES)"))
 }
 
 fn stalled() -> ApiError {

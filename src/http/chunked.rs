@@ -2,8 +2,12 @@
 //! or verdict out. tiny_http's own decoder takes signs, blanks and bare LFs, and collects a line for ever.
 
 use super::head::{self, MAX_HEAD};
-use super::too_large;
-use crate::error::ApiError;
+use crate::error::{ApiError, Code};
+
+/// The error for a body of more than `limit` bytes.
+pub fn too_large(limit: usize) -> ApiError {
+    ApiError::new(Code::BodyTooLarge, format!("the body is larger than {limit} bytes (MAX_BODY_BYTES)"))
+}
 
 /// Decodes one body, holding no more than its content.
 pub struct Decoder {
