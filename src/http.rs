@@ -160,6 +160,7 @@ impl Listener {
         Ok(Some(Box::new(Connection {
             stream,
             peer,
+            patience: config::CLIENT_STALL,
             unparsed: Vec::new(),
             max_body: self.max_body,
             closing: false,
@@ -234,6 +235,8 @@ fn wait(fd: &impl AsFd, flags: PollFlags, until: Instant) -> io::Result<bool> {
 pub struct Connection {
     stream: Arc<TcpStream>,
     peer: SocketAddr,
+    /// How long a read waits, as the socket was told.
+    patience: Duration,
     /// Bytes that were received and belong to the next request.
     unparsed: Vec<u8>,
     max_body: usize,
@@ -311,10 +314,10 @@ impl Connection {
         // Who began a request has the time that a head has, but for a worker, which waits for none.
         let is_quiet = matches!(parsed, Ok(None)) && (self.unparsed.is_empty() || at_once);
         if is_quiet {
-            match wait(&self.stream, PollFlags::IN, Instant::now() + patience) {
-                Ok(true) => {}
-                Ok(false) => return Turn::Quiet,
-                Err(_) => return Turn::Over,
+            match self.receive(patience) {
+                Ok(Some(1..)) => parsed = Head::parse(&self.unparsed),
+                Ok(None) => return Turn::Quiet,
+                _ => return Turn::Over,
             }
         }
         // One request at a time: only who does not wait for answers is made to wait here.
@@ -328,12 +331,6 @@ impl Connection {
             return Turn::Over;
         }
         let started = Instant::now();
-        if is_quiet {
-            match self.receive() {
-                Ok(1..) => parsed = Head::parse(&self.unparsed),
-                _ => return Turn::Over,
-            }
-        }
         if at_once && !self.is_whole(&parsed) {
             return Turn::Quiet;
         }
@@ -399,17 +396,32 @@ impl Connection {
         rustix::io::ioctl_fionread(&self.stream).is_ok_and(|unread| unread > 0)
     }
 
-    /// Takes what has arrived, or waits for it; 0: the client will send no more.
-    fn receive(&mut self) -> io::Result<usize> {
+    /// Takes what arrives within this time; 0: the client will send no more, `None`: the time came first. The socket
+    /// itself waits: asking it first whether there is anything would be a system call more for each request.
+    fn receive(&mut self, patience: Duration) -> io::Result<Option<usize>> {
+        let flags = if patience.is_zero() { RecvFlags::DONTWAIT } else { RecvFlags::empty() };
+        if !patience.is_zero() {
+            self.be_patient_for(patience)?;
+        }
         let room = self.unparsed.len().clamp(FIRST_READ, MAX_HEAD);
         self.unparsed.reserve_exact(room);
         loop {
-            match rustix::net::recv(&self.stream, spare_capacity(&mut self.unparsed), RecvFlags::empty()) {
-                Ok((_, received)) => return Ok(received),
+            match rustix::net::recv(&self.stream, spare_capacity(&mut self.unparsed), flags) {
+                Ok((_, received)) => return Ok(Some(received)),
+                Err(rustix::io::Errno::AGAIN) => return Ok(None),
                 Err(rustix::io::Errno::INTR) => {}
                 Err(e) => return Err(e.into()),
             }
         }
+    }
+
+    /// From now on a read of the socket waits so long.
+    fn be_patient_for(&mut self, patience: Duration) -> io::Result<()> {
+        if self.patience != patience {
+            sockopt::set_socket_timeout(&self.stream, sockopt::Timeout::Recv, Some(patience))?;
+            self.patience = patience;
+        }
+        Ok(())
     }
 
     /// Reads on until there is a whole head.
@@ -420,16 +432,12 @@ impl Connection {
                 Err(e) => return Next::Refused(e),
                 Ok(None) => {}
             }
-            match wait(&self.stream, PollFlags::IN, deadline) {
-                Ok(true) => {}
-                Ok(false) => {
+            match self.receive(deadline.saturating_duration_since(Instant::now())) {
+                Ok(Some(1..)) => parsed = Head::parse(&self.unparsed),
+                Ok(None) => {
                     let text = format!("the request's head was not complete within {} s", config::HEADER_TIMEOUT.as_secs());
                     return Next::Refused(ApiError::new(Code::RequestTimeout, text));
                 }
-                Err(_) => return Next::Over,
-            }
-            match self.receive() {
-                Ok(1..) => parsed = Head::parse(&self.unparsed),
                 _ => return Next::Over,
             }
         }
@@ -451,6 +459,7 @@ impl Connection {
             return (body, true);
         }
         let body = verdict.and_then(|()| {
+            self.be_patient_for(config::CLIENT_STALL).map_err(|_| ApiError::client_gone())?;
             let begun = self.unparsed.split_off(head.len());
             self.unparsed.clear();
             if head.expects_continue {
