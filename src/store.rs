@@ -25,6 +25,8 @@ use writer::{Desk, Writer};
 const MOST_WORDS: usize = 32;
 /// And so many of its bytes, since FTS5 may see several words where we see one.
 const MOST_QUERY: usize = 512;
+/// A search ranks so many matches, the newest, or as many as are asked for: each costs 4 us in a large history.
+const RANKED: u32 = 500;
 /// Read connections kept open.
 const READERS: usize = 4;
 /// How long the end of a stream waits for others, where there are: of 500 that come and go in a second that takes
@@ -201,14 +203,21 @@ impl Store {
         let _ = indexed.take_within(config::DATABASE_BUSY);
     }
 
-    /// A key's pairs that have all of `words` in question or answer, best match first: of the newest 1,000
-    /// matches, or 4 MiB of them, those where the words are most of the text.
+    /// A key's pairs that have all of `words` in question or answer, best match first: of the newest 500
+    /// matches, or `limit` where that is more, or 4 MiB of them, those where the words are most of the text.
     pub fn search(&self, key: &str, words: &str, before: i64, limit: u32) -> Result<Vec<Exchange>, ApiError> {
         let words = wanted(words);
-        let Some(query) = match_expression(key, &words, self.one_key) else { return Ok(Vec::new()) };
+        let Some(query) = match_expression(&words) else { return Ok(Vec::new()) };
+        let ranked = limit.max(RANKED);
         let mut found = self.read(|connection| {
+            let is_rare = || {
+                let mut matches = connection.prepare_cached(include_str!("../sql/queries/count_matches.sql"))?;
+                matches.query_row(params![query, before, ranked], |row| Ok(row.get::<_, u32>(0)? < ranked))
+            };
+            // Where many match, the index picks out the key's own; of few, the rows tell sooner.
+            let query = if self.one_key || is_rare()? { query } else { among_own(key, &query) };
             let mut search = connection.prepare_cached(include_str!("../sql/queries/search.sql"))?;
-            bounded(search.query_map(params![query, before, key], exchange)?)
+            bounded(search.query_map(params![query, before, key, ranked], exchange)?)
         })?;
         let words: Vec<String> = words.iter().map(|word| word.to_lowercase()).collect();
         found.sort_by_cached_key(|pair| std::cmp::Reverse((score(pair, &words), pair.id)));
@@ -277,20 +286,20 @@ fn wanted(text: &str) -> Vec<&str> {
     words
 }
 
-/// Any words as an FTS5 query: in quotes, all of them needed; FTS5 itself splits them further. Where there
-/// is more than one key its own rows are picked out by the index, too. `None` where there are no words
-/// (<https://sqlite.org/fts5.html#full_text_query_syntax>).
-fn match_expression(key: &str, words: &[&str], one_key: bool) -> Option<String> {
+/// Any words as an FTS5 query: in quotes, all of them needed; FTS5 itself splits them further. `None` where there
+/// are no words (<https://sqlite.org/fts5.html#full_text_query_syntax>).
+fn match_expression(words: &[&str]) -> Option<String> {
     if words.is_empty() {
         return None;
     }
     let words: Vec<String> = words.iter().map(|w| format!("\"{}\"", w.replace('"', "\"\""))).collect();
-    let words = format!("{{question answer}} : ({})", words.join(" AND "));
-    if one_key {
-        return Some(words);
-    }
+    Some(format!("{{question answer}} : ({})", words.join(" AND ")))
+}
+
+/// The same among a key's own rows.
+fn among_own(key: &str, query: &str) -> String {
     let key: String = key.bytes().map(|b| format!("{b:02X}")).collect();
-    Some(format!("key : \"{key}\" AND {words}"))
+    format!("key : \"{key}\" AND {query}")
 }
 
 /// How well a pair matches, in thousandths: the occurrences of the words against the length of the text,
@@ -371,11 +380,11 @@ mod tests {
 
     #[test]
     fn any_text_is_a_query_for_words() {
-        let query = |text: &str, one_key| match_expression("a", &wanted(text), one_key);
-        let found = query("\"x\" OR -z\0don't & or 🦀", false);
-        assert_eq!(found.as_deref(), Some(r#"key : "61" AND {question answer} : ("""x""" AND "OR" AND "-z" AND "don't")"#));
-        assert_eq!(query(" \"'*🦀", false), None);
-        assert_eq!(query("x", true).as_deref(), Some(r#"{question answer} : ("x")"#));
+        let query = |text: &str| match_expression(&wanted(text));
+        let found = query("\"x\" OR -z\0don't & or 🦀");
+        assert_eq!(found.as_deref(), Some(r#"{question answer} : ("""x""" AND "OR" AND "-z" AND "don't")"#));
+        assert_eq!(query(" \"'*🦀"), None);
+        assert_eq!(among_own("a", "x"), r#"key : "61" AND x"#);
     }
 
     #[test]

@@ -6,4 +6,4 @@ FROM history_words
 CROSS JOIN history AS h ON h.id = history_words.rowid
 WHERE history_words MATCH ?1 AND history_words.rowid < ?2 AND h.key_name = ?3
 ORDER BY history_words.rowid DESC
-LIMIT 1000
+LIMIT ?4

@@ -357,6 +357,27 @@ fn a_reader_in_the_middle_of_a_transaction_blocks_nobody() {
     assert_eq!(count(&reader), 2);
 }
 
+#[test]
+fn a_search_finds_a_keys_own_among_many_of_others() {
+    let mut proxy = Proxy::with(&[("API_KEYS", "alice:secret1,bob:secret2")]).start();
+    proxy.stop();
+    let sql = "INSERT INTO history (created_at, key_name, question, answer, model, latency_ms)
+               SELECT '2026-01-01T00:00:00.000Z', iif(i % 400 = 1, 'bob', 'alice'), 'common number' || i, 'ok', 'm', 1
+               FROM (WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 700) SELECT i FROM n)";
+    assert_eq!(proxy.database().execute(sql, []).expect("the rows are taken"), 700);
+    let proxy = proxy.setup().start();
+    let found = |secret: &str, query: &str| {
+        let response = proxy.call(&get(&format!("/api/history?q={query}")).key(secret));
+        questions(&response.json()).len()
+    };
+    assert_eq!(found("secret2", "common"), 2, "though the newest 500 that match are another's");
+    assert_eq!(found("secret2", "common&before=401"), 1);
+    assert_eq!(found("secret2", "number401"), 1, "of few matches, too");
+    assert_eq!(found("secret2", "number402"), 0);
+    assert_eq!(found("secret1", "common"), 20);
+    assert_eq!(found("secret1", "common&limit=1000"), 698, "as many as are asked for are looked at");
+}
+
 /// A server that finds so many pairs of 100 KB whose words are not indexed yet. They take seconds.
 fn with_a_backlog(pairs: i64) -> Proxy {
     let mut proxy = Proxy::start();
