@@ -254,11 +254,11 @@ impl State {
 
 /// The pair as it grows.
 pub struct Draft {
-    pub key: Arc<str>,
-    pub question: String,
+    key: Arc<str>,
+    question: String,
     /// What was asked for, until the upstream says which model answers.
-    pub model: String,
-    pub started: Instant,
+    model: String,
+    started: Instant,
     /// The client asked for the usage chunk.
     wants_usage: bool,
     answer: String,
