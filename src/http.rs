@@ -399,9 +399,10 @@ impl Connection {
     /// Takes what arrives within this time; 0: the client will send no more, `None`: the time came first. The socket
     /// itself waits: asking it first whether there is anything would be a system call more for each request.
     fn receive(&mut self, patience: Duration) -> io::Result<Option<usize>> {
-        let flags = if patience.is_zero() { RecvFlags::DONTWAIT } else { RecvFlags::empty() };
+        let mut flags = RecvFlags::DONTWAIT;
         if !patience.is_zero() {
             self.be_patient_for(patience)?;
+            flags = RecvFlags::empty();
         }
         let room = self.unparsed.len().clamp(FIRST_READ, MAX_HEAD);
         self.unparsed.reserve_exact(room);

@@ -25,7 +25,7 @@ use writer::{Desk, Writer};
 const MOST_WORDS: usize = 32;
 /// And so many of its bytes, since FTS5 may see several words where we see one.
 const MOST_QUERY: usize = 512;
-/// A search ranks so many matches, the newest, or as many as are asked for: each costs 4 us in a large history.
+/// A search ranks so many matches, the newest, or as many as are asked for: each costs 2 to 4 us.
 const RANKED: u32 = 500;
 /// Read connections kept open.
 const READERS: usize = 4;

@@ -119,23 +119,28 @@ impl Upstream {
         fields.collect()
     }
 
-    /// An attempt that ended without an answer's head.
-    fn unanswered(&self, error: &ureq::Error, ended: Option<Ended>) -> Failure {
-        let (code, text, retry) = match (ended, error) {
-            (Some(Ended::ClientGone), _) => return Failure::last(ApiError::client_gone()),
-            (Some(Ended::TimedOut), _) => (
-                Code::UpstreamTimeout,
-                format!("the LLM did not answer within {} s (UPSTREAM_TIMEOUT_SECS)", self.timeout.as_secs()),
-                false,
-            ),
-            (None, ureq::Error::HostNotFound) => {
+    /// A call that was over before the upstream had answered, and not by its doing.
+    fn ended(&self, ended: Ended) -> ApiError {
+        match ended {
+            Ended::ClientGone => ApiError::client_gone(),
+            Ended::TimedOut => {
+                let text = format!("the LLM did not answer within {} s (UPSTREAM_TIMEOUT_SECS)", self.timeout.as_secs());
+                self.failed(Code::UpstreamTimeout, &text)
+            }
+        }
+    }
+
+    /// An attempt that failed without an answer's head.
+    fn unanswered(&self, error: &ureq::Error) -> Failure {
+        let (code, text, retry) = match error {
+            ureq::Error::HostNotFound => {
                 (Code::UpstreamUnavailable, "the LLM's host name cannot be resolved; check OPENAI_BASE_URL".to_string(), true)
             }
-            (None, ureq::Error::Io(e)) => (Code::UpstreamUnavailable, format!("the LLM cannot be reached: {e}"), true),
-            (None, e @ (ureq::Error::Tls(_) | ureq::Error::Rustls(_))) => {
+            ureq::Error::Io(e) => (Code::UpstreamUnavailable, format!("the LLM cannot be reached: {e}"), true),
+            e @ (ureq::Error::Tls(_) | ureq::Error::Rustls(_)) => {
                 (Code::UpstreamUnavailable, format!("no secure connection to the LLM: {e}"), true)
             }
-            (None, e) => (Code::UpstreamBadAnswer, format!("the LLM's answer is not HTTP as it should be: {e}"), false),
+            e => (Code::UpstreamBadAnswer, format!("the LLM's answer is not HTTP as it should be: {e}"), false),
         };
         Failure { error: self.failed(code, &text), retry, wait: None, unknown_model: false }
     }
@@ -359,7 +364,7 @@ impl Line {
     }
 
     fn think(&self, time: Duration) -> Result<(), ApiError> {
-        self.watch.sleep(time).map_err(|ended| self.upstream.unanswered(&ended.into(), Some(ended)).error)
+        self.watch.sleep(time).map_err(|ended| self.upstream.ended(ended))
     }
 
     /// The head of a successful answer, from the model asked for or the first fallback that gives one.
@@ -389,7 +394,7 @@ impl Line {
         let mut retries = 0;
         // Whoever left while waiting for a worker is not worth a call.
         if let Err(ended) = self.watch.check() {
-            return Err(Box::new(self.upstream.unanswered(&ended.into(), Some(ended))));
+            return Err(Box::new(Failure::last(self.upstream.ended(ended))));
         }
         loop {
             self.watch.forget_reuse();
@@ -408,7 +413,10 @@ impl Line {
                         self.close();
                         continue;
                     }
-                    self.upstream.unanswered(&e, ended)
+                    match ended {
+                        Some(ended) => Failure::last(self.upstream.ended(ended)),
+                        None => self.upstream.unanswered(&e),
+                    }
                 }
             };
             let wait = failure.wait.unwrap_or_else(|| backoff(retries));
@@ -440,7 +448,7 @@ impl Line {
         match result {
             Ok(_) => Ok(body),
             Err(e) => Err(match self.watch.ended() {
-                Some(ended) => self.upstream.unanswered(&ended.into(), Some(ended)).error,
+                Some(ended) => self.upstream.ended(ended),
                 None => self.upstream.failed(Code::UpstreamBadAnswer, &format!("the LLM's answer broke off: {e}")),
             }),
         }
@@ -518,7 +526,7 @@ impl Events<'_> {
                 if !std::mem::take(first) {
                     // Slow enough that a person sees it stream.
                     let gap = (upstream.mock_delay / 10).min(Duration::from_millis(50));
-                    self.line.watch.sleep(gap).map_err(|ended| upstream.unanswered(&ended.into(), Some(ended)).error)?;
+                    self.line.watch.sleep(gap).map_err(|ended| upstream.ended(ended))?;
                 }
                 let Some(data) = chunks.pop_front() else { return Ok(false) };
                 events.push(Event { lines: format!("data: {data}\n").into_bytes() });
@@ -538,7 +546,7 @@ impl Events<'_> {
                                     );
                                     upstream.failed(Code::UpstreamTimeout, &text)
                                 }
-                                Some(ended) => upstream.unanswered(&ended.into(), Some(ended)).error,
+                                Some(ended) => upstream.ended(ended),
                                 None if !self.began => upstream
                                     .failed(Code::UpstreamBadAnswer, &format!("the LLM's answer broke off before it began: {e}")),
                                 None => upstream.failed(Code::UpstreamError, &format!("the LLM's stream broke off: {e}")),
