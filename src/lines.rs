@@ -5,6 +5,7 @@ use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use simplelog::{ConfigBuilder, LevelPadding, WriteLogger};
@@ -28,9 +29,9 @@ pub fn start(level: log::LevelFilter) {
         // Other crates' lines know nothing of what must not be logged.
         .add_filter_allow_str("ai_proxy")
         .build();
-    let is_file = |stdout: std::os::fd::OwnedFd| File::from(stdout).metadata().is_ok_and(|metadata| metadata.is_file());
-    let always_has_room = io::stdout().as_fd().try_clone_to_owned().is_ok_and(is_file);
-    let _ = WriteLogger::init(level, config, Lines { always_has_room, ..Lines::default() });
+    let stdout = io::stdout().as_fd().try_clone_to_owned().map(File::from);
+    let is_file = stdout.and_then(|stdout| stdout.metadata()).is_ok_and(|metadata| metadata.is_file());
+    let _ = WriteLogger::init(level, config, Lines { is_file, ..Lines::default() });
     std::panic::set_hook(Box::new(|panic| log::error!("bug: {}", panic.to_string().replace('\n', " "))));
 }
 
@@ -52,59 +53,84 @@ pub fn together<T>(work: impl FnOnce() -> T) -> T {
 /// not to wait for that.
 #[derive(Default)]
 struct Lines {
-    /// Whole lines that are not written yet, and the beginning of one.
+    /// Whole lines that are not written yet.
     text: Vec<u8>,
     count: u64,
+    /// The beginning of one more.
+    line: Vec<u8>,
     lost: u64,
-    is_midway: bool,
-    always_has_room: bool,
+    /// When lines were lost last.
+    lost_at: Option<Instant>,
+    is_file: bool,
 }
 
 impl Lines {
-    /// How long the first lines wait that find no room.
+    /// How long lines wait for room, where none were lost for a while: a reader that is always slow must not slow
+    /// down everything.
     const PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
-    /// No more than this waits for other lines.
-    const MOST: usize = 16 * 1024;
+    const A_WHILE: Duration = Duration::from_secs(60);
+    /// What is written at once: a pipe that has room for anything takes so much, and takes it whole (PIPE_BUF, pipe(7)).
+    const AT_ONCE: usize = 4096;
+    /// Room for the line that says how many were lost.
+    const RESERVE: usize = 128;
 
     fn has_room(&self) -> bool {
-        if self.always_has_room {
+        if self.is_file {
             return true;
         }
-        let patience = if self.lost == 0 { Lines::PATIENCE } else { Timespec::default() };
+        let is_impatient = self.lost_at.is_some_and(|at| at.elapsed() < Lines::A_WHILE);
+        let patience = if is_impatient { Timespec::default() } else { Lines::PATIENCE };
         let stdout = io::stdout();
         // What cannot be asked, such as a closed stdout, will say so when it is written to.
         rustix::event::poll(&mut [PollFd::new(&stdout, PollFlags::OUT)], Some(&patience)).unwrap_or(1) > 0
     }
 
     fn write_out(&mut self) -> io::Result<()> {
+        let count = std::mem::take(&mut self.count);
         if !self.has_room() {
-            self.lost += std::mem::take(&mut self.count);
+            self.lost += count;
+            self.lost_at = Some(Instant::now());
             self.text.clear();
             return Ok(());
         }
-        let mut stdout = io::stdout().lock();
         if self.lost > 0 {
             let lost = std::mem::take(&mut self.lost);
-            writeln!(stdout, "{} [WARN] {lost} lines of the log are lost: nobody read stdout", clock::now())?;
+            let said = format!("{} [WARN] {lost} lines of the log are lost: nobody read stdout\n", clock::now());
+            self.text.splice(..0, said.into_bytes());
         }
+        let mut stdout = io::stdout().lock();
         let result = stdout.write_all(&self.text).and_then(|()| stdout.flush());
-        self.count = 0;
         self.text.clear();
+        result
+    }
+
+    /// Ends the line; one that is too long for a write of its own is cut.
+    fn end_line(&mut self) -> io::Result<()> {
+        let most = Lines::AT_ONCE - Lines::RESERVE;
+        if self.line.len() > most {
+            self.line.truncate(most - "…\n".len());
+            // The cut may have gone through a character.
+            let whole = self.line.utf8_chunks().next().map_or(0, |chunk| chunk.valid().len());
+            self.line.truncate(whole);
+            self.line.extend_from_slice("…\n".as_bytes());
+        }
+        let result = if self.text.len() + self.line.len() > most { self.write_out() } else { Ok(()) };
+        self.text.append(&mut self.line);
+        self.count += 1;
         result
     }
 }
 
 impl Write for Lines {
     fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
-        if !self.is_midway {
-            self.text.extend_from_slice(clock::now().as_bytes());
-            self.text.push(b' ');
+        if self.line.is_empty() {
+            self.line.extend_from_slice(clock::now().as_bytes());
+            self.line.push(b' ');
         }
-        self.text.extend_from_slice(piece);
-        self.is_midway = !piece.ends_with(b"\n");
-        if !self.is_midway {
-            self.count += 1;
-            if !TOGETHER.get() || self.text.len() >= Lines::MOST {
+        self.line.extend_from_slice(piece);
+        if piece.ends_with(b"\n") {
+            self.end_line()?;
+            if !TOGETHER.get() {
                 self.write_out()?;
             }
         }
@@ -113,5 +139,23 @@ impl Write for Lines {
 
     fn flush(&mut self) -> io::Result<()> {
         if self.count > 0 { self.write_out() } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_that_is_too_long_is_cut_between_two_characters() {
+        for shift in 0..4 {
+            let mut lines = Lines::default();
+            TOGETHER.set(true);
+            for piece in [&"-".repeat(shift), &"日本語".repeat(1000), " end", "\n"] {
+                lines.write_all(piece.as_bytes()).expect("nothing is written yet");
+            }
+            let text = String::from_utf8(lines.text).expect("whole characters");
+            assert!(text.ends_with("…\n") && (Lines::AT_ONCE - 140..=Lines::AT_ONCE - 128).contains(&text.len()), "{text}");
+        }
     }
 }

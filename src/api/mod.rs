@@ -267,14 +267,17 @@ impl Site for Api {
             Ok(key) => key,
             Err(e) => return (None, Err(e)),
         };
+        // Counted before the question whether we drain: who drains looks at the count afterwards, so that no request
+        // falls between the two.
+        let admitted = self.admitted(endpoint, key);
         let verdict = if self.draining.load(Ordering::SeqCst) {
             Err(ApiError::shutting_down())
-        } else if endpoint.asks() && !head.field("content-type").is_none_or(is_json) {
+        } else if admitted.endpoint.asks() && !head.field("content-type").is_none_or(is_json) {
             Err(ApiError::new(Code::UnsupportedMediaType, "the body must be JSON: send Content-Type: application/json"))
         } else {
             Ok(())
         };
-        (Some(self.admitted(endpoint, key)), verdict)
+        (Some(admitted), verdict)
     }
 
     fn new_id(&self) -> String {

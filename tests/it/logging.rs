@@ -182,29 +182,66 @@ fn the_level_says_what_is_written() {
     assert!(!proxy.log().iter().any(|line| line.contains("DEBUG") || line.contains("TRACE")));
 }
 
-/// Requests do not wait for whoever was to read the log.
+/// Ends with the test.
+struct Started(std::process::Child);
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Requests do not wait for whoever was to read the log; who reads it in the end is told what is missing.
 #[test]
 fn a_stdout_that_nobody_reads_costs_lines_and_no_answers() {
+    const ASKING: usize = 64;
+    const ROUNDS: usize = 8;
     let setup = Setup::new();
-    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_ai-proxy"))
+    let child = std::process::Command::new(env!("CARGO_BIN_EXE_ai-proxy"))
         .current_dir(setup.folder())
         .env_clear()
         .envs([("PORT", "0"), ("DATABASE_PATH", "history.db"), ("MOCK_DELAY_MS", "0")])
         .stdout(std::process::Stdio::piped())
         .spawn()
         .expect("the program starts");
-    let mut stdout = BufReader::new(child.stdout.take().expect("stdout"));
+    let mut started = Started(child);
+    let mut stdout = BufReader::new(started.0.stdout.take().expect("stdout"));
     let mut line = String::new();
     stdout.read_line(&mut line).expect("a line");
     let address = line.trim().rsplit("http://").next().and_then(|address| address.parse().ok()).expect("an address");
-    let asked = std::panic::catch_unwind(|| {
-        // A pipe takes 64 KiB by itself.
-        for number in 0..600 {
-            let question = post("/api/ask", &json!({"question": format!("Question {number}?")}));
-            assert_eq!(Connection::open(address).exchange(&question).status, 200, "{number}");
+    let database = rusqlite::Connection::open(setup.folder().join("history.db")).expect("it opens");
+    let question = post("/api/ask", &json!({"question": "Well?"})).header("X-Request-Id", &"a".repeat(120));
+    // A pipe takes 64 KiB by itself.
+    for round in 0..ROUNDS {
+        // What waits for the lock is stored together, and its lines are written together.
+        database.execute_batch("BEGIN IMMEDIATE").expect("the lock is free");
+        let mut asking: Vec<_> = (0..ASKING).map(|_| Connection::open(address)).collect();
+        asking.iter_mut().for_each(|connection| connection.send(&question));
+        eventually("all wait", || {
+            let metrics = Connection::open(address).exchange(&get("/metrics")).everything();
+            metrics.contains(&format!("ai_proxy_requests_in_flight {}\n", ASKING + 1))
+        });
+        database.execute_batch("ROLLBACK").expect("the lock is given back");
+        for mut connection in asking {
+            assert_eq!(connection.read_response().status, 200, "round {round}");
         }
-    });
-    child.kill().expect("it runs");
-    child.wait().expect("it ends");
-    assert!(asked.is_ok());
+    }
+    let mut lines = Vec::new();
+    let (mut read, mut lost) = (0, 0);
+    while read + lost < ASKING * ROUNDS {
+        // What was lost is said when the next line finds room.
+        if lost == 0 {
+            Connection::open(address).exchange(&get("/livez"));
+        }
+        let mut line = String::new();
+        stdout.read_line(&mut line).expect("a line");
+        read += usize::from(line.contains("/api/ask"));
+        if let Some((before, _)) = line.split_once(" lines of the log are lost") {
+            lost += before.rsplit(' ').next().and_then(|number| number.parse::<usize>().ok()).expect("how many");
+        }
+        lines.push(line);
+    }
+    assert!(lines.iter().all(|line| line.starts_with("20") && line.ends_with('\n')), "whole lines: {lines:#?}");
+    assert!(lost > 0, "the test writes more than a pipe takes");
 }
