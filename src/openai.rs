@@ -329,7 +329,8 @@ pub fn parse_completion(body: &[u8]) -> Result<Completion, NoAnswer> {
         answer.choices.unwrap_or_default().0.into_iter().next().ok_or_else(|| "its answer has no choices".to_string())?;
     let mut message = choice.message.ok_or_else(|| "its answer's first choice has no message".to_string())?;
     let mut text = message.text().into_owned();
-    let calls = message.calls();
+    let mut calls = ToolCalls::default();
+    message.calls(&mut calls);
     if text.len() + calls.len() > MAX_ANSWER {
         return Err(NoAnswer::too_large());
     }
@@ -389,10 +390,10 @@ pub fn parse_chunk(data: &[u8]) -> Result<Chunk<'_>, NoAnswer> {
     let choices = answer.choices.unwrap_or_default().0;
     chunk.usage_only = choices.is_empty() && usage.is_some();
     // Further choices (`n` > 1) reach the client, and history keeps the first.
-    for choice in choices.into_iter().filter(|choice| choice.index == 0) {
+    for choice in choices.into_iter().filter(|choice| choice.index.is_none_or(|index| index == 0)) {
         if let Some(mut delta) = choice.delta {
             chunk.delta += delta.text();
-            chunk.tool_calls.add(delta.calls());
+            delta.calls(&mut chunk.tool_calls);
         }
         chunk.finish_reason = choice.finish_reason.map(|Words(reason)| reason).or(chunk.finish_reason);
     }
@@ -494,7 +495,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for FewVisitor<T> {
 #[derive(Deserialize)]
 struct Choice<'a> {
     #[serde(default)]
-    index: u64,
+    index: Option<u64>,
     #[serde(borrow, default)]
     message: Option<Said<'a>>,
     #[serde(borrow, default)]
@@ -517,14 +518,13 @@ struct Said<'a> {
 }
 
 impl<'a> Said<'a> {
-    fn calls(&mut self) -> ToolCalls {
+    /// Adds its calls, or pieces of calls, as they are.
+    fn calls(&mut self, all: &mut ToolCalls) {
         let older = self.function_call.take().map(|function| ToolCall { function: Some(*function), ..ToolCall::default() });
-        let calls = self.tool_calls.take().unwrap_or_default().0.into_iter().chain(older);
-        calls.fold(ToolCalls::default(), |mut all, call| {
+        for call in self.tool_calls.take().unwrap_or_default().0.into_iter().chain(older) {
             all.size += call.size();
             all.calls.push(call);
-            all
-        })
+        }
     }
 
     fn text(&mut self) -> Cow<'a, str> {
@@ -533,11 +533,12 @@ impl<'a> Said<'a> {
     }
 }
 
-/// A call of a tool, or in a stream a piece of one: pieces of the same index belong together.
+/// A call of a tool, or in a stream a piece of one: pieces of the same index belong together. Where servers give none,
+/// those of the same id do, and who has no id continues the piece before.
 #[derive(Debug, Default, Deserialize, PartialEq)]
 struct ToolCall {
     #[serde(default)]
-    index: usize,
+    index: Option<usize>,
     #[serde(default)]
     id: Option<String>,
     /// `custom` is the same of a tool without a schema.
@@ -571,17 +572,27 @@ pub struct ToolCalls {
     calls: Vec<ToolCall>,
     /// Counted while they come: they may come in a million pieces.
     size: usize,
+    /// Index of the call that the last piece belongs to.
+    last: usize,
 }
 
 impl ToolCalls {
     /// Adds the pieces that a chunk brought.
     pub fn add(&mut self, pieces: ToolCalls) {
-        for piece in pieces.calls.into_iter().filter(|piece| piece.index < MOST_PARTS) {
-            while self.calls.len() <= piece.index {
-                self.calls.push(ToolCall { index: self.calls.len(), ..ToolCall::default() });
+        for piece in pieces.calls {
+            self.last = match (piece.index, &piece.id) {
+                (Some(index), _) => index,
+                (None, Some(_)) => self.calls.iter().position(|call| call.id == piece.id).unwrap_or(self.calls.len()),
+                (None, None) => self.last,
+            };
+            if self.last >= MOST_PARTS {
+                continue;
+            }
+            while self.calls.len() <= self.last {
+                self.calls.push(ToolCall::default());
                 self.size += ToolCall::FRAME;
             }
-            let call = &mut self.calls[piece.index];
+            let call = &mut self.calls[self.last];
             self.size += take_first(&mut call.id, piece.id);
             let Some(function) = piece.function else { continue };
             let known = call.function.get_or_insert_default();
@@ -660,7 +671,7 @@ impl From<Counts> for Usage {
     }
 }
 
-/// Content: a string, null, or a list of parts whose texts count. Anything else is no text.
+/// Content: a string, null, or a list of parts whose texts count; an object is no text. Errs on anything else.
 #[derive(Default)]
 struct Text<'a>(Cow<'a, str>);
 
@@ -776,6 +787,23 @@ mod tests {
         let mut answer = String::new();
         calls.append_to(&mut answer);
         assert_eq!(answer, r#"{"tool_calls":[{"arguments":"{\"a\":1}","id":"c1","name":"f"}]}"#);
+    }
+
+    #[test]
+    fn pieces_of_tool_calls_without_an_index_belong_to_the_call_before_until_an_id_comes() {
+        let mut calls = ToolCalls::default();
+        for (choice, pieces) in [
+            ("null", r#"[{"id":"c1","function":{"name":"f","arguments":"{"}},{"index":null,"function":{"arguments":"}"}}]"#),
+            ("0", r#"[{"index":null,"id":"c2","function":{"name":"g","arguments":"["}}]"#),
+            ("0", r#"[{"id":"c2","function":{"arguments":"]"}}]"#),
+        ] {
+            let chunk = format!(r#"{{"choices":[{{"index":{choice},"delta":{{"tool_calls":{pieces}}}}}]}}"#);
+            calls.add(parse_chunk(chunk.as_bytes()).expect("a chunk").tool_calls);
+        }
+        let mut answer = String::new();
+        calls.append_to(&mut answer);
+        let (first, second) = (r#"{"arguments":"{}","id":"c1","name":"f"}"#, r#"{"arguments":"[]","id":"c2","name":"g"}"#);
+        assert_eq!(answer, format!(r#"{{"tool_calls":[{first},{second}]}}"#));
     }
 
     #[test]

@@ -31,9 +31,11 @@ pub struct ClientEnd {
 
 struct State {
     phase: Phase,
-    /// For the head of the answer.
+    /// Ours, for the head of the answer.
     headers: Vec<Header>,
-    /// The request's id, as the head says it.
+    /// Those of the upstream, for the same.
+    passed_on: Vec<Header>,
+    /// The request's own id.
     id: String,
     /// The head takes in fields of the upstream's; true: but for its id.
     upstream_head: Option<bool>,
@@ -60,6 +62,7 @@ impl ClientEnd {
             state: Mutex::new(State {
                 phase: Phase::Unanswered(responder),
                 headers,
+                passed_on: Vec::new(),
                 id,
                 upstream_head,
                 last_sent: Instant::now(),
@@ -72,22 +75,17 @@ impl ClientEnd {
         lock(&self.state)
     }
 
-    /// Takes fields of the upstream's head into ours, where it is not out yet; ours stand in for those of
-    /// the same name.
+    /// Takes fields of the upstream's head for ours, where that is not out yet, in place of those of a model before.
     fn head(&self, mut upstream: Vec<Header>) {
         let mut state = self.lock();
         let (Phase::Unanswered(_), Some(own_id)) = (&state.phase, state.upstream_head) else { return };
         upstream.retain(|(name, _)| !own_id || name != "x-request-id");
-        if let Some((_, id)) = upstream.iter().find(|(name, _)| name == "x-request-id") {
-            state.id.clone_from(id);
-        }
-        let ours = std::mem::replace(&mut state.headers, upstream);
-        add_headers(&mut state.headers, ours);
+        state.passed_on = upstream;
     }
 
-    /// The request's id as the client saw it.
+    /// The request's id as the client sees it.
     pub fn id(&self) -> String {
-        self.lock().id.clone()
+        self.lock().id().to_string()
     }
 
     /// Sends bytes of events, after the 200 where that is not out yet.
@@ -146,7 +144,7 @@ impl ClientEnd {
 
     /// Ends an open stream with an error event. Returns the bytes of body sent in all.
     pub fn fail(&self, e: &ApiError) -> u64 {
-        let event = format!("data: {}\n\n", e.to_json(&self.lock().id));
+        let event = format!("data: {}\n\n", e.to_json(self.lock().id()));
         self.finish(event.as_bytes()).unwrap_or(0)
     }
 
@@ -235,10 +233,16 @@ impl State {
         }
     }
 
+    fn id(&self) -> &str {
+        self.passed_on.iter().find(|(name, _)| name == "x-request-id").map_or(&self.id, |(_, id)| id)
+    }
+
     fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         match std::mem::replace(&mut self.phase, Phase::Over) {
             Phase::Unanswered(responder) => {
-                let (writer, result) = responder.stream("text/event-stream; charset=utf-8", &self.headers, bytes);
+                let mut headers = self.passed_on.clone();
+                add_headers(&mut headers, std::mem::take(&mut self.headers));
+                let (writer, result) = responder.stream("text/event-stream; charset=utf-8", &headers, bytes);
                 self.phase = Phase::Open(writer);
                 result
             }

@@ -276,7 +276,7 @@ impl Line {
                     completion.model = completion.model.map(|model| self.upstream.redact(&model));
                     return Ok(Whole { body, completion, headers });
                 }
-                Err(no) if no.passing && chat.fall_back(&self.upstream.fallbacks) => {}
+                Err(no) if no.passing && self.fall_back(chat) => {}
                 Err(no) => {
                     return Err(self.upstream.failed(Code::UpstreamBadAnswer, &format!("the LLM gave no answer: {}", no.why)));
                 }
@@ -311,27 +311,26 @@ impl Line {
     }
 
     fn source(&mut self, chat: &mut Chat) -> Result<(Source, Vec<Header>), ApiError> {
-        Ok(match self.upstream.mode {
-            Mode::Upstream => {
-                let response = self.call(chat)?;
-                let content_type = response.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-                if content_type.is_some_and(|value| value.starts_with("application/json")) {
-                    let why = match openai::parse_completion(&self.whole(response)?) {
-                        Ok(_) => "a whole answer where a stream was asked for".to_string(),
-                        Err(no) => no.why,
-                    };
-                    return Err(self.upstream.failed(Code::UpstreamBadAnswer, &format!("the LLM did not stream: {why}")));
-                }
+        if self.upstream.mode != Mode::Upstream {
+            self.think(self.upstream.mock_delay)?;
+            let chunks = mock::chunks(&chat.body).into_iter().chain(["[DONE]".to_string()]);
+            return Ok((Source::Mock { chunks: chunks.collect(), first: true }, Vec::new()));
+        }
+        loop {
+            let response = self.call(chat)?;
+            let content_type = response.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+            if !content_type.is_some_and(|value| value.starts_with("application/json")) {
                 let headers = self.upstream.passed_on(response.headers());
                 let splitter = Splitter::new(config::MAX_ANSWER, MAX_NOISE);
-                (Source::Upstream { reader: response.into_body().into_reader(), splitter }, headers)
+                return Ok((Source::Upstream { reader: response.into_body().into_reader(), splitter }, headers));
             }
-            _ => {
-                self.think(self.upstream.mock_delay)?;
-                let chunks = mock::chunks(&chat.body).into_iter().chain(["[DONE]".to_string()]);
-                (Source::Mock { chunks: chunks.collect(), first: true }, Vec::new())
-            }
-        })
+            let why = match openai::parse_completion(&self.whole(response)?) {
+                Ok(_) => "a whole answer where a stream was asked for".to_string(),
+                Err(no) if no.passing && self.fall_back(chat) => continue,
+                Err(no) => no.why,
+            };
+            return Err(self.upstream.failed(Code::UpstreamBadAnswer, &format!("the LLM did not stream: {why}")));
+        }
     }
 
     /// The list of models, or the one whose name stands in `path` (`/NAME`), as JSON.

@@ -5,7 +5,7 @@ use crate::support::gate::Gate;
 use crate::support::proxy::{Proxy, UPSTREAM_KEY};
 use crate::support::upstream::{
     FakeUpstream, Received, RefusingPort, Step, answer, completion, delta, end, event, finish, piece, refusal, reply, reply_json,
-    stream_head, streamed, usage,
+    send, stream_head, streamed, usage,
 };
 use serde_json::{Value, json};
 
@@ -961,17 +961,64 @@ fn a_stream_that_has_begun_is_not_taken_over_by_another_model() {
 
 #[test]
 fn an_error_of_a_retryable_kind_inside_a_200_is_worth_a_fallback_too() {
-    let error = json!({"error": {"code": 503, "message": "No provider available"}});
-    let first_event = error.to_string();
+    for streams_it in [true, false] {
+        let error = json!({"error": {"code": 503, "message": "No provider available"}});
+        let first_event = error.to_string();
+        let upstream = FakeUpstream::answering(move |request| match request.json()["model"] == "good" {
+            true => either(request, "Yes"),
+            false if request.is_streaming() && streams_it => stream_of(&[&first_event]),
+            false => reply_json(200, &error),
+        });
+        let proxy = Proxy::facing(&upstream).set("OPENAI_FALLBACK_MODELS", "good").start();
+        for request in all_ways("bad") {
+            let response = proxy.call(&request);
+            assert_eq!(response.status, 200, "nothing had reached the client: {response:?}");
+        }
+    }
+}
+
+#[test]
+fn an_error_inside_a_200_that_stays_is_worth_no_fallback() {
+    let error = json!({"error": {"code": 400, "message": "No such voice"}});
     let upstream = FakeUpstream::answering(move |request| match request.json()["model"] == "good" {
         true => either(request, "Yes"),
-        false if request.is_streaming() => stream_of(&[&first_event]),
         false => reply_json(200, &error),
     });
     let proxy = Proxy::facing(&upstream).set("OPENAI_FALLBACK_MODELS", "good").start();
     for request in all_ways("bad") {
+        proxy.call(&request).expect_error(502, "upstream_bad_answer");
+    }
+    assert_eq!(upstream.calls(), 4);
+}
+
+#[test]
+fn the_head_of_a_stream_is_that_of_the_model_that_answered() {
+    let started = |fields: &str| send(format!("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n{fields}\r\n"));
+    for (theirs, own) in [("", "mine"), ("", ""), ("X-Request-Id: good-1\r\nX-RateLimit-Limit-Requests: 7\r\n", "")] {
+        let upstream = FakeUpstream::answering(move |request| match request.json()["model"] == "good" {
+            true => vec![started(theirs), send(format!("data: {}\n\ndata: [DONE]\n\n", finish("stop"))), Step::Close],
+            false => vec![
+                started("X-Request-Id: bad-1\r\nX-RateLimit-Remaining-Tokens: 0\r\nOpenAI-Processing-Ms: 3\r\n"),
+                send("data: {\"error\":{\"code\":503,\"message\":\"down\"}}\n\n"),
+                Step::Close,
+            ],
+        });
+        let proxy = Proxy::facing(&upstream).set("OPENAI_FALLBACK_MODELS", "good").start();
+        let mut request = chat(json!({"model": "bad", "stream": true}));
+        if !own.is_empty() {
+            request = request.header("X-Request-Id", own);
+        }
         let response = proxy.call(&request);
-        assert_eq!(response.status, 200, "nothing had reached the client: {response:?}");
+        assert_eq!(response.status, 200, "{response:?}");
+        let id = response.header("X-Request-Id").expect("an id").to_owned();
+        match (theirs, own) {
+            ("", "") => assert_ne!(id, "bad-1", "then it is the server's own"),
+            (_, "") => assert_eq!((id.as_str(), response.header("X-RateLimit-Limit-Requests")), ("good-1", Some("7"))),
+            (_, own) => assert_eq!(id, own),
+        }
+        assert!(response.header("X-RateLimit-Remaining-Tokens").is_none(), "{response:?}");
+        assert!(response.header("OpenAI-Processing-Ms").is_none(), "{response:?}");
+        proxy.wait_for_line(|line| line.contains(&format!("id={id} ")));
     }
 }
 
