@@ -143,8 +143,8 @@ pub struct Config {
 }
 
 impl Config {
-    /// The settings from the process environment and, where that is silent, from `./.env`. A variable
-    /// set to nothing counts as not set. Errs with one line that names variable, value and rule.
+    /// The settings from the process environment and, where that is silent, from `./.env`. One that is set to nothing
+    /// has its default, also where `.env` has another. Errs with one line that names variable, value and rule.
     pub fn load() -> Result<Config, StartError> {
         let mut file = HashMap::new();
         match dotenvy::from_path_iter(".env") {

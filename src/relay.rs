@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::clock;
 use crate::config::MAX_ANSWER;
-use crate::error::{ApiError, Code, Header, add_headers};
+use crate::error::{ApiError, Code, Header, StartError, add_headers};
 use crate::exchange::{Pair, Usage};
 use crate::http::{Responder, StreamWriter};
 use crate::kernel;
@@ -177,12 +177,12 @@ impl ClientEnd {
 /// has gone, since their workers wait for the upstream alone.
 pub struct Pulse {
     ends: Arc<Mutex<Vec<Weak<ClientEnd>>>>,
-    thread: Option<Thread>,
+    thread: Thread,
 }
 
 impl Pulse {
-    /// A pulse that lets no stream be silent for longer than `interval`.
-    pub fn start(interval: Duration) -> Pulse {
+    /// A pulse that lets no stream be silent for longer than `interval`. Errs where there is no thread for it.
+    pub fn start(interval: Duration) -> Result<Pulse, StartError> {
         let ends: Arc<Mutex<Vec<Weak<ClientEnd>>>> = Arc::default();
         let beating = Arc::clone(&ends);
         let beat = (interval / 10).min(Duration::from_secs(1));
@@ -198,13 +198,8 @@ impl Pulse {
                 thread::sleep(beat);
             }
         });
-        match thread {
-            Ok(thread) => Pulse { ends, thread: Some(thread.thread().clone()) },
-            Err(e) => {
-                log::warn!("no thread for streams' heartbeats: {e}");
-                Pulse { ends, thread: None }
-            }
-        }
+        let thread = thread.map_err(|e| StartError::machine(format!("no thread for streams' heartbeats: {e}")))?;
+        Ok(Pulse { ends, thread: thread.thread().clone() })
     }
 
     /// Takes care of a stream until it is over.
@@ -213,8 +208,8 @@ impl Pulse {
         let asleep = ends.is_empty();
         ends.push(Arc::downgrade(end));
         drop(ends);
-        if let (true, Some(thread)) = (asleep, &self.thread) {
-            thread.unpark();
+        if asleep {
+            self.thread.unpark();
         }
     }
 }

@@ -59,7 +59,7 @@ pub fn serve(config: Config) -> Result<(), StartError> {
     let readers = Pool::new("reader", config.max_connections, config.max_connections, READER_PATIENCE, || ());
     let (workers, grace) = (Arc::new(workers), config.shutdown_grace);
     let connections = listener.connections();
-    let api = Api::new(config, Arc::clone(&store), Arc::clone(&workers), connections.clone(), metrics);
+    let api = Api::new(config, Arc::clone(&store), Arc::clone(&workers), connections.clone(), metrics)?;
     let staff = Arc::new(Staff { api, readers, workers });
     accept(&listener, &staff, &stop);
 
@@ -92,7 +92,7 @@ impl Staff {
     /// it goes to a worker at once, which saves a change of threads.
     fn welcome(self: &Arc<Staff>, mut connection: Box<Connection>) {
         if self.workers.is_exhausted() || self.api.is_in_trouble() {
-            return self.receive(connection, None);
+            return self.receive(connection, None, None);
         }
         match connection.next_call(&self.api, Duration::ZERO, true) {
             Turn::Call(call) if Api::suits_worker(&call) => {
@@ -101,11 +101,11 @@ impl Staff {
                     None => Some(connection),
                 };
                 if let Some(connection) = left {
-                    self.receive(connection, None);
+                    self.receive(connection, None, None);
                 }
             }
-            Turn::Call(call) => self.receive(connection, Some(call)),
-            Turn::Quiet | Turn::Over => self.receive(connection, None),
+            Turn::Call(call) => self.receive(connection, Some(call), None),
+            Turn::Quiet | Turn::Over => self.receive(connection, None, None),
         }
     }
 
@@ -121,15 +121,20 @@ impl Staff {
         None
     }
 
-    /// Gives a connection to a reader, with a request that was read from it and not looked at.
-    fn receive(self: &Arc<Staff>, connection: Box<Connection>, first: Option<Box<Call<Admitted>>>) {
+    /// Gives a connection to a reader, with a request that was read from it and not looked at, or with an answer that
+    /// its client may be slow to take.
+    fn receive(self: &Arc<Staff>, connection: Box<Connection>, first: Option<Box<Call<Admitted>>>, parting: Option<Parting>) {
         // There are as many readers as connections may be open, so only a lack of threads refuses.
         let Some(place) = self.readers.reserve() else {
             connection.cut();
+            parting.into_iter().for_each(Parting::drop_unsent);
             return log::warn!("no reader for a connection, which is dropped");
         };
         let staff = Arc::clone(self);
-        place.fill(Box::new(move |()| staff.read(connection, first)));
+        place.fill(Box::new(move |()| {
+            parting.into_iter().for_each(Parting::send);
+            staff.read(connection, first);
+        }));
     }
 
     /// A reader's job: requests of one connection, until one is for a worker.
@@ -165,8 +170,8 @@ impl Staff {
     // Not inlined: each stream waits with every page of stack that was used.
     #[inline(never)]
     fn go_on(self: &Arc<Staff>, mut connection: Box<Connection>, parting: Option<Parting>) -> Option<(Box<Connection>, Errand)> {
-        if let Some(parting) = parting {
-            self.part(connection, parting);
+        if parting.is_some() {
+            self.receive(connection, None, parting);
             return None;
         }
         while !self.workers.is_wanted() {
@@ -179,7 +184,7 @@ impl Staff {
                     }
                 }
                 Turn::Call(call) => {
-                    self.receive(connection, Some(call));
+                    self.receive(connection, Some(call), None);
                     return None;
                 }
                 // The client does not ask again before it has its answer, and the disk may be slow.
@@ -188,21 +193,8 @@ impl Staff {
                 Turn::Quiet | Turn::Over => break,
             }
         }
-        self.receive(connection, None);
+        self.receive(connection, None, None);
         None
-    }
-
-    /// Leaves an answer that the client may be slow to take to a reader.
-    fn part(self: &Arc<Staff>, connection: Box<Connection>, parting: Parting) {
-        let Some(place) = self.readers.reserve() else {
-            connection.cut();
-            return log::warn!("no reader for an answer, which is dropped");
-        };
-        let staff = Arc::clone(self);
-        place.fill(Box::new(move |()| {
-            parting.send();
-            staff.read(connection, None);
-        }));
     }
 }
 

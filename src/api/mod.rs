@@ -24,7 +24,7 @@ use std::time::Instant;
 use subtle::ConstantTimeEq;
 
 use crate::config::{ApiKey, Config};
-use crate::error::{ApiError, Code, Header, add_headers};
+use crate::error::{ApiError, Code, Header, StartError, add_headers};
 use crate::http::{Call, Connections, Head, Reply, Responder, Site};
 use crate::metrics::Metrics;
 use crate::pool::Pool;
@@ -113,16 +113,16 @@ impl Errand {
 }
 
 impl Api {
-    /// The service on these doors.
+    /// The service on these doors. Errs where there is no thread for it.
     pub fn new(
         config: Config,
         store: Arc<Store>,
         workers: Arc<Pool<Line>>,
         connections: Connections,
         metrics: Arc<Metrics>,
-    ) -> Api {
-        Api {
-            pulse: Pulse::start(config.stream_heartbeat),
+    ) -> Result<Api, StartError> {
+        Ok(Api {
+            pulse: Pulse::start(config.stream_heartbeat)?,
             rate_limit: RateLimit::new(config.rate_limit_per_minute),
             once: Arc::default(),
             pages: Pages::default(),
@@ -136,7 +136,7 @@ impl Api {
             in_flight: Arc::default(),
             ids: (RandomState::new(), AtomicU64::new(0)),
             anonymous: "anonymous".into(),
-        }
+        })
     }
 
     /// Zeros of everything that is counted.
@@ -298,6 +298,11 @@ impl Parting {
     /// Sends it, however long the client takes.
     pub fn send(self) {
         self.exit.send(self.reply, self.model);
+    }
+
+    /// Says in the log that it did not go out, where its connection is cut.
+    pub fn drop_unsent(self) {
+        self.exit.refuse(ApiError::client_gone());
     }
 }
 

@@ -310,6 +310,8 @@ fn the_env_file_is_read_from_the_working_directory_and_the_environment_wins() {
     assert_eq!(asks(&proxy, "of-the-file", "short"), 401);
     assert_eq!(asks(&proxy, "of-the-environment", "short"), 200);
     assert_eq!(asks(&proxy, "of-the-environment", "too long"), 422, "the rest of the file counts");
+    let proxy = Setup::new().file(".env", env).set("MAX_QUESTION_CHARS", "").start();
+    assert_eq!(asks(&proxy, "of-the-file", "too long"), 200, "set to nothing means the default");
 }
 
 #[test]
