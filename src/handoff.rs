@@ -1,8 +1,10 @@
 //! One value from one thread to another that waits for it. Unlike a channel's, this wait goes to sleep
 //! at once: on two cores the channel's spinning and yielding cost a fifth of a request's CPU time.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
+
+use crate::lock::{lock, wait, wait_within};
 
 enum State<T> {
     Empty,
@@ -14,12 +16,6 @@ enum State<T> {
 struct Place<T> {
     state: Mutex<State<T>>,
     changed: Condvar,
-}
-
-impl<T> Place<T> {
-    fn lock(&self) -> MutexGuard<'_, State<T>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// The end that gives, once.
@@ -46,7 +42,7 @@ pub fn handoff<T>() -> (Giver<T>, Taker<T>) {
 impl<T> Giver<T> {
     /// Gives the value; gets it back where nobody can take it any more.
     pub fn give(self, value: T) -> Result<(), T> {
-        let mut state = self.0.lock();
+        let mut state = lock(&self.0.state);
         if matches!(*state, State::Closed) {
             return Err(value);
         }
@@ -58,13 +54,13 @@ impl<T> Giver<T> {
 
     /// False when nobody can take the value any more.
     pub fn is_awaited(&self) -> bool {
-        !matches!(*self.0.lock(), State::Closed)
+        !matches!(*lock(&self.0.state), State::Closed)
     }
 }
 
 impl<T> Drop for Giver<T> {
     fn drop(&mut self) {
-        let mut state = self.0.lock();
+        let mut state = lock(&self.0.state);
         if matches!(*state, State::Empty) {
             *state = State::Closed;
             drop(state);
@@ -85,7 +81,7 @@ impl<T> Taker<T> {
     }
 
     fn wait(&self, until: Option<Instant>) -> Result<T, Nothing> {
-        let mut state = self.0.lock();
+        let mut state = lock(&self.0.state);
         loop {
             match std::mem::replace(&mut *state, State::Closed) {
                 State::Full(value) => return Ok(value),
@@ -93,13 +89,13 @@ impl<T> Taker<T> {
                 State::Empty => *state = State::Empty,
             }
             state = match until {
-                None => self.0.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                None => wait(&self.0.changed, state),
                 Some(until) => {
                     let left = until.saturating_duration_since(Instant::now());
                     if left.is_zero() {
                         return Err(Nothing::Yet);
                     }
-                    self.0.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+                    wait_within(&self.0.changed, state, left)
                 }
             };
         }
@@ -109,7 +105,7 @@ impl<T> Taker<T> {
 impl<T> Drop for Taker<T> {
     fn drop(&mut self) {
         // What nobody will take is dropped here, not when the giver's thread ends.
-        let left = std::mem::replace(&mut *self.0.lock(), State::Closed);
+        let left = std::mem::replace(&mut *lock(&self.0.state), State::Closed);
         drop(left);
     }
 }

@@ -15,7 +15,7 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::buffer::spare_capacity;
@@ -26,6 +26,7 @@ use tiny_http::{Server, SslContextWrap};
 use crate::config::{self, Config};
 use crate::error::{ApiError, Code, StartError, is_sane_id};
 use crate::kernel;
+use crate::lock::{lock, wait_within};
 use answer::{Answers, Form};
 pub use answer::{Reply, Responder, StreamWriter};
 use chunked::{Decoder, too_large};
@@ -55,10 +56,6 @@ struct Live {
 }
 
 impl Live {
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Weak<TcpStream>>> {
-        self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// They were shut: clients that seem to have gone may be there.
     fn is_deaf(&self) -> bool {
         self.is_deaf.load(Ordering::SeqCst)
@@ -74,7 +71,7 @@ pub struct Listed {
 
 impl Drop for Listed {
     fn drop(&mut self) {
-        self.live.lock().remove(&self.cookie);
+        lock(&self.live.sockets).remove(&self.cookie);
         self.live.room.notify_one();
     }
 }
@@ -120,9 +117,9 @@ impl Listener {
         const TICK: Duration = Duration::from_millis(100);
         const PATIENCE: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
         {
-            let live = self.live.lock();
+            let live = lock(&self.live.sockets);
             if live.len() >= self.max_connections {
-                let (live, _) = self.live.room.wait_timeout(live, TICK).unwrap_or_else(PoisonError::into_inner);
+                let live = wait_within(&self.live.room, live, TICK);
                 if live.len() >= self.max_connections {
                     return Ok(None);
                 }
@@ -147,7 +144,7 @@ impl Listener {
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => return Ok(None),
             Err(e) => return Err(e),
         };
-        let mut live = self.live.lock();
+        let mut live = lock(&self.live.sockets);
         let Some((stream, cookie)) = kernel::adopt_accepted(lowest, self.local, |cookie| live.contains_key(&cookie)) else {
             log::error!("bug: an accepted socket was not found; its connection is dropped");
             return Ok(None);
@@ -185,14 +182,14 @@ pub struct Connections(Arc<Live>);
 impl Connections {
     /// How many are open now.
     pub fn open(&self) -> usize {
-        self.0.lock().len()
+        lock(&self.0.sockets).len()
     }
 
     /// Shuts all of them. For reading: to whoever waits for a client or watches one it has gone, but it can still be
     /// answered. For both: whoever waits until a client takes its answer waits no longer.
     pub fn shut(&self, how: Shutdown) {
         self.0.is_deaf.store(true, Ordering::SeqCst);
-        self.0.lock().values().filter_map(Weak::upgrade).for_each(|socket| drop(socket.shutdown(how)));
+        lock(&self.0.sockets).values().filter_map(Weak::upgrade).for_each(|socket| drop(socket.shutdown(how)));
     }
 
     /// They were shut: clients that seem to have gone may be there.

@@ -9,6 +9,7 @@ mod handoff;
 mod http;
 mod kernel;
 mod lines;
+mod lock;
 mod metrics;
 mod mock;
 mod openai;

@@ -5,12 +5,13 @@
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::handoff::{Giver, Nothing, Taker, handoff};
 use crate::kernel;
+use crate::lock::{lock, wait_within};
 
 /// What a thread, with its own `W`, is to do.
 pub type Job<W> = Box<dyn FnOnce(&mut W) + Send>;
@@ -110,7 +111,7 @@ impl<W: 'static> Pool<W> {
     /// A place for a job: with an idle thread, a new one, or in the queue. `None`: all are taken, and
     /// stayed so for a moment.
     pub fn reserve(&self) -> Option<Place<W>> {
-        let mut state = self.shared.lock();
+        let mut state = lock(&self.shared.state);
         let until = Instant::now() + MOMENT;
         loop {
             if let Some(place) = self.shared.place(&mut state) {
@@ -121,26 +122,26 @@ impl<W: 'static> Pool<W> {
                 return None;
             }
             state.waiting += 1;
-            state = self.shared.freed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state = wait_within(&self.shared.freed, state, left);
             state.waiting -= 1;
         }
     }
 
     /// Somebody waits for a thread.
     pub fn is_wanted(&self) -> bool {
-        let state = self.shared.lock();
+        let state = lock(&self.shared.state);
         state.queue.len() + state.promised + state.waiting > 0
     }
 
     /// All threads that there may be are at work.
     pub fn is_exhausted(&self) -> bool {
-        let state = self.shared.lock();
+        let state = lock(&self.shared.state);
         state.idle.is_empty() && state.threads >= self.shared.size
     }
 
     /// How busy it is now.
     pub fn load(&self) -> Load {
-        let state = self.shared.lock();
+        let state = lock(&self.shared.state);
         let busy = state.threads - state.idle.len() - usize::from(state.is_spare_coming);
         Load { busy, total: self.shared.size, queued: state.queue.len() }
     }
@@ -156,7 +157,7 @@ impl<W: 'static> Place<W> {
                 shared.spare();
             }
             Place::Queue(queued) => {
-                let mut state = queued.0.lock();
+                let mut state = lock(&queued.0.state);
                 match state.idle.pop() {
                     // A thread found the queue empty and went to sleep after the place was reserved.
                     Some((_, idle)) => drop(idle.give(job)),
@@ -169,7 +170,7 @@ impl<W: 'static> Place<W> {
 
 impl<W> Drop for Queued<W> {
     fn drop(&mut self) {
-        self.0.lock().promised -= 1;
+        lock(&self.0.state).promised -= 1;
     }
 }
 
@@ -205,7 +206,7 @@ impl<W: 'static> Shared<W> {
 
     /// Starts a thread ahead where none is idle, so that the next job need not wait for that.
     fn spare(self: &Arc<Self>) {
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
         if state.idle.is_empty() && !state.is_spare_coming {
             state.is_spare_coming = self.start(&mut state, None);
         }
@@ -213,16 +214,12 @@ impl<W: 'static> Shared<W> {
 }
 
 impl<W> Shared<W> {
-    fn lock(&self) -> MutexGuard<'_, State<W>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn work(&self, first: Option<Taker<Job<W>>>) {
         let mut own = (self.make)();
         let mut first = match first {
             Some(coming) => coming.take(),
             None => {
-                self.lock().is_spare_coming = false;
+                lock(&self.state).is_spare_coming = false;
                 None
             }
         };
@@ -238,7 +235,7 @@ impl<W> Shared<W> {
     fn next(&self) -> Option<Job<W>> {
         loop {
             let (id, coming) = {
-                let mut state = self.lock();
+                let mut state = lock(&self.state);
                 if state.waiting > 0 {
                     self.freed.notify_one();
                 }
@@ -260,7 +257,7 @@ impl<W> Shared<W> {
                 Ok(job) => return Some(job),
                 Err(Nothing::Ever) => {}
                 Err(Nothing::Yet) => {
-                    let mut state = self.lock();
+                    let mut state = lock(&self.state);
                     let idle = state.idle.len();
                     state.idle.retain(|(other, _)| *other != id);
                     // Who holds a place in the queue counts on a thread.
@@ -335,12 +332,12 @@ mod tests {
             let (done, told) = mpsc::channel();
             pool.reserve().expect("a thread").fill(Box::new(move |()| done.send(()).expect("the test waits")));
             assert_eq!(told.recv_timeout(LONG), Ok(()));
-            while pool.shared.lock().threads > 0 {
+            while lock(&pool.shared.state).threads > 0 {
                 thread::yield_now();
             }
             // A thread that counts itself out twice does so after it has waited once more.
             thread::sleep(Duration::from_millis(20));
-            assert_eq!(pool.shared.lock().threads, 0);
+            assert_eq!(lock(&pool.shared.state).threads, 0);
         }
     }
 

@@ -1,10 +1,11 @@
 //! A token bucket for each key. Pure but for its own counts: the time is told to it.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::error::{ApiError, Code, Header};
+use crate::lock::lock;
 
 /// Buckets of as many questions as a key may ask in a minute, which fill evenly.
 pub struct RateLimit {
@@ -31,7 +32,7 @@ impl RateLimit {
         }
         let size = f64::from(self.per_minute);
         let per_second = size / 60.0;
-        let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut buckets = lock(&self.buckets);
         let bucket = buckets.entry(Arc::clone(key)).or_insert(Bucket { questions: size, at: now });
         bucket.questions = (bucket.questions + now.saturating_duration_since(bucket.at).as_secs_f64() * per_second).min(size);
         bucket.at = now;

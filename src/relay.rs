@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 use std::io;
 use std::net::TcpStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,7 @@ use crate::error::{ApiError, Code, Header, StartError, add_headers};
 use crate::exchange::{Pair, Usage};
 use crate::http::{Responder, StreamWriter};
 use crate::kernel;
+use crate::lock::lock;
 use crate::openai::{self, Chat, NoAnswer, ToolCalls};
 use crate::store::Store;
 use crate::upstream::{Events, Hangup, Line};
@@ -71,13 +72,9 @@ impl ClientEnd {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        lock(&self.state)
-    }
-
     /// Takes fields of the upstream's head for ours, where that is not out yet, in place of those of a model before.
     fn head(&self, mut upstream: Vec<Header>) {
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
         let (Phase::Unanswered(_), Some(own_id)) = (&state.phase, state.upstream_head) else { return };
         upstream.retain(|(name, _)| !own_id || name != "x-request-id");
         state.passed_on = upstream;
@@ -85,19 +82,19 @@ impl ClientEnd {
 
     /// The request's id as the client sees it.
     pub fn id(&self) -> String {
-        self.lock().id().to_string()
+        lock(&self.state).id().to_string()
     }
 
     /// Sends bytes of events, after the 200 where that is not out yet.
     fn send(&self, bytes: &[u8]) -> io::Result<()> {
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
         state.last_sent = Instant::now();
         state.send(bytes)
     }
 
     /// Sends the last bytes and ends the body. Returns the bytes of body sent in all.
     fn finish(&self, bytes: &[u8]) -> io::Result<u64> {
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
         if matches!(state.phase, Phase::Unanswered(_)) {
             state.send(b"")?;
         }
@@ -109,7 +106,7 @@ impl ClientEnd {
 
     /// Gives the request back where nothing of an answer went out.
     pub fn unanswered(&self) -> Option<Responder> {
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
         match std::mem::replace(&mut state.phase, Phase::Over) {
             Phase::Unanswered(responder) => Some(responder),
             other => {
@@ -121,7 +118,7 @@ impl ClientEnd {
 
     /// Ends the connection where the stream is still open.
     fn abort(&self) -> u64 {
-        match std::mem::replace(&mut self.lock().phase, Phase::Over) {
+        match std::mem::replace(&mut lock(&self.state).phase, Phase::Over) {
             Phase::Open(writer) => {
                 let sent = writer.sent();
                 writer.abort();
@@ -132,19 +129,19 @@ impl ClientEnd {
     }
 
     fn reason(&self, e: ApiError) -> ApiError {
-        match self.lock().responder() {
+        match lock(&self.state).responder() {
             Some(responder) => responder.reason(e),
             None => e,
         }
     }
 
     fn is_unanswered(&self) -> bool {
-        matches!(self.lock().phase, Phase::Unanswered(_))
+        matches!(lock(&self.state).phase, Phase::Unanswered(_))
     }
 
     /// Ends an open stream with an error event. Returns the bytes of body sent in all.
     pub fn fail(&self, e: &ApiError) -> u64 {
-        let event = format!("data: {}\n\n", e.to_json(self.lock().id()));
+        let event = format!("data: {}\n\n", e.to_json(lock(&self.state).id()));
         self.finish(event.as_bytes()).unwrap_or(0)
     }
 
@@ -212,10 +209,6 @@ impl Pulse {
             self.thread.unpark();
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl State {
@@ -328,7 +321,7 @@ pub fn run(
     mut draft: Box<Draft>,
 ) -> Result<Streamed, ApiError> {
     let deadline = line.deadline();
-    end.lock().hangup = Some(line.hangup(&client));
+    lock(&end.state).hangup = Some(line.hangup(&client));
     loop {
         let mut events = match line.stream(Arc::clone(&client), chat, deadline) {
             Ok(events) => events,

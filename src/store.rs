@@ -7,7 +7,7 @@ mod writer;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -18,6 +18,7 @@ use crate::config::{self, Config};
 use crate::error::{ApiError, Code, StartError};
 use crate::exchange::{Exchange, Pair, Usage, size_in_json};
 use crate::handoff::{Giver, Nothing, Taker, handoff};
+use crate::lock::lock;
 use crate::metrics::Metrics;
 use writer::{Desk, Writer};
 
@@ -227,20 +228,20 @@ impl Store {
 
     /// Writes what was handed over, closes the database and ends the writer.
     pub fn close(&self) {
-        self.readers.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        lock(&self.readers).clear();
         self.desk.order(Order::Close, false);
-        if let Some(clerk) = self.clerk.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        if let Some(clerk) = lock(&self.clerk).take() {
             let _ = clerk.join();
         }
     }
 
     fn read<T>(&self, query: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, ApiError> {
         let opening = self.state.opening.load(Ordering::Relaxed);
-        let kept = self.readers.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let kept = lock(&self.readers).pop();
         let kept = kept.filter(|(of, _)| *of == opening).map(|(_, connection)| Ok(connection));
         let result = kept.unwrap_or_else(|| reader(&self.path)).and_then(|connection| {
             let found = query(&connection)?;
-            let mut readers = self.readers.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut readers = lock(&self.readers);
             if readers.len() < READERS {
                 readers.push((opening, connection));
             }

@@ -1,7 +1,7 @@
 //! `GET /api/history`: a key's own pairs, by page or by search.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use percent_encoding::percent_decode_str;
@@ -10,6 +10,7 @@ use super::{Api, Request};
 use crate::error::{ApiError, Code};
 use crate::exchange::Exchange;
 use crate::http::Reply;
+use crate::lock::lock;
 
 /// Keeps the memory within bounds that pages take: while they are put together, and while clients are slow
 /// to take them.
@@ -28,7 +29,7 @@ pub struct Leaving<'a>(&'a Pages);
 
 impl Drop for Making<'_> {
     fn drop(&mut self) {
-        *self.0.lock() -= 1;
+        *lock(&self.0.making) -= 1;
         self.0.made.notify_one();
     }
 }
@@ -46,14 +47,10 @@ impl Pages {
     /// With 4 MiB each, no more than 128 MiB.
     const MOST_LEAVING: usize = 32;
 
-    fn lock(&self) -> MutexGuard<'_, usize> {
-        self.making.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// A place among those, after a while if need be. Errs with 503 where there is none.
     fn make(&self) -> Result<Making<'_>, ApiError> {
         let full = |making: &mut usize| *making >= Pages::MOST_MAKING;
-        let waited = self.made.wait_timeout_while(self.lock(), Pages::PATIENCE, full);
+        let waited = self.made.wait_timeout_while(lock(&self.making), Pages::PATIENCE, full);
         let (mut making, waited) = waited.unwrap_or_else(PoisonError::into_inner);
         if waited.timed_out() {
             return Err(ApiError::new(Code::Overloaded, "too many pages of history are being read; try again"));

@@ -3,11 +3,12 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use super::Request;
 use crate::error::{ApiError, Code};
+use crate::lock::{lock, wait_within};
 use crate::store::{Remembered, Store, Unique};
 
 /// Who waits looks so often whether its client is still there.
@@ -19,15 +20,15 @@ type Name = (Arc<str>, String);
 /// The requests with an `Idempotency-Key` that are running now.
 #[derive(Default)]
 pub struct Once {
-    running: Mutex<HashMap<Name, Arc<Running>>>,
+    running: Mutex<HashMap<Name, Running>>,
+    ended: Condvar,
 }
 
 /// A request that others may wait for.
 struct Running {
     path: &'static str,
     body: Vec<u8>,
-    over: Mutex<bool>,
-    ended: Condvar,
+    is_awaited: bool,
 }
 
 /// What a request with an `Idempotency-Key` is to do.
@@ -46,23 +47,10 @@ pub struct First {
 
 impl Drop for First {
     fn drop(&mut self) {
-        if let Some(running) = lock(&self.once.running).remove(&self.name) {
-            *lock(&running.over) = true;
-            running.ended.notify_all();
-        }
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Running {
-    /// Waits a little for its end.
-    fn wait(&self) {
-        let over = lock(&self.over);
-        if !*over {
-            drop(self.ended.wait_timeout(over, GLANCE));
+        let over = lock(&self.once.running).remove(&self.name);
+        // Whoever waits for any request is woken, so not without need.
+        if over.is_some_and(|over| over.is_awaited) {
+            self.once.ended.notify_all();
         }
     }
 }
@@ -85,17 +73,17 @@ impl Once {
         }
         let name = (Arc::clone(request.key), given.to_string());
         let until = Instant::now() + patience;
+        let mut running = lock(&self.running);
         loop {
-            let before = match lock(&self.running).entry(name.clone()) {
-                Entry::Occupied(before) => Arc::clone(before.get()),
+            match running.entry(name.clone()) {
+                Entry::Occupied(before) if (before.get().path, &*before.get().body) != (path, request.body) => {
+                    return Err(another());
+                }
+                Entry::Occupied(mut before) => before.get_mut().is_awaited = true,
                 Entry::Vacant(place) => {
-                    let (over, ended) = (Mutex::default(), Condvar::new());
-                    place.insert(Arc::new(Running { path, body: request.body.to_vec(), over, ended }));
+                    place.insert(Running { path, body: request.body.to_vec(), is_awaited: false });
                     break;
                 }
-            };
-            if (before.path, before.body.as_slice()) != (path, request.body) {
-                return Err(another());
             }
             if is_gone() {
                 return Err(ApiError::client_gone());
@@ -104,8 +92,9 @@ impl Once {
                 let text = "requests with this Idempotency-Key have been running for too long; try again";
                 return Err(ApiError::new(Code::Overloaded, text));
             }
-            before.wait();
+            running = wait_within(&self.ended, running, GLANCE);
         }
+        drop(running);
         let first = First { once: Arc::clone(self), name };
         match store.remembered(request.key, given)? {
             None => Ok(Some(Turn::First(first))),

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use std::io::{self, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use rustix::event::PollFlags;
@@ -14,6 +14,7 @@ use super::{Listed, wait};
 use crate::config;
 use crate::error::{ApiError, Code, Header};
 use crate::kernel;
+use crate::lock::lock;
 
 /// What became of a connection's answers.
 #[derive(Default)]
@@ -30,10 +31,6 @@ struct Pending {
 }
 
 impl Answers {
-    fn lock(&self) -> MutexGuard<'_, Pending> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// An answer did not get through, or one will never come: nothing may follow.
     pub fn is_broken(&self) -> bool {
         self.broken.load(Ordering::Relaxed)
@@ -45,15 +42,15 @@ impl Answers {
 
     /// The last request is not answered yet: a worker goes on while the answer waits for its commit.
     pub fn is_pending(&self) -> bool {
-        self.lock().is_pending
+        lock(&self.pending).is_pending
     }
 
     fn begin(&self) {
-        self.lock().is_pending = true;
+        lock(&self.pending).is_pending = true;
     }
 
     fn end(&self) {
-        let mut pending = self.lock();
+        let mut pending = lock(&self.pending);
         pending.is_pending = false;
         // Waking costs a system call, also where nobody waits.
         if std::mem::take(&mut pending.is_awaited) {
@@ -63,7 +60,7 @@ impl Answers {
 
     /// Waits until the last request is answered, well or not, but no longer than this.
     pub fn wait(&self, time: Duration) {
-        let mut pending = self.lock();
+        let mut pending = lock(&self.pending);
         if pending.is_pending {
             pending.is_awaited = true;
             let waiting = |pending: &mut Pending| pending.is_pending;

@@ -6,7 +6,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, OnceLock, TryLockError};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
@@ -19,6 +19,7 @@ use crate::error::ApiError;
 use crate::exchange::{Exchange, Usage};
 use crate::handoff::Giver;
 use crate::lines;
+use crate::lock::lock;
 use crate::metrics::Metrics;
 
 /// Numbered from 1; the database's `user_version` is the number of the last one applied.
@@ -220,15 +221,11 @@ impl Desk {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Writer> {
-        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn attend(&self) {
         loop {
             // What a panic leaves behind, a transaction that is open, is an error of the next, which opens anew.
             let rest = catch_unwind(AssertUnwindSafe(|| {
-                let mut writer = self.lock();
+                let mut writer = lock(&self.writer);
                 while writer.work(&self.inbox) {
                     // What waits for quiet would never come under a steady load.
                     writer.catch_up();

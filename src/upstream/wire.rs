@@ -7,7 +7,7 @@ use std::io;
 use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -17,6 +17,7 @@ use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
 
 use crate::config;
+use crate::lock::lock;
 
 /// Why waiting ended without what was waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,18 +42,14 @@ struct Bounds {
 }
 
 impl Watch {
-    fn lock(&self) -> MutexGuard<'_, Bounds> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Begins a call for this client that must end by `until`.
     pub fn begin(&self, client: Arc<TcpStream>, until: Instant) {
-        *self.lock() = Bounds { client: Some(client), until: Some(until), ..Bounds::default() };
+        *lock(&self.0) = Bounds { client: Some(client), until: Some(until), ..Bounds::default() };
     }
 
     /// From now on only a silence of this length ends the call.
     pub fn only_silence(&self, silence: Duration) {
-        let mut bounds = self.lock();
+        let mut bounds = lock(&self.0);
         bounds.until = None;
         bounds.silence = Some(silence);
     }
@@ -60,7 +57,7 @@ impl Watch {
     /// How long the stream under way, which comes from `source`, may be silent; `None` where the call is none yet. From
     /// now on whoever ends the stream shuts that socket; errs where it was ended before.
     fn stream_from(&self, source: &Arc<TcpStream>) -> Result<Option<Duration>, Ended> {
-        let mut bounds = self.lock();
+        let mut bounds = lock(&self.0);
         if bounds.silence.is_some() && bounds.source.is_none() {
             bounds.source = Some(Arc::clone(source));
         }
@@ -69,7 +66,7 @@ impl Watch {
 
     /// Ends the stream that this client has left, where it is still the one under way.
     pub fn client_left(&self, client: &Arc<TcpStream>) {
-        let mut bounds = self.lock();
+        let mut bounds = lock(&self.0);
         if bounds.silence.is_some() && bounds.client.as_ref().is_some_and(|mine| Arc::ptr_eq(mine, client)) {
             bounds.ended = Some(Ended::ClientGone);
             // Wakes its worker.
@@ -79,32 +76,32 @@ impl Watch {
 
     /// From now on the call must end within this time, and the client may go.
     pub fn without_client(&self, time: Duration) {
-        *self.lock() = Bounds { until: Some(Instant::now() + time), ..Bounds::default() };
+        *lock(&self.0) = Bounds { until: Some(Instant::now() + time), ..Bounds::default() };
     }
 
     /// Lets go of the client.
     pub fn end(&self) {
-        *self.lock() = Bounds::default();
+        *lock(&self.0) = Bounds::default();
     }
 
     /// Why the call ended, where it was not the upstream's doing.
     pub fn ended(&self) -> Option<Ended> {
-        self.lock().ended
+        lock(&self.0).ended
     }
 
     /// Forgets that a connection from before was taken.
     pub fn forget_reuse(&self) {
-        self.lock().reused = false;
+        lock(&self.0).reused = false;
     }
 
     /// The attempt under way runs on a connection from before, which may have died meanwhile.
     pub fn reused(&self) -> bool {
-        self.lock().reused
+        lock(&self.0).reused
     }
 
     /// When the call has to be over, where it has to.
     pub fn until(&self) -> Option<Instant> {
-        self.lock().until
+        lock(&self.0).until
     }
 
     /// Waits for a time. Errs when the client goes first.
@@ -131,7 +128,7 @@ impl Watch {
     /// Waits until `fd` is ready. Errs when the client goes or the time is over first.
     fn wait(&self, fd: BorrowedFd, flags: PollFlags) -> Result<(), Ended> {
         let (until, silence) = {
-            let bounds = self.lock();
+            let bounds = lock(&self.0);
             (bounds.until, bounds.silence)
         };
         // An upstream that never pauses is never waited for.
@@ -144,12 +141,12 @@ impl Watch {
     }
 
     fn ended_by(&self, ended: Ended) -> Result<(), Ended> {
-        self.lock().ended = Some(ended);
+        lock(&self.0).ended = Some(ended);
         Err(ended)
     }
 
     fn wait_until(&self, fd: Option<(BorrowedFd, PollFlags)>, until: Option<Instant>) -> Result<(), Ended> {
-        let client = self.lock().client.clone();
+        let client = lock(&self.0).client.clone();
         loop {
             let left = until.map(|until| until.saturating_duration_since(Instant::now()));
             let timeout = left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) });
@@ -438,7 +435,7 @@ impl Transport for Wire {
         }
         let mut byte = [0];
         let open = matches!(rustix::net::recv(&self.stream, &mut byte, RecvFlags::PEEK | RecvFlags::DONTWAIT), Err(Errno::AGAIN));
-        self.watch.lock().reused = open;
+        lock(&self.watch.0).reused = open;
         open
     }
 }

@@ -35,13 +35,14 @@ const HOUSE: &[Room] = &[
     room("rate_limit", 1, PURE),
     room("clock", 0, &["time"]),
     room("handoff", 0, &[]),
+    room("lock", 0, &[]),
     room("kernel", 0, &["libc", "rustix"]),
     room("config", 0, &["log", "dotenvy"]),
     room("error", 0, PURE),
 ];
 
 /// Who may use whom on the same layer. Everybody else there is a stranger.
-const SIDEWAYS: &[(&str, &str)] = &[("openai", "exchange"), ("config", "error")];
+const SIDEWAYS: &[(&str, &str)] = &[("openai", "exchange"), ("config", "error"), ("handoff", "lock")];
 
 /// A crate that only one room may name.
 const OWNED: &[(&str, &str)] = &[("tiny_http", "http"), ("libc", "kernel"), ("ureq", "upstream"), ("rusqlite", "store")];
