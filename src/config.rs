@@ -251,17 +251,10 @@ impl Config {
             upstream_retries: given.number("UPSTREAM_RETRIES", 0, 10)? as u32,
             stream_heartbeat: given.seconds("STREAM_HEARTBEAT_SECS", 1, 3600)?,
             shutdown_grace: given.seconds("SHUTDOWN_GRACE_SECS", 0, 86_400)?,
-            log_level: given.choice(
-                "LOG_LEVEL",
-                &[
-                    ("off", LevelFilter::Off),
-                    ("error", LevelFilter::Error),
-                    ("warn", LevelFilter::Warn),
-                    ("info", LevelFilter::Info),
-                    ("debug", LevelFilter::Debug),
-                    ("trace", LevelFilter::Trace),
-                ],
-            )?,
+            log_level: given
+                .text("LOG_LEVEL")
+                .parse()
+                .map_err(|_| given.bad("LOG_LEVEL", "one of off, error, warn, info, debug, trace"))?,
         })
     }
 

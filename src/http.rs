@@ -19,7 +19,7 @@ use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::buffer::spare_capacity;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags};
 use rustix::net::{RecvFlags, sockopt};
 use tiny_http::{Server, SslContextWrap};
 
@@ -115,7 +115,7 @@ impl Listener {
     /// to wait out.
     pub fn accept(&self, stop: &UnixStream) -> io::Result<Option<Box<Connection>>> {
         const TICK: Duration = Duration::from_millis(100);
-        const PATIENCE: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+        const PATIENCE: Duration = Duration::from_secs(1);
         {
             let live = lock(&self.live.sockets);
             if live.len() >= self.max_connections {
@@ -126,12 +126,9 @@ impl Listener {
             }
         }
         let mut ready = [PollFd::new(&self.listener, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
-        match poll(&mut ready, Some(&PATIENCE)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) if ready[0].revents().is_empty() || !ready[1].revents().is_empty() => {
-                return Ok(None);
-            }
-            Ok(_) => {}
-            Err(e) => return Err(e.into()),
+        kernel::poll(&mut ready, Some(Instant::now() + PATIENCE))?;
+        if ready[0].revents().is_empty() || !ready[1].revents().is_empty() {
+            return Ok(None);
         }
         let lowest = self.spare_descriptors()?;
         // The library unwraps where its second descriptor fails; we saw to it that there are enough, but
@@ -217,15 +214,7 @@ fn prepare(listener: &TcpListener) -> io::Result<()> {
 
 /// Waits until something of `flags` is true of `fd`; false: the time came first.
 fn wait(fd: &impl AsFd, flags: PollFlags, until: Instant) -> io::Result<bool> {
-    loop {
-        let left = until.saturating_duration_since(Instant::now());
-        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
-        match poll(&mut [PollFd::new(fd, flags)], Some(&timeout)) {
-            Ok(ready) => return Ok(ready > 0),
-            Err(rustix::io::Errno::INTR) => {}
-            Err(e) => return Err(e.into()),
-        }
-    }
+    kernel::poll(&mut [PollFd::new(fd, flags)], Some(until))
 }
 
 /// One client's connection: an HTTP/1.x server's side of it.

@@ -1,5 +1,6 @@
 //! What only the kernel and the C library know or do, and neither std nor rustix offers: the descriptor of a socket
-//! that the HTTP library keeps to itself, whether a peer has taken what was sent, memory that is not in use.
+//! that the HTTP library keeps to itself, whether a peer has taken what was sent, memory that is not in use; and a wait
+//! with an end.
 //! The only `unsafe` code of the program; knows no HTTP.
 //!
 //! Why the sockets: the library's parser has no limits, and its connection type does not let go of the
@@ -8,6 +9,21 @@
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, RawFd};
+use std::time::Instant;
+
+use rustix::event::{PollFd, Timespec};
+
+/// Waits until something is true of one of `fds`, which then say what; false: `until` came first.
+pub fn poll(fds: &mut [PollFd], until: Option<Instant>) -> io::Result<bool> {
+    loop {
+        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+        let left = left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) });
+        match rustix::event::poll(fds, left.as_ref()) {
+            Err(rustix::io::Errno::INTR) => {}
+            ready => return Ok(ready? > 0),
+        }
+    }
+}
 
 /// A second descriptor for the connection that was accepted last: `lowest` was the lowest free
 /// descriptor just before, `local` is the listener's address, and `known` tells which sockets (by

@@ -7,10 +7,10 @@ use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::{PollFd, PollFlags};
 use simplelog::{ConfigBuilder, LevelPadding, WriteLogger};
 
-use crate::clock;
+use crate::{clock, kernel};
 
 thread_local! {
     /// This thread's lines wait for one another.
@@ -67,7 +67,7 @@ struct Lines {
 impl Lines {
     /// How long lines wait for room, where none were lost for a while: a reader that is always slow must not slow
     /// down everything.
-    const PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
+    const PATIENCE: Duration = Duration::from_millis(200);
     const A_WHILE: Duration = Duration::from_secs(60);
     /// What is written at once: a pipe that has room for anything takes so much, and takes it whole (PIPE_BUF, pipe(7)).
     const AT_ONCE: usize = 4096;
@@ -79,10 +79,10 @@ impl Lines {
             return true;
         }
         let is_impatient = self.lost_at.is_some_and(|at| at.elapsed() < Lines::A_WHILE);
-        let patience = if is_impatient { Timespec::default() } else { Lines::PATIENCE };
+        let patience = if is_impatient { Duration::ZERO } else { Lines::PATIENCE };
         let stdout = io::stdout();
         // What cannot be asked, such as a closed stdout, will say so when it is written to.
-        rustix::event::poll(&mut [PollFd::new(&stdout, PollFlags::OUT)], Some(&patience)).unwrap_or(1) > 0
+        kernel::poll(&mut [PollFd::new(&stdout, PollFlags::OUT)], Some(Instant::now() + patience)).unwrap_or(true)
     }
 
     fn write_out(&mut self) -> io::Result<()> {

@@ -10,6 +10,8 @@ use serde::de::{Deserializer, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
+use crate::openai::Text;
+
 /// Characters of a question that the answer repeats.
 const REPEATED: usize = 500;
 /// Bytes of a response format or of tools that are listened to; what is larger is as if it were not there.
@@ -134,10 +136,10 @@ impl<'de> Deserialize<'de> for Messages {
             fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Messages, A::Error> {
                 let mut messages = Messages::default();
                 while let Some(message) = list.next_element::<Message>()? {
-                    let text = message.content.map(text).unwrap_or_default();
+                    let Text(text) = message.content.and_then(|json| serde_json::from_str(json.get()).ok()).unwrap_or_default();
                     messages.words += count(&text);
                     if message.role.as_deref() == Some("user") {
-                        messages.question = text;
+                        messages.question = text.into_owned();
                     }
                 }
                 Ok(messages)
@@ -178,19 +180,6 @@ fn say(request: &[u8]) -> Said {
 
 fn repeated(question: &str) -> String {
     question.chars().take(REPEATED).collect()
-}
-
-fn text(content: &RawValue) -> String {
-    #[derive(Deserialize)]
-    struct Part {
-        #[serde(default)]
-        text: Option<String>,
-    }
-    if let Ok(text) = serde_json::from_str(content.get()) {
-        return text;
-    }
-    let parts: Vec<&RawValue> = serde_json::from_str(content.get()).unwrap_or_default();
-    parts.into_iter().filter_map(|part| serde_json::from_str::<Part>(part.get()).ok()?.text).collect()
 }
 
 /// The value where it is listened to, or null.

@@ -673,7 +673,7 @@ impl From<Counts> for Usage {
 
 /// Content: a string, null, or a list of parts whose texts count; an object is no text. Errs on anything else.
 #[derive(Default)]
-struct Text<'a>(Cow<'a, str>);
+pub struct Text<'a>(pub Cow<'a, str>);
 
 impl<'de: 'a, 'a> Deserialize<'de> for Text<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Text<'a>, D::Error> {

@@ -36,8 +36,9 @@ const EXHAUSTED: Duration = Duration::from_millis(50);
 
 /// Serves until SIGTERM or SIGINT, then drains. Errs with one line where it cannot start.
 pub fn serve(config: Config) -> Result<(), StartError> {
+    let config = Arc::new(config);
     let metrics = Arc::new(Api::metrics(&config));
-    let upstream = Arc::new(Upstream::new(&config, Arc::clone(&metrics))?);
+    let upstream = Arc::new(Upstream::new(Arc::clone(&config), Arc::clone(&metrics))?);
     let stop = on_signals().map_err(|e| StartError::machine(format!("signals cannot be watched: {e}")))?;
     let listener = Listener::bind(&config)?;
     let store = Arc::new(Store::open(&config, Arc::clone(&metrics))?);

@@ -40,17 +40,9 @@ fn no_model() -> ApiError {
 
 /// How the LLM is reached; shared by all workers.
 pub struct Upstream {
-    mode: Mode,
-    mock_delay: Duration,
-    /// Without `/chat/completions`.
-    base: String,
+    config: Arc<Config>,
+    /// All of a chat request but its body.
     request: http::request::Parts,
-    /// The models of the mocked server: the default and the fallbacks.
-    models: Vec<String>,
-    fallbacks: Vec<String>,
-    timeout: Duration,
-    idle: Duration,
-    retries: u32,
     /// What no message may repeat.
     secrets: Vec<String>,
     metrics: Arc<Metrics>,
@@ -58,7 +50,7 @@ pub struct Upstream {
 
 impl Upstream {
     /// Errs where the base URL or the key cannot stand in a request.
-    pub fn new(config: &Config, metrics: Arc<Metrics>) -> Result<Upstream, StartError> {
+    pub fn new(config: Arc<Config>, metrics: Arc<Metrics>) -> Result<Upstream, StartError> {
         let url = format!("{}/chat/completions", config.upstream.base);
         let uri: Uri = url.parse().map_err(|e| StartError::usage(format!("OPENAI_BASE_URL: {url:?} is not a URL: {e}")))?;
         let (mut request, ()) = Request::new(()).into_parts();
@@ -80,19 +72,7 @@ impl Upstream {
             secrets.extend(credentials.split_once(':').map(|(_, password)| password.to_string()));
         }
         secrets.retain(|secret| !secret.is_empty());
-        Ok(Upstream {
-            mode: config.mode,
-            mock_delay: config.mock_delay,
-            base: config.upstream.base.clone(),
-            request,
-            models: config.models(),
-            fallbacks: config.fallback_models.clone(),
-            timeout: config.upstream_timeout,
-            idle: config.upstream_idle,
-            retries: config.upstream_retries,
-            secrets,
-            metrics,
-        })
+        Ok(Upstream { config, request, secrets, metrics })
     }
 
     fn redact(&self, text: &str) -> String {
@@ -124,7 +104,8 @@ impl Upstream {
         match ended {
             Ended::ClientGone => ApiError::client_gone(),
             Ended::TimedOut => {
-                let text = format!("the LLM did not answer within {} s (UPSTREAM_TIMEOUT_SECS)", self.timeout.as_secs());
+                let text =
+                    format!("the LLM did not answer within {} s (UPSTREAM_TIMEOUT_SECS)", self.config.upstream_timeout.as_secs());
                 self.failed(Code::UpstreamTimeout, &text)
             }
         }
@@ -260,14 +241,14 @@ impl Line {
 
     fn completion(&mut self, chat: &mut Chat) -> Result<Whole, ApiError> {
         loop {
-            let (body, headers) = match self.upstream.mode {
+            let (body, headers) = match self.upstream.config.mode {
                 Mode::Upstream => {
                     let response = self.call(chat)?;
                     let headers = self.upstream.passed_on(response.headers());
                     (self.whole(response)?, headers)
                 }
                 _ => {
-                    self.think(self.upstream.mock_delay)?;
+                    self.think(self.upstream.config.mock_delay)?;
                     (mock::completion(&chat.body).into_bytes(), Vec::new())
                 }
             };
@@ -286,12 +267,12 @@ impl Line {
 
     /// When a call that begins now has to have its answer.
     pub fn deadline(&self) -> Instant {
-        Instant::now() + self.upstream.timeout
+        Instant::now() + self.upstream.config.upstream_timeout
     }
 
     /// Turns to the next fallback model, where there is one.
     pub fn fall_back(&self, chat: &mut Chat) -> bool {
-        chat.fall_back(&self.upstream.fallbacks)
+        chat.fall_back(&self.upstream.config.fallback_models)
     }
 
     /// Sends a streaming chat request; returns when the upstream begins to answer, before the deadline.
@@ -299,7 +280,7 @@ impl Line {
         self.watch.begin(client, deadline);
         match self.source(chat) {
             Ok((source, headers)) => {
-                self.watch.only_silence(self.upstream.idle);
+                self.watch.only_silence(self.upstream.config.upstream_idle);
                 Ok(Events { line: self, source, began: false, headers })
             }
             Err(e) => {
@@ -311,8 +292,8 @@ impl Line {
     }
 
     fn source(&mut self, chat: &mut Chat) -> Result<(Source, Vec<Header>), ApiError> {
-        if self.upstream.mode != Mode::Upstream {
-            self.think(self.upstream.mock_delay)?;
+        if self.upstream.config.mode != Mode::Upstream {
+            self.think(self.upstream.config.mock_delay)?;
             let chunks = mock::chunks(&chat.body).into_iter().chain(["[DONE]".to_string()]);
             return Ok((Source::Mock { chunks: chunks.collect(), first: true }, Vec::new()));
         }
@@ -335,10 +316,10 @@ impl Line {
 
     /// The list of models, or the one whose name stands in `path` (`/NAME`), as JSON.
     pub fn models(&mut self, client: Arc<TcpStream>, path: &str) -> Result<Vec<u8>, ApiError> {
-        if self.upstream.mode != Mode::Upstream {
-            let names = &self.upstream.models;
+        if self.upstream.config.mode != Mode::Upstream {
+            let names = self.upstream.config.models();
             let Some(name) = path.strip_prefix('/').map(openai::model_in_path) else {
-                return Ok(mock::models(names).into_bytes());
+                return Ok(mock::models(&names).into_bytes());
             };
             return if names.contains(&name) { Ok(mock::model(&name).to_string().into_bytes()) } else { Err(no_model()) };
         }
@@ -352,7 +333,7 @@ impl Line {
         let mut request = self.upstream.request.clone();
         request.method = Method::GET;
         request.headers.remove(header::CONTENT_TYPE);
-        let url = format!("{}/models{path}", self.upstream.base);
+        let url = format!("{}/models{path}", self.upstream.config.upstream.base);
         request.uri = url.parse().map_err(|_| no_model())?;
         let answer = self.attempts(&request, b"");
         let body = self.whole(answer.map_err(|failure| if failure.unknown_model { no_model() } else { failure.error })?)?;
@@ -381,7 +362,7 @@ impl Line {
             {
                 continue;
             }
-            if !(failure.retry || failure.unknown_model) || !chat.fall_back(&self.upstream.fallbacks) {
+            if !(failure.retry || failure.unknown_model) || !chat.fall_back(&self.upstream.config.fallback_models) {
                 return Err(failure.error);
             }
             log::warn!("a model failed, the next one is asked: {}", failure.error.code.name());
@@ -420,7 +401,7 @@ impl Line {
             };
             let wait = failure.wait.unwrap_or_else(|| backoff(retries));
             let too_late = self.watch.until().is_some_and(|until| Instant::now() + wait >= until);
-            if !failure.retry || too_late || retries == self.upstream.retries {
+            if !failure.retry || too_late || retries == self.upstream.config.upstream_retries {
                 // A client that also tries again multiplies our attempts.
                 if retries > 0 || failure.error.code == Code::UpstreamTimeout {
                     failure.error = failure.error.pointless_to_retry();
@@ -524,7 +505,7 @@ impl Events<'_> {
             Source::Mock { chunks, first } => {
                 if !std::mem::take(first) {
                     // Slow enough that a person sees it stream.
-                    let gap = (upstream.mock_delay / 10).min(Duration::from_millis(50));
+                    let gap = (upstream.config.mock_delay / 10).min(Duration::from_millis(50));
                     self.line.watch.sleep(gap).map_err(|ended| upstream.ended(ended))?;
                 }
                 let Some(data) = chunks.pop_front() else { return Ok(false) };
@@ -541,7 +522,7 @@ impl Events<'_> {
                                 Some(Ended::TimedOut) => {
                                     let text = format!(
                                         "the LLM's stream was silent for {} s (UPSTREAM_IDLE_SECS)",
-                                        upstream.idle.as_secs()
+                                        upstream.config.upstream_idle.as_secs()
                                     );
                                     upstream.failed(Code::UpstreamTimeout, &text)
                                 }

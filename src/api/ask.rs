@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::once::{First, Turn};
+use super::route::Endpoint;
 use super::{Api, Errand, Exit, Kind, Parting, Request};
 use crate::clock;
 use crate::error::{ApiError, Header};
-use crate::exchange::{Exchange, Pair, Question};
+use crate::exchange::{Exchange, Pair};
 use crate::http::Reply;
 use crate::openai::Chat;
 use crate::store::Unique;
@@ -26,21 +27,11 @@ pub struct Whole {
     exit: Exit,
 }
 
-/// `POST /api/ask`.
-pub fn prepare(api: &Api, request: &Request, exit: Exit) -> Option<Errand> {
-    let config = &api.config;
-    match Question::parse(request.body, config.max_question_chars) {
-        Ok(asked) => {
-            let chat = Chat::from_question(asked, &config.model, config.system_prompt.as_deref(), false);
-            prepare_chat(api, request, exit, "/api/ask", chat)
-        }
-        Err(e) => exit.refuse(e),
-    }
-}
-
-/// Either endpoint, with a chat request that is to be answered as a whole.
-pub fn prepare_chat(api: &Api, request: &Request, exit: Exit, path: &'static str, chat: Chat) -> Option<Errand> {
-    let as_it_came = path != "/api/ask";
+/// Keeps a chat request that is to be answered as a whole for a worker; answers where it was answered before.
+pub fn prepare(api: &Api, request: &Request, exit: Exit, chat: Chat) -> Option<Errand> {
+    let as_it_came = request.endpoint == Endpoint::ChatCompletions;
+    // As the history notes it.
+    let path = if as_it_came { "/v1/chat/completions" } else { "/api/ask" };
     let (patience, is_gone) = (api.config.upstream_timeout, || exit.responder.is_client_gone());
     let first = match api.once.turn(request, path, &api.store, patience, is_gone) {
         Ok(None) => None,

@@ -5,8 +5,8 @@
 //! what is left, an `Errand`, is run on a worker.
 
 mod ask;
-mod completions;
 mod history;
+mod models;
 mod once;
 mod pages;
 mod route;
@@ -25,8 +25,10 @@ use subtle::ConstantTimeEq;
 
 use crate::config::{ApiKey, Config};
 use crate::error::{ApiError, Code, Header, StartError, add_headers};
+use crate::exchange::Question;
 use crate::http::{Call, Connections, Head, Reply, Responder, Site};
 use crate::metrics::Metrics;
+use crate::openai::Chat;
 use crate::pool::Pool;
 use crate::rate_limit::RateLimit;
 use crate::relay::Pulse;
@@ -40,7 +42,7 @@ const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
 /// Everything a request needs.
 pub struct Api {
-    config: Config,
+    config: Arc<Config>,
     store: Arc<Store>,
     workers: Arc<Pool<Line>>,
     connections: Connections,
@@ -74,11 +76,12 @@ pub struct Errand {
 enum Kind {
     Whole(Box<ask::Whole>),
     Stream(Box<streaming::Stream>),
-    Models(Box<completions::Models>),
+    Models(Box<models::Models>),
 }
 
 /// A request that was let in, as the endpoints see it.
 pub struct Request<'a> {
+    endpoint: Endpoint,
     key: &'a Arc<str>,
     path: &'a str,
     query: &'a str,
@@ -115,7 +118,7 @@ impl Errand {
 impl Api {
     /// The service on these doors. Errs where there is no thread for it.
     pub fn new(
-        config: Config,
+        config: Arc<Config>,
         store: Arc<Store>,
         workers: Arc<Pool<Line>>,
         connections: Connections,
@@ -176,6 +179,7 @@ impl Api {
             _ => return exit.refuse(ApiError::new(Code::Internal, "a request was let in without a head")),
         };
         let request = Request {
+            endpoint: admitted.endpoint,
             key: &admitted.key,
             path: head.path(),
             query: head.query(),
@@ -190,10 +194,12 @@ impl Api {
             }
         }
         match admitted.endpoint {
-            Endpoint::Ask => ask::prepare(self, &request, exit),
-            Endpoint::Streaming => streaming::prepare(self, &request, exit),
-            Endpoint::ChatCompletions => completions::prepare(self, &request, exit),
-            Endpoint::Models => Some(Kind::Models(Box::new(completions::Models::new(&request, exit))).into()),
+            Endpoint::Ask | Endpoint::Streaming | Endpoint::ChatCompletions => match self.chat(admitted.endpoint, &body) {
+                Ok(chat) if chat.stream => streaming::prepare(self, &request, exit, chat),
+                Ok(chat) => ask::prepare(self, &request, exit, chat),
+                Err(e) => exit.refuse(e),
+            },
+            Endpoint::Models => Some(Kind::Models(Box::new(models::Models::new(&request, exit))).into()),
             Endpoint::History => {
                 match history::history(self, &request).and_then(|reply| Ok((self.pages.leave(&reply)?, reply))) {
                     Ok((_place, reply)) => exit.send(reply, None),
@@ -208,6 +214,16 @@ impl Api {
                 Err(e) => exit.refuse(e),
             },
         }
+    }
+
+    /// What is asked of the LLM: by one question, or by a client's own chat request.
+    fn chat(&self, endpoint: Endpoint, body: &[u8]) -> Result<Chat, ApiError> {
+        let Config { model, system_prompt, max_question_chars, .. } = &*self.config;
+        if endpoint == Endpoint::ChatCompletions {
+            return Chat::from_body(body, model, *max_question_chars);
+        }
+        let asked = Question::parse(body, *max_question_chars)?;
+        Ok(Chat::from_question(asked, model, system_prompt.as_deref(), endpoint == Endpoint::Streaming))
     }
 
     /// Runs an errand to its answer; returns the answer where the client may be slow to take it.

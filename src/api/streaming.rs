@@ -3,9 +3,9 @@
 use std::net::TcpStream;
 use std::sync::Arc;
 
+use super::route::Endpoint;
 use super::{Api, Done, Entry, Errand, Exit, Kind, Request};
 use crate::error::{ApiError, Header};
-use crate::exchange::Question;
 use crate::openai::Chat;
 use crate::relay::{self, ClientEnd, Draft};
 use crate::upstream::Line;
@@ -20,31 +20,16 @@ pub struct Stream {
     entry: Entry,
 }
 
-/// `POST /api/streaming`.
-pub fn prepare(api: &Api, request: &Request, exit: Exit) -> Option<Errand> {
-    let config = &api.config;
-    match Question::parse(request.body, config.max_question_chars) {
-        Ok(asked) => prepare_chat(
-            api,
-            request,
-            exit,
-            Chat::from_question(asked, &config.model, config.system_prompt.as_deref(), true),
-            false,
-        ),
-        Err(e) => exit.refuse(e),
-    }
-}
-
-/// Either endpoint, with a chat request that is to be streamed; `as_it_came`: with fields of the
-/// upstream's head.
-pub fn prepare_chat(api: &Api, request: &Request, exit: Exit, chat: Chat, as_it_came: bool) -> Option<Errand> {
+/// Keeps a chat request that is to be streamed for a worker.
+pub fn prepare(api: &Api, request: &Request, exit: Exit, chat: Chat) -> Option<Errand> {
     if let Err(e) = api.store.check() {
         return exit.refuse(e);
     }
     let draft = Box::new(Draft::new(Arc::clone(request.key), &chat, !chat.added_usage, request.started));
     let Exit { responder, headers, entry } = exit;
     let client = responder.client();
-    let end = Arc::new(ClientEnd::new(responder, entry.id.clone(), headers.clone(), as_it_came.then_some(entry.own_id)));
+    let upstream_head = (request.endpoint == Endpoint::ChatCompletions).then_some(entry.own_id);
+    let end = Arc::new(ClientEnd::new(responder, entry.id.clone(), headers.clone(), upstream_head));
     api.pulse.keep(&end);
     Some(Kind::Stream(Box::new(Stream { chat, draft, client, end, headers, entry })).into())
 }

@@ -10,14 +10,14 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, sockopt};
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
 
-use crate::config;
 use crate::lock::lock;
+use crate::{config, kernel};
 
 /// Why waiting ended without what was waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,13 +107,10 @@ impl Watch {
     /// Waits for a time. Errs when the client goes first.
     pub fn sleep(&self, time: Duration) -> Result<(), Ended> {
         let wake = Instant::now() + time;
-        loop {
-            let until = self.until().map_or(wake, |until| until.min(wake));
-            match self.wait_until(None, Some(until)) {
-                Err(Ended::TimedOut) if Instant::now() >= wake => return Ok(()),
-                Err(ended) => return self.ended_by(ended),
-                Ok(()) => {}
-            }
+        let until = self.until().map_or(wake, |until| until.min(wake));
+        match self.wait_until(None, Some(until)) {
+            Err(Ended::TimedOut) if until == wake => Ok(()),
+            ended => ended.or_else(|ended| self.ended_by(ended)),
         }
     }
 
@@ -147,32 +144,16 @@ impl Watch {
 
     fn wait_until(&self, fd: Option<(BorrowedFd, PollFlags)>, until: Option<Instant>) -> Result<(), Ended> {
         let client = lock(&self.0).client.clone();
-        loop {
-            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-            let timeout = left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) });
-            // RDHUP: as nginx does, a client's FIN counts as gone, for a closed socket looks the same.
-            let client = client.as_deref().map(|client| PollFd::new(client, PollFlags::RDHUP));
-            let upstream = fd.as_ref().map(|(fd, flags)| PollFd::new(fd, *flags));
-            let (ready, gone) = match (client, upstream) {
-                (Some(client), Some(upstream)) => {
-                    let mut both = [client, upstream];
-                    (poll(&mut both, timeout.as_ref()), !both[0].revents().is_empty())
-                }
-                (Some(client), None) => {
-                    let mut one = [client];
-                    (poll(&mut one, timeout.as_ref()), !one[0].revents().is_empty())
-                }
-                (None, Some(upstream)) => (poll(&mut [upstream], timeout.as_ref()), false),
-                (None, None) => (poll(&mut [], timeout.as_ref()), false),
-            };
-            match ready {
-                Ok(0) => return Err(Ended::TimedOut),
-                // Client first: an answer that nobody reads is not worth waiting for, even if it is there.
-                Ok(_) if gone => return Err(Ended::ClientGone),
-                Ok(_) => return Ok(()),
-                Err(Errno::INTR) => {}
-                Err(_) => return Err(Ended::TimedOut),
-            }
+        // RDHUP: as nginx does, a client's FIN counts as gone, for a closed socket looks the same.
+        let client = client.as_deref().map(|client| PollFd::new(client, PollFlags::RDHUP));
+        let is_watched = client.is_some();
+        let upstream = fd.as_ref().map(|(fd, flags)| PollFd::new(fd, *flags));
+        let mut fds: Vec<PollFd> = client.into_iter().chain(upstream).collect();
+        match kernel::poll(&mut fds, until) {
+            // Client first: an answer that nobody reads is not worth waiting for, even if it is there.
+            Ok(true) if is_watched && !fds[0].revents().is_empty() => Err(Ended::ClientGone),
+            Ok(true) => Ok(()),
+            Ok(false) | Err(_) => Err(Ended::TimedOut),
         }
     }
 }

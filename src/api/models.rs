@@ -1,22 +1,11 @@
-//! `/v1`: what every program that speaks to OpenAI asks for. Whole answers and streams are those of
-//! `ask` and `streaming`; here is only what differs.
+//! `GET /v1/models` and `GET /v1/models/{id}`: the upstream's own answer.
 
-use super::{Api, Errand, Exit, Parting, Request, ask, streaming};
+use super::{Exit, Parting, Request};
 use crate::error::ApiError;
 use crate::http::Reply;
-use crate::openai::Chat;
 use crate::upstream::Line;
 
-/// `POST /v1/chat/completions`.
-pub fn prepare(api: &Api, request: &Request, exit: Exit) -> Option<Errand> {
-    match Chat::from_body(request.body, &api.config.model, api.config.max_question_chars) {
-        Ok(chat) if chat.stream => streaming::prepare_chat(api, request, exit, chat, true),
-        Ok(chat) => ask::prepare_chat(api, request, exit, "/v1/chat/completions", chat),
-        Err(e) => exit.refuse(e),
-    }
-}
-
-/// `GET /v1/models` and `GET /v1/models/{id}`: the upstream's own answer.
+/// A request for models that waits for a worker.
 pub struct Models {
     /// Empty, or `/` and a model's name.
     path: String,
