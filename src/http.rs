@@ -41,23 +41,35 @@ pub struct Listener {
     listener: tiny_http::Listener,
     ssl: SslContextWrap,
     local: SocketAddr,
-    live: Arc<Live>,
+    connections: Arc<Connections>,
     max_connections: usize,
     max_body: usize,
 }
 
 /// The open connections.
 #[derive(Default)]
-struct Live {
+pub struct Connections {
     /// By their cookies.
     sockets: Mutex<HashMap<u64, Weak<TcpStream>>>,
     room: Condvar,
     is_deaf: AtomicBool,
 }
 
-impl Live {
+impl Connections {
+    /// How many are open now.
+    pub fn open(&self) -> usize {
+        lock(&self.sockets).len()
+    }
+
+    /// Shuts all of them. For reading: to whoever waits for a client or watches one it has gone, but it can still be
+    /// answered. For both: whoever waits until a client takes its answer waits no longer.
+    pub fn shut(&self, how: Shutdown) {
+        self.is_deaf.store(true, Ordering::SeqCst);
+        lock(&self.sockets).values().filter_map(Weak::upgrade).for_each(|socket| drop(socket.shutdown(how)));
+    }
+
     /// They were shut: clients that seem to have gone may be there.
-    fn is_deaf(&self) -> bool {
+    pub fn are_deaf(&self) -> bool {
         self.is_deaf.load(Ordering::SeqCst)
     }
 }
@@ -65,14 +77,14 @@ impl Live {
 /// Takes a connection off the list when everything of it is closed: a socket that is open and not on the
 /// list is taken for the one that was just accepted.
 pub struct Listed {
-    live: Arc<Live>,
+    connections: Arc<Connections>,
     cookie: u64,
 }
 
 impl Drop for Listed {
     fn drop(&mut self) {
-        lock(&self.live.sockets).remove(&self.cookie);
-        self.live.room.notify_one();
+        lock(&self.connections.sockets).remove(&self.cookie);
+        self.connections.room.notify_one();
     }
 }
 
@@ -94,7 +106,7 @@ impl Listener {
             listener: listener.into(),
             ssl,
             local,
-            live: Arc::default(),
+            connections: Arc::default(),
             max_connections: config.max_connections,
             max_body: config.max_body_bytes,
         })
@@ -106,8 +118,8 @@ impl Listener {
     }
 
     /// The open connections, for whoever outlives the listener.
-    pub fn connections(&self) -> Connections {
-        Connections(Arc::clone(&self.live))
+    pub fn connections(&self) -> Arc<Connections> {
+        Arc::clone(&self.connections)
     }
 
     /// Waits for the next client, at most a second, and for room where as many connections are open as
@@ -117,9 +129,9 @@ impl Listener {
         const TICK: Duration = Duration::from_millis(100);
         const PATIENCE: Duration = Duration::from_secs(1);
         {
-            let live = lock(&self.live.sockets);
+            let live = lock(&self.connections.sockets);
             if live.len() >= self.max_connections {
-                let live = wait_within(&self.live.room, live, TICK);
+                let live = wait_within(&self.connections.room, live, TICK);
                 if live.len() >= self.max_connections {
                     return Ok(None);
                 }
@@ -141,7 +153,7 @@ impl Listener {
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => return Ok(None),
             Err(e) => return Err(e),
         };
-        let mut live = lock(&self.live.sockets);
+        let mut live = lock(&self.connections.sockets);
         let Some((stream, cookie)) = kernel::adopt_accepted(lowest, self.local, |cookie| live.contains_key(&cookie)) else {
             log::error!("bug: an accepted socket was not found; its connection is dropped");
             return Ok(None);
@@ -150,7 +162,7 @@ impl Listener {
         live.insert(cookie, Arc::downgrade(&stream));
         drop(live);
         let peer = stream.peer_addr().unwrap_or(self.local);
-        let listed = Arc::new(Listed { live: Arc::clone(&self.live), cookie });
+        let listed = Arc::new(Listed { connections: Arc::clone(&self.connections), cookie });
         Ok(Some(Box::new(Connection {
             stream,
             peer,
@@ -169,29 +181,6 @@ impl Listener {
         let spare = || rustix::io::fcntl_dupfd_cloexec(&self.listener, 0);
         let three = [spare()?, spare()?, spare()?];
         Ok(three[0].as_raw_fd())
-    }
-}
-
-/// All open connections.
-#[derive(Clone)]
-pub struct Connections(Arc<Live>);
-
-impl Connections {
-    /// How many are open now.
-    pub fn open(&self) -> usize {
-        lock(&self.0.sockets).len()
-    }
-
-    /// Shuts all of them. For reading: to whoever waits for a client or watches one it has gone, but it can still be
-    /// answered. For both: whoever waits until a client takes its answer waits no longer.
-    pub fn shut(&self, how: Shutdown) {
-        self.0.is_deaf.store(true, Ordering::SeqCst);
-        lock(&self.0.sockets).values().filter_map(Weak::upgrade).for_each(|socket| drop(socket.shutdown(how)));
-    }
-
-    /// They were shut: clients that seem to have gone may be there.
-    pub fn are_deaf(&self) -> bool {
-        self.0.is_deaf()
     }
 }
 

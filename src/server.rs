@@ -60,7 +60,7 @@ pub fn serve(config: Config) -> Result<(), StartError> {
     let readers = Pool::new("reader", config.max_connections, config.max_connections, READER_PATIENCE, || ());
     let (workers, grace) = (Arc::new(workers), config.shutdown_grace);
     let connections = listener.connections();
-    let api = Api::new(config, Arc::clone(&store), Arc::clone(&workers), connections.clone(), metrics)?;
+    let api = Api::new(config, Arc::clone(&store), Arc::clone(&workers), Arc::clone(&connections), metrics)?;
     let staff = Arc::new(Staff { api, readers, workers });
     accept(&listener, &staff, &stop);
 

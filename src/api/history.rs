@@ -1,6 +1,5 @@
 //! `GET /api/history`: a key's own pairs, by page or by search.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -16,27 +15,36 @@ use crate::lock::lock;
 /// to take them.
 #[derive(Default)]
 pub struct Pages {
-    making: Mutex<usize>,
-    made: Condvar,
-    leaving: AtomicUsize,
+    making: Places,
+    leaving: Places,
 }
 
-/// A place among the pages that are put together now.
-struct Making<'a>(&'a Pages);
+#[derive(Default)]
+struct Places {
+    taken: Mutex<usize>,
+    freed: Condvar,
+}
 
-/// A large page's place among those on their way, until it is out.
-pub struct Leaving<'a>(&'a Pages);
+/// One of the places, until it is dropped.
+pub struct Place<'a>(&'a Places);
 
-impl Drop for Making<'_> {
-    fn drop(&mut self) {
-        *lock(&self.0.making) -= 1;
-        self.0.made.notify_one();
+impl Places {
+    /// One of so many, after a while if need be.
+    fn take(&self, most: usize, patience: Duration) -> Option<Place<'_>> {
+        let waited = self.freed.wait_timeout_while(lock(&self.taken), patience, |taken| *taken >= most);
+        let (mut taken, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+        if waited.timed_out() {
+            return None;
+        }
+        *taken += 1;
+        Some(Place(self))
     }
 }
 
-impl Drop for Leaving<'_> {
+impl Drop for Place<'_> {
     fn drop(&mut self) {
-        self.0.leaving.fetch_sub(1, Ordering::SeqCst);
+        *lock(&self.0.taken) -= 1;
+        self.0.freed.notify_one();
     }
 }
 
@@ -47,31 +55,24 @@ impl Pages {
     /// With 4 MiB each, no more than 128 MiB.
     const MOST_LEAVING: usize = 32;
 
-    /// A place among those, after a while if need be. Errs with 503 where there is none.
-    fn make(&self) -> Result<Making<'_>, ApiError> {
-        let full = |making: &mut usize| *making >= Pages::MOST_MAKING;
-        let waited = self.made.wait_timeout_while(lock(&self.making), Pages::PATIENCE, full);
-        let (mut making, waited) = waited.unwrap_or_else(PoisonError::into_inner);
-        if waited.timed_out() {
-            return Err(ApiError::new(Code::Overloaded, "too many pages of history are being read; try again"));
-        }
-        *making += 1;
-        Ok(Making(self))
+    /// A place among those that are put together now. Errs with 503 where there is none for a while.
+    fn make(&self) -> Result<Place<'_>, ApiError> {
+        self.making
+            .take(Pages::MOST_MAKING, Pages::PATIENCE)
+            .ok_or_else(|| ApiError::new(Code::Overloaded, "too many pages of history are being read; try again"))
     }
 
-    /// A place for this page, where it is large. Errs with 503 where there is none.
-    pub fn leave(&self, page: &Reply) -> Result<Option<Leaving<'_>>, ApiError> {
+    /// A place among those on their way for this page, where it is large, until it is out. Errs with 503 where there
+    /// is none.
+    pub fn leave(&self, page: &Reply) -> Result<Option<Place<'_>>, ApiError> {
         if page.body.len() < Pages::LARGE {
             return Ok(None);
         }
-        let before = self.leaving.fetch_add(1, Ordering::SeqCst);
-        let place = Leaving(self);
-        if before < Pages::MOST_LEAVING {
-            return Ok(Some(place));
-        }
-        let most = Pages::MOST_LEAVING;
-        let text = format!("{most} large pages are on their way to slow clients; try again, or with a smaller limit");
-        Err(ApiError::new(Code::Overloaded, text))
+        self.leaving.take(Pages::MOST_LEAVING, Duration::ZERO).map(Some).ok_or_else(|| {
+            let most = Pages::MOST_LEAVING;
+            let text = format!("{most} large pages are on their way to slow clients; try again, or with a smaller limit");
+            ApiError::new(Code::Overloaded, text)
+        })
     }
 }
 

@@ -45,7 +45,7 @@ pub struct Api {
     config: Arc<Config>,
     store: Arc<Store>,
     workers: Arc<Pool<Line>>,
-    connections: Connections,
+    connections: Arc<Connections>,
     metrics: Arc<Metrics>,
     started: Instant,
     pulse: Pulse,
@@ -121,7 +121,7 @@ impl Api {
         config: Arc<Config>,
         store: Arc<Store>,
         workers: Arc<Pool<Line>>,
-        connections: Connections,
+        connections: Arc<Connections>,
         metrics: Arc<Metrics>,
     ) -> Result<Api, StartError> {
         Ok(Api {

@@ -130,14 +130,14 @@ impl Responder {
     /// The reason for a failure of this request: where it is that the client seems to have gone, and it was us who shut
     /// its connection, that the server shuts down.
     pub fn reason(&self, e: ApiError) -> ApiError {
-        let is_ours = e.code == Code::ClientGone && self.listed.live.is_deaf();
+        let is_ours = e.code == Code::ClientGone && self.listed.connections.are_deaf();
         if is_ours { ApiError::shutting_down() } else { e }
     }
 
     /// For tests: the right to answer on this socket.
     #[cfg(test)]
     pub fn on(stream: TcpStream) -> Responder {
-        let listed = Arc::new(Listed { live: Arc::default(), cookie: 0 });
+        let listed = Arc::new(Listed { connections: Arc::default(), cookie: 0 });
         let form = Form { http10: false, head_only: false, keep: true };
         Responder::new(Arc::new(stream), form, "test".to_string(), Arc::default(), listed)
     }
@@ -277,24 +277,21 @@ impl StreamWriter {
 
     /// Sends a piece at once, in one write. Errs when the client has gone or takes nothing.
     pub fn write(&mut self, piece: &[u8]) -> io::Result<()> {
-        self.frame.clear();
-        frame(&mut self.frame, piece, self.responder.form.http10);
-        let frame = std::mem::take(&mut self.frame);
-        let result = self.responder.write(&frame, event_deadline());
-        self.frame = frame;
-        self.sent += piece.len() as u64;
-        result
+        self.put(piece, b"")
     }
 
     /// Sends a last piece together with the end of the body. Returns the bytes of body sent in all.
     pub fn finish(mut self, piece: &[u8]) -> io::Result<u64> {
+        let end: &[u8] = if self.responder.form.http10 { b"" } else { b"0\r\n\r\n" };
+        self.put(piece, end).map(|()| self.sent)
+    }
+
+    fn put(&mut self, piece: &[u8], end: &[u8]) -> io::Result<()> {
         self.frame.clear();
         frame(&mut self.frame, piece, self.responder.form.http10);
-        if !self.responder.form.http10 {
-            self.frame.extend_from_slice(b"0\r\n\r\n");
-        }
-        let frame = std::mem::take(&mut self.frame);
-        self.responder.write(&frame, event_deadline()).map(|()| self.sent + piece.len() as u64)
+        self.frame.extend_from_slice(end);
+        self.sent += piece.len() as u64;
+        self.responder.write(&self.frame, event_deadline())
     }
 
     /// Ends the connection instead of the body, so that the client cannot take what it got for whole.
