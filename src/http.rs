@@ -35,6 +35,8 @@ use head::{Framing, MAX_HEAD};
 
 /// The first read of a request has room for so many bytes; only larger ones make it grow.
 const FIRST_READ: usize = 1024;
+/// And that of a body so many; it grows as they come.
+const FIRST_BODY: usize = 64 * 1024;
 
 /// The listening socket and the connections that came from it.
 pub struct Listener {
@@ -43,7 +45,6 @@ pub struct Listener {
     local: SocketAddr,
     connections: Arc<Connections>,
     max_connections: usize,
-    max_body: usize,
 }
 
 /// The open connections.
@@ -108,7 +109,6 @@ impl Listener {
             local,
             connections: Arc::default(),
             max_connections: config.max_connections,
-            max_body: config.max_body_bytes,
         })
     }
 
@@ -168,8 +168,8 @@ impl Listener {
             peer,
             patience: config::CLIENT_STALL,
             unparsed: Vec::new(),
-            max_body: self.max_body,
             closing: false,
+            owes_body: false,
             answers: Arc::default(),
             _client: Box::new(client),
             listed,
@@ -214,9 +214,10 @@ pub struct Connection {
     patience: Duration,
     /// Bytes that were received and belong to the next request.
     unparsed: Vec<u8>,
-    max_body: usize,
     /// The last answer says that no other follows.
     closing: bool,
+    /// The last request was not read to its end: its client may still be sending.
+    owes_body: bool,
     answers: Arc<Answers>,
     /// The library's side, whose type it keeps to itself: it closes the connection when it goes.
     _client: Box<dyn Send>,
@@ -254,8 +255,9 @@ struct Seen<A> {
 pub trait Site {
     /// What is known of a request that was admitted.
     type Admitted;
-    /// Judges a request by its head, before its body is read: what is known of it, and whether it is let in.
-    fn admit(&self, head: &Head) -> (Option<Self::Admitted>, Result<(), ApiError>);
+    /// Judges a request by its head, before its body is read: what is known of it, and of how many bytes its body may
+    /// be, where it is let in.
+    fn admit(&self, head: &Head) -> (Option<Self::Admitted>, Result<usize, ApiError>);
     /// An id for a request that brought none.
     fn new_id(&self) -> String;
 }
@@ -288,35 +290,45 @@ impl Connection {
         let mut parsed = Head::parse(&self.unparsed);
         // Who began a request has the time that a head has, but for a worker, which waits for none.
         let is_quiet = matches!(parsed, Ok(None)) && (self.unparsed.is_empty() || at_once);
+        let mut is_over = false;
         if is_quiet {
             match self.receive(patience) {
                 Ok(Some(1..)) => parsed = Head::parse(&self.unparsed),
                 Ok(None) => return Turn::Quiet,
-                _ => return Turn::Over,
+                _ => is_over = true,
             }
         }
-        // One request at a time: only who does not wait for answers is made to wait here.
+        // One request at a time: only who does not wait for answers is made to wait here. Nor is a connection at its end
+        // before its last answer, which may still wait for its commit.
         while self.answers.is_pending() {
             if at_once {
                 return Turn::Quiet;
             }
             self.answers.wait(config::DATABASE_BUSY);
         }
-        if self.answers.is_broken() {
+        if is_over || self.answers.is_broken() {
             return Turn::Over;
         }
         let started = Instant::now();
         if at_once && !self.is_whole(&parsed) {
             return Turn::Quiet;
         }
-        let head = match self.next_head(parsed, started + config::HEADER_TIMEOUT) {
-            Next::Head(head) => head,
-            Next::Refused(e) => return self.call(site, false, started, Seen { head: None, admitted: None, body: Err(e) }),
+        self.owes_body = true;
+        let (mut head, mut fault) = match self.next_head(parsed, started + config::HEADER_TIMEOUT) {
+            Next::Head(head) => (Some(head), None),
+            Next::Refused(e) => (None, Some(e)),
             Next::Over => return Turn::Over,
         };
-        let (admitted, verdict) = site.admit(&head);
-        let (body, keep) = self.body(&head, verdict);
-        self.call(site, keep && !head.close, started, Seen { head: Some(head), admitted, body })
+        fault = fault.or(head.as_mut().and_then(|head| head.fault.take()));
+        let (Some(read), None) = (&head, &fault) else {
+            let fault = fault.unwrap_or_else(|| head::bad("no head"));
+            return self.call(site, false, started, Seen { head, admitted: None, body: Err(fault) });
+        };
+        let (admitted, verdict) = site.admit(read);
+        let (body, keep) = self.body(read, verdict);
+        self.owes_body = !keep;
+        let keep = keep && !read.close;
+        self.call(site, keep, started, Seen { head, admitted, body })
     }
 
     /// The request, with the right to answer it; `keep`: another may follow.
@@ -343,6 +355,7 @@ impl Connection {
     fn is_whole(&self, parsed: &Result<Option<Head>, ApiError>) -> bool {
         match parsed {
             Ok(None) => false,
+            Ok(Some(head)) if head.fault.is_some() => true,
             Ok(Some(head)) => match head.framing {
                 Framing::Length(length) => (self.unparsed.len() - head.len()) as u64 >= length,
                 Framing::Chunked => false,
@@ -366,9 +379,9 @@ impl Connection {
         let _ = self.stream.shutdown(Shutdown::Both);
     }
 
-    /// Closing will take a moment, since the client is still sending.
-    pub fn has_unread(&self) -> bool {
-        rustix::io::ioctl_fionread(&self.stream).is_ok_and(|unread| unread > 0)
+    /// Closing will take a moment, since the client may still be sending.
+    pub fn lingers(&self) -> bool {
+        self.owes_body || rustix::io::ioctl_fionread(&self.stream).is_ok_and(|unread| unread > 0)
     }
 
     /// Takes what arrives within this time; 0: the client will send no more, `None`: the time came first. The socket
@@ -420,21 +433,20 @@ impl Connection {
     }
 
     /// The body of a request whose head was judged; true: what follows is the next request.
-    fn body(&mut self, head: &Head, verdict: Result<(), ApiError>) -> (Result<Vec<u8>, ApiError>, bool) {
-        let length = match head.framing {
-            Framing::Length(length) if length > self.max_body as u64 => {
-                return (verdict.and(Err(too_large(self.max_body))), false);
-            }
-            Framing::Length(length) => Some(length as usize),
-            Framing::Chunked => None,
+    fn body(&mut self, head: &Head, verdict: Result<usize, ApiError>) -> (Result<Vec<u8>, ApiError>, bool) {
+        let length = match (head.framing, &verdict) {
+            (Framing::Length(length), Ok(most)) if length > *most as u64 => return (Err(too_large(*most)), false),
+            (Framing::Length(length), _) => Some(length as usize),
+            (Framing::Chunked, _) => None,
         };
-        if let Some(end) = length.map(|length| head.len() + length).filter(|end| *end <= self.unparsed.len()) {
+        let end = length.map(|length| head.len().saturating_add(length));
+        if let Some(end) = end.filter(|end| *end <= self.unparsed.len()) {
             // Most requests are all there, and then also one that is refused leaves the next one readable.
-            let body = verdict.map(|()| self.unparsed[head.len()..end].to_vec());
+            let body = verdict.map(|_| self.unparsed[head.len()..end].to_vec());
             self.unparsed.drain(..end);
             return (body, true);
         }
-        let body = verdict.and_then(|()| {
+        let body = verdict.and_then(|most| {
             self.be_patient_for(config::CLIENT_STALL).map_err(|_| ApiError::client_gone())?;
             let begun = self.unparsed.split_off(head.len());
             self.unparsed.clear();
@@ -443,7 +455,7 @@ impl Connection {
             }
             match length {
                 Some(length) => self.read_on(begun, length),
-                None => self.read_chunked(begun),
+                None => self.read_chunked(begun, most),
             }
         });
         let keep = body.is_ok();
@@ -453,7 +465,8 @@ impl Connection {
     /// Reads the rest of a body of a known length.
     fn read_on(&self, mut body: Vec<u8>, length: usize) -> Result<Vec<u8>, ApiError> {
         let rest = length - body.len();
-        body.reserve_exact(rest);
+        // An announced length is not believed before it has come.
+        body.reserve_exact(rest.min(FIRST_BODY));
         match (&*self.stream).take(rest as u64).read_to_end(&mut body) {
             Ok(read) if read < rest => Err(ApiError::client_gone()),
             Ok(_) => Ok(body),
@@ -462,8 +475,8 @@ impl Connection {
     }
 
     /// Reads a chunked body, and keeps what follows it.
-    fn read_chunked(&mut self, begun: Vec<u8>) -> Result<Vec<u8>, ApiError> {
-        let mut decoder = Decoder::new(self.max_body);
+    fn read_chunked(&mut self, begun: Vec<u8>, most: usize) -> Result<Vec<u8>, ApiError> {
+        let mut decoder = Decoder::new(most);
         let mut piece = begun;
         loop {
             if let Some(rest) = decoder.push(&piece)? {
@@ -487,7 +500,7 @@ impl Drop for Connection {
     fn drop(&mut self) {
         const LINGER: Duration = Duration::from_millis(500);
         const LINGER_BYTES: usize = 4 << 20;
-        if self.has_unread() {
+        if self.lingers() {
             let until = Instant::now() + LINGER;
             let (mut sink, mut thrown) = ([0; 4096], 0);
             let _ = self.stream.shutdown(Shutdown::Write);

@@ -432,7 +432,7 @@ fn take_in(data: &[u8], draft: &mut Draft, events: &Events) -> Result<bool, NoAn
     if let Some(model) = chunk.model.filter(|model| !model.is_empty() && *model != draft.model) {
         draft.model = events.redact(&model);
     }
-    draft.finish_reason = chunk.finish_reason.map(Cow::into_owned).or(draft.finish_reason.take());
+    draft.finish_reason = chunk.finish_reason.map(|reason| events.redact(&reason)).or(draft.finish_reason.take());
     draft.usage = chunk.usage.or(draft.usage);
     Ok(draft.wants_usage || !chunk.usage_only)
 }

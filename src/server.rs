@@ -190,7 +190,7 @@ impl Staff {
                 }
                 // The client does not ask again before it has its answer, and the disk may be slow.
                 Turn::Quiet if !answered => connection.await_answer(SLOW_COMMIT),
-                Turn::Over if !connection.has_unread() => return None,
+                Turn::Over if !connection.lingers() => return None,
                 Turn::Quiet | Turn::Over => break,
             }
         }

@@ -255,6 +255,7 @@ impl Line {
             match openai::parse_completion(&body) {
                 Ok(mut completion) => {
                     completion.model = completion.model.map(|model| self.upstream.redact(&model));
+                    completion.finish_reason = completion.finish_reason.map(|reason| self.upstream.redact(&reason));
                     return Ok(Whole { body, completion, headers });
                 }
                 Err(no) if no.passing && self.fall_back(chat) => {}
@@ -560,7 +561,7 @@ impl Events<'_> {
     pub fn settle(&mut self) {
         if let Source::Upstream { reader, .. } = &mut self.source {
             let mut buffer = [0; 256];
-            self.line.watch.without_client(Duration::from_millis(100));
+            self.line.watch.without_client(Duration::from_millis(20));
             let mut left = 16;
             while left > 0 && reader.read(&mut buffer).is_ok_and(|read| read > 0) {
                 left -= 1;

@@ -84,10 +84,11 @@ impl Whole {
             unique.response = Some(whole.body.clone());
         }
         let answer = Answer { exit: self.exit, turn, as_it_came: self.as_it_came.then_some((whole.body, whole.headers)) };
-        let (question, text) = (pair.question.len(), pair.answer.len());
+        let texts = [&pair.question, &pair.answer, &pair.model].into_iter().chain(&pair.finish_reason);
+        let text = texts.map(String::len).sum();
         // Who is alone has nobody to share a commit with, and saves a change of threads.
         let lead = api.in_flight() == 1;
-        if answer.exit.responder.takes_at_once(answer.size(question + text)) {
+        if answer.exit.responder.takes_at_once(answer.size(text)) {
             // No thread sleeps until the commit: that would cost every request two changes of threads more.
             api.store.append(pair, unique, lead, move |stored| {
                 answer.give(stored, Exit::send);
@@ -112,7 +113,7 @@ struct Answer {
 }
 
 impl Answer {
-    /// About how many bytes it has, with `text` bytes in the pair.
+    /// About how many bytes it has, with `text` bytes of text in the pair.
     fn size(&self, text: usize) -> usize {
         let Some((body, headers)) = &self.as_it_came else {
             // JSON writes a control character as six bytes.

@@ -39,6 +39,8 @@ use once::Once;
 use route::Endpoint;
 
 const IDEMPOTENCY_KEY: &str = "idempotency-key";
+/// The longest body of a request that needs none, in bytes: it is read, since the next request stands behind it.
+const NEEDLESS_BODY: usize = 16 * 1024;
 
 /// Everything a request needs.
 pub struct Api {
@@ -271,10 +273,10 @@ impl Api {
 impl Site for Api {
     type Admitted = Admitted;
 
-    fn admit(&self, head: &Head) -> (Option<Admitted>, Result<(), ApiError>) {
+    fn admit(&self, head: &Head) -> (Option<Admitted>, Result<usize, ApiError>) {
         let endpoint = match route::route(head.method(), head.path()) {
             Ok(endpoint) if endpoint.is_public() => {
-                return (Some(self.admitted(endpoint, Arc::clone(&self.anonymous))), Ok(()));
+                return (Some(self.admitted(endpoint, Arc::clone(&self.anonymous))), Ok(NEEDLESS_BODY));
             }
             Ok(endpoint) => endpoint,
             Err(e) => return (None, Err(e)),
@@ -291,7 +293,7 @@ impl Site for Api {
         } else if admitted.endpoint.asks() && !head.field("content-type").is_none_or(is_json) {
             Err(ApiError::new(Code::UnsupportedMediaType, "the body must be JSON: send Content-Type: application/json"))
         } else {
-            Ok(())
+            Ok(if admitted.endpoint.asks() { self.config.max_body_bytes } else { NEEDLESS_BODY })
         };
         (Some(admitted), verdict)
     }
@@ -341,8 +343,9 @@ impl Exit {
             self.entry.id.clone_from(id);
         }
         add_headers(&mut reply.headers, self.headers);
+        let gone = self.responder.reason(ApiError::client_gone()).code;
         let bytes = self.responder.send(&reply);
-        let code = bytes.is_err().then_some(Code::ClientGone);
+        let code = bytes.is_err().then_some(gone);
         self.entry.log(&Done { status: reply.status, bytes: bytes.unwrap_or(0), model, code });
         None
     }

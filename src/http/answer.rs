@@ -225,6 +225,10 @@ impl Responder {
     /// it `until` then.
     fn write(&mut self, mut bytes: &[u8], until: Option<Instant>) -> io::Result<()> {
         self.is_used = true;
+        if self.answers.is_broken() {
+            // What broke off in the middle is not gone on with.
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
         let mut write = || {
             while !bytes.is_empty() {
                 match (&*self.stream).write(bytes) {

@@ -6,7 +6,10 @@ use crate::error::{ApiError, Code};
 
 /// The error for a body of more than `limit` bytes.
 pub fn too_large(limit: usize) -> ApiError {
-    ApiError::new(Code::BodyTooLarge, format!("the body is larger than {limit} bytes (MAX_BODY_BYTES)"))
+    ApiError::new(
+        Code::BodyTooLarge,
+        format!("the body is larger than {limit} bytes, the most that is taken here (MAX_BODY_BYTES of a question)"),
+    )
 }
 
 /// Decodes one body, holding no more than its content.

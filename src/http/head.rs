@@ -17,7 +17,7 @@ pub enum Framing {
     Chunked,
 }
 
-/// A complete head that broke no rule.
+/// A complete head that can be read.
 #[derive(Debug)]
 pub struct Head {
     /// The head's bytes, the empty line included; the ranges below point into it.
@@ -31,11 +31,13 @@ pub struct Head {
     pub close: bool,
     /// The client waits for `100 Continue` before it sends the body.
     pub expects_continue: bool,
+    /// Why it is refused all the same, with 400, 417 or 505; then nothing more may be read from the connection.
+    pub fault: Option<ApiError>,
 }
 
 impl Head {
-    /// Reads the head at the start of `bytes`: `None` while it is incomplete. Errs with 400, 414, 417,
-    /// 431 or 505, after which nothing more may be read from the connection.
+    /// Reads the head at the start of `bytes`: `None` while it is incomplete. Errs with 400, 414 or 431 where it cannot
+    /// be read, after which nothing more may be read from the connection.
     pub fn parse(bytes: &[u8]) -> Result<Option<Head>, ApiError> {
         if bytes.is_empty() {
             return Ok(None);
@@ -99,7 +101,7 @@ impl Head {
     }
 
     fn judge(head: &[u8], lines: &[(usize, usize)]) -> Result<Head, ApiError> {
-        let (method, target, http10) = request_line(head, lines[0])?;
+        let (method, target, http10, fault) = request_line(head, lines[0])?;
         let mut fields = Vec::with_capacity(lines.len() - 1);
         for line in &lines[1..] {
             fields.push(field(head, *line)?);
@@ -113,8 +115,10 @@ impl Head {
             framing: Framing::Length(0),
             close: http10,
             expects_continue: false,
+            fault,
         };
-        judged.judge_fields()?;
+        let fault = judged.judge_fields().err();
+        judged.fault = judged.fault.or(fault);
         Ok(judged)
     }
 
@@ -198,7 +202,8 @@ fn too_long() -> ApiError {
 
 type Range = (usize, usize);
 
-fn request_line(head: &[u8], (start, end): Range) -> Result<(Range, Range, bool), ApiError> {
+/// Where method and target stand, whether the version is 1.0, and what is wrong with the version.
+fn request_line(head: &[u8], (start, end): Range) -> Result<(Range, Range, bool, Option<ApiError>), ApiError> {
     let line = &head[start..end];
     let mut blanks = (0..line.len()).filter(|at| line[*at] == b' ');
     let (Some(first), Some(second), None) = (blanks.next(), blanks.next(), blanks.next()) else {
@@ -211,11 +216,11 @@ fn request_line(head: &[u8], (start, end): Range) -> Result<(Range, Range, bool)
     if target.len() > MAX_TARGET {
         return Err(too_long());
     }
-    let http10 = match version {
-        b"HTTP/1.1" => false,
-        b"HTTP/1.0" => true,
+    let (http10, fault) = match version {
+        b"HTTP/1.1" => (false, None),
+        b"HTTP/1.0" => (true, None),
         [b'H', b'T', b'T', b'P', b'/', major, b'.', minor] if major.is_ascii_digit() && minor.is_ascii_digit() => {
-            return Err(ApiError::new(Code::VersionNotSupported, "only HTTP/1.1 and HTTP/1.0 are spoken here"));
+            (false, Some(ApiError::new(Code::VersionNotSupported, "only HTTP/1.1 and HTTP/1.0 are spoken here")))
         }
         _ => return Err(bad("the version is not HTTP/1.1")),
     };
@@ -225,13 +230,14 @@ fn request_line(head: &[u8], (start, end): Range) -> Result<(Range, Range, bool)
     let mut target = (start + first + 1, start + second);
     // The absolute form, as clients of a proxy send it, means the same path here.
     let text = &head[target.0..target.1];
-    if let Some(scheme) = [&b"http://"[..], b"https://"].iter().find(|s| text.starts_with(s)) {
-        let path = text[scheme.len()..].iter().position(|b| *b == b'/').ok_or_else(|| bad("the target has no path"))?;
-        target.0 += scheme.len() + path;
+    let begins_with = |scheme: &&&[u8]| text.get(..scheme.len()).is_some_and(|start| start.eq_ignore_ascii_case(scheme));
+    if let Some(scheme) = [&b"http://"[..], b"https://"].iter().find(begins_with) {
+        let path = text.iter().skip(scheme.len()).position(|b| b"/?#".contains(b)).map(|at| scheme.len() + at);
+        target.0 += path.filter(|at| text[*at] == b'/').ok_or_else(|| bad("the target has no path"))?;
     } else if text != b"*" && !text.starts_with(b"/") {
         return Err(bad("the target does not start with /"));
     }
-    Ok(((start, start + first), target, http10))
+    Ok(((start, start + first), target, http10, fault))
 }
 
 fn field(head: &[u8], (start, end): Range) -> Result<[usize; 4], ApiError> {
@@ -265,7 +271,7 @@ mod tests {
 
     fn verdict(head: &str) -> u16 {
         match Head::parse(head.as_bytes()) {
-            Ok(Some(_)) => 200,
+            Ok(Some(head)) => head.fault.map_or(200, |e| e.code.status()),
             Ok(None) => 0,
             Err(e) => e.code.status(),
         }
@@ -314,6 +320,9 @@ mod tests {
         for (head, status) in [
             ("GET / HTTP/1.1\r\n\r\n", 400),
             ("GET / HTTP/1.0\r\n\r\n", 200),
+            ("GET HTTPS://a/livez HTTP/1.1\r\nHost: a\r\n\r\n", 200),
+            ("GET http://a?x=/livez HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+            ("GET http://a#/livez HTTP/1.1\r\nHost: a\r\n\r\n", 400),
             ("GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400),
             ("GET / HTTP/1.1\nHost: a\n\n", 400),
             ("GET / HTTP/1.1\r\nHost: a\rb\r\n\r\n", 400),
@@ -411,7 +420,7 @@ mod tests {
 
         #[test]
         fn what_is_taken_means_the_same_to_another_parser(bytes in heads()) {
-            let Ok(Some(head)) = Head::parse(&bytes) else { return Ok(()) };
+            let Ok(Some(head @ Head { fault: None, .. })) = Head::parse(&bytes) else { return Ok(()) };
             let mut fields = [httparse::EMPTY_HEADER; MAX_FIELDS];
             let mut other = httparse::Request::new(&mut fields);
             prop_assert_eq!(other.parse(&bytes), Ok(httparse::Status::Complete(head.len())));

@@ -4,7 +4,9 @@ use crate::support::client::{Connection, Response, get, post, post_bytes, stream
 use crate::support::gate::Gate;
 use crate::support::hostile::{Chance, End, dechunk, hear, plug_in, plug_in_narrow, responses, shout, throw, within};
 use crate::support::proxy::{Proxy, Setup};
-use crate::support::upstream::{FakeUpstream, Step, answer, delta, event, refusal, send, stream_head, streamed};
+use crate::support::upstream::{
+    FakeUpstream, Step, answer, completion, delta, event, refusal, reply_json, send, stream_head, streamed,
+};
 use crate::support::{PATIENCE, eventually};
 use rustix::net::SendFlags;
 use rustix::process::{Resource, Rlimit, getrlimit, prlimit, setrlimit};
@@ -1709,4 +1711,87 @@ fn readers_that_take_nothing_do_not_hold_the_workers() {
             assert_eq!(&start, b"HTTP/1.1 200");
         }
     }
+}
+
+/// The answer repeats the model, and a client that does not read makes nobody wait: who writes the history least of all.
+#[test]
+fn a_long_name_of_a_model_does_not_hold_the_history() {
+    let mut nameless = completion("Yes");
+    nameless.as_object_mut().expect("an object").remove("model");
+    nameless["choices"][0]["finish_reason"] = json!("stop, ".repeat(100_000));
+    let upstream = FakeUpstream::always(reply_json(200, &nameless));
+    let proxy = Proxy::facing(&upstream).start();
+    let long = json!({"question": "Which one?", "model": "m".repeat(1_000_000)}).to_string();
+    let lazy: Vec<TcpStream> = (0..3)
+        .map(|_| {
+            let stream = plug_in_narrow(proxy.address);
+            throw(&stream, &[&head("POST /api/ask HTTP/1.1", &format!("Content-Length: {}\r\n", long.len())), long.as_bytes()]);
+            stream
+        })
+        .collect();
+    eventually("they are stored", || proxy.count_rows() == 3);
+    proxy.answer("And me?");
+    drop(lazy);
+}
+
+/// A refusal that needs only the head reaches a client that sends its body a moment later.
+#[test]
+fn who_is_refused_before_its_body_came_can_still_send_it_and_read_why() {
+    let proxy = Proxy::with(&[("API_KEYS", "alice:secret-of-alice")]).start();
+    for (fields, size, status) in [
+        ("Content-Length: 900000\r\n", 900_000, 401),
+        ("Content-Length: 3000000\r\nAuthorization: Bearer secret-of-alice\r\n", 3_000_000, 413),
+        ("Content-Length: 900000\r\nExpect: nothing\r\n", 900_000, 417),
+    ] {
+        for _ in 0..10 {
+            let mut stream = plug_in(proxy.address);
+            throw(&stream, &[&head("POST /api/ask HTTP/1.1", fields)]);
+            let mut first = [0; 12];
+            stream.peek(&mut first).expect("the refusal is there");
+            stream.write_all(&vec![b'x'; size]).expect("the body is taken");
+            stream.shutdown(Shutdown::Write).expect("it is open");
+            let (heard, end) = hear(&stream);
+            assert_eq!((responses(&heard)[0].status, end), (status, End::Closed));
+        }
+    }
+}
+
+/// Strangers cannot fill the memory: what asks nothing needs no body, and an announced length is not believed.
+#[test]
+fn bodies_that_nobody_needs_are_not_kept() {
+    let proxy = Proxy::with(&[("API_KEYS", "alice:secret-of-alice"), ("MAX_BODY_BYTES", "1073741824")]).start();
+    let before = proxy.memory();
+    let open: Vec<TcpStream> = ["/livez", "/docs", "/metrics", "/openapi.json"]
+        .iter()
+        .cycle()
+        .take(40)
+        .map(|path| {
+            let stream = plug_in(proxy.address);
+            throw(&stream, &[&head(&format!("GET {path} HTTP/1.1"), "Content-Length: 1000000\r\n"), &[b'x'; 900_000]]);
+            stream
+        })
+        .collect();
+    for stream in &open {
+        let (heard, _) = hear(stream);
+        responses(&heard)[0].expect_error(413, "body_too_large");
+    }
+    assert!(proxy.memory().saturating_sub(before) < BOUNDED);
+    let small = head("GET /livez HTTP/1.1", "Content-Length: 2\r\n");
+    assert_eq!(shout(proxy.address, &[&small, b"{}"])[0].status, 200);
+}
+
+#[test]
+fn an_announced_length_costs_nothing_before_it_comes() {
+    let proxy = Proxy::with(&[("MAX_BODY_BYTES", "1073741824")]).start();
+    let least = Rlimit { current: Some(1 << 30), maximum: Some(1 << 30) };
+    prlimit(Some(proxy.pid()), Resource::As, least).expect("a limit of address space");
+    let begun: Vec<TcpStream> = (0..4)
+        .map(|_| {
+            let stream = plug_in(proxy.address);
+            throw(&stream, &[&head("POST /api/ask HTTP/1.1", "Content-Length: 1000000000\r\n"), b"{"]);
+            stream
+        })
+        .collect();
+    assert_eq!(proxy.ask("Still there?").status, 200);
+    drop(begun);
 }

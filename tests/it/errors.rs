@@ -450,3 +450,23 @@ fn errors_are_errors_for_http_1_0_clients_too() {
     proxy.call(&get("/nowhere").version_1_0().without("Host")).expect_error(404, "not_found");
     proxy.call(&post("/api/ask", &json!({})).version_1_0()).expect_error(422, "invalid_request");
 }
+
+/// Also where the head itself is refused, as far as it can be read.
+#[test]
+fn a_refused_head_is_answered_under_the_clients_own_id() {
+    let proxy = Proxy::start();
+    for (line, fields, status) in [
+        ("POST /api/ask HTTP/1.1", "Host: a\r\nExpect: more\r\n", 417),
+        ("GET /livez HTTP/2.0", "Host: a\r\n", 505),
+        ("GET /livez HTTP/1.1", "", 400),
+        ("HEAD /livez HTTP/1.1", "", 400),
+    ] {
+        let mut connection = proxy.connect();
+        connection.send_bytes(format!("{line}\r\n{fields}X-Request-Id: mine-{status}\r\n\r\n"));
+        let response = if line.starts_with("HEAD") { connection.read_bodyless() } else { connection.read_response() };
+        assert_eq!((response.status, response.header("X-Request-Id")), (status, Some(&*format!("mine-{status}"))));
+        assert!(connection.is_closed_by_server(), "and nothing more is said");
+        let (method, path) = (line.split(' ').next().expect("a method"), line.split(' ').nth(1).expect("a path"));
+        proxy.wait_for_line(|line| line.contains(&format!("method={method} path={path} status={status}")));
+    }
+}

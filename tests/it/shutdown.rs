@@ -239,3 +239,25 @@ fn a_stream_whose_client_does_not_read_is_kept_at_the_end_of_the_grace() {
     let lines = proxy.log().into_iter().filter(|line| line.contains("code=shutting_down")).count();
     assert_eq!(lines, 1);
 }
+
+/// What is stored is answered, also where the commit came after the grace was over.
+#[test]
+fn answers_that_wait_for_the_disk_at_the_end_of_the_grace_go_out() {
+    let mut proxy = Proxy::with(&[("SHUTDOWN_GRACE_SECS", "0")]).start();
+    let database = proxy.database();
+    database.execute_batch("BEGIN IMMEDIATE").expect("the lock is free");
+    let mut asking = [proxy.connect(), proxy.connect(), proxy.connect()];
+    asking.iter_mut().for_each(|connection| connection.send(&post("/api/ask", &json!({"question": "Kept?"}))));
+    let waiting_now = "ai_proxy_requests_in_flight 4\n";
+    eventually("all of them wait", || String::from_utf8_lossy(&proxy.get("/metrics").body).contains(waiting_now));
+    proxy.signal(Signal::TERM);
+    proxy.wait_for_line(|line| line.contains("were not finished in time"));
+    database.execute_batch("ROLLBACK").expect("the lock is given back");
+    drop(database);
+    for connection in &mut asking {
+        assert_eq!(connection.read_response().status, 200);
+    }
+    assert_eq!(proxy.wait_for_exit(SOON).code(), Some(0), "{:?}", proxy.stderr());
+    assert_eq!(proxy.count_rows(), 3);
+    assert_eq!(proxy.log().iter().filter(|line| line.contains("status=200") && line.contains("code=-")).count(), 4);
+}
