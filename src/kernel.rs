@@ -117,6 +117,16 @@ pub fn forget_unused_stack() {
     }
 }
 
+/// From now on what is large gives its memory back to the system as soon as it is freed. glibc raises its own bound, of
+/// 128 KiB, up to 32 MiB with each such piece, and keeps what lies below.
+pub fn give_back_what_is_large() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: mallopt(3) asks nothing of its caller.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 256 * 1024);
+    }
+}
+
 /// Gives the free memory of the heap back to the system: what a busy hour took, glibc keeps for the next.
 pub fn forget_unused_heap() {
     #[cfg(target_env = "gnu")]

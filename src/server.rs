@@ -15,6 +15,7 @@ use crate::api::{Admitted, Api, Errand, Parting};
 use crate::config::{self, Config, Mode};
 use crate::error::StartError;
 use crate::http::{Call, Connection, Listener, Turn};
+use crate::kernel;
 use crate::pool::Pool;
 use crate::store::Store;
 use crate::upstream::{Line, Upstream};
@@ -36,6 +37,7 @@ const EXHAUSTED: Duration = Duration::from_millis(50);
 
 /// Serves until SIGTERM or SIGINT, then drains. Errs with one line where it cannot start.
 pub fn serve(config: Config) -> Result<(), StartError> {
+    kernel::give_back_what_is_large();
     let config = Arc::new(config);
     let metrics = Arc::new(Api::metrics(&config));
     let upstream = Arc::new(Upstream::new(Arc::clone(&config), Arc::clone(&metrics))?);

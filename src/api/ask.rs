@@ -12,7 +12,7 @@ use crate::error::{ApiError, Header};
 use crate::exchange::{Exchange, Pair};
 use crate::http::Reply;
 use crate::openai::Chat;
-use crate::store::Unique;
+use crate::store::{Remembered, Unique};
 use crate::upstream::Line;
 
 /// A question on its way to the LLM, and what becomes of the answer.
@@ -32,17 +32,16 @@ pub fn prepare(api: &Api, request: &Request, exit: Exit, chat: Chat) -> Option<E
     let as_it_came = request.endpoint == Endpoint::ChatCompletions;
     // As the history notes it.
     let path = if as_it_came { "/v1/chat/completions" } else { "/api/ask" };
-    let (patience, is_gone) = (api.config.upstream_timeout, || exit.responder.is_client_gone());
-    let first = match api.once.turn(request, path, &api.store, patience, is_gone) {
+    let first = match api.once.turn(api, request, path, || exit.responder.is_client_gone()) {
         Ok(None) => None,
         Ok(Some(Turn::First(first))) => {
             let unique = first.unique(path, request.body);
             Some((first, unique))
         }
-        Ok(Some(Turn::Again(remembered))) => {
-            let model = remembered.exchange.model.clone();
-            let body = remembered.response.unwrap_or_else(|| json(&remembered.exchange));
-            return exit.send(Reply::json(200, body), Some(model));
+        Ok(Some(Turn::Again(remembered, place))) => {
+            let (body, model) = repetition(*remembered);
+            drop(place);
+            return api.give(exit, Reply::json(200, body), Some(model));
         }
         Err(e) => return exit.refuse(e),
     };
@@ -95,7 +94,8 @@ impl Whole {
             });
             return None;
         }
-        answer.give(api.store.keep(pair, unique, lead), Exit::send_or_part).flatten()
+        let send = |exit: Exit, reply, model| exit.send_or_part(api, reply, model);
+        answer.give(api.store.keep(pair, unique, lead), send).flatten()
     }
 
     /// Answers with an error.
@@ -141,6 +141,15 @@ impl Answer {
     }
 }
 
+/// What was answered before, and by which model.
+fn repetition(remembered: Remembered) -> (Vec<u8>, String) {
+    let body = remembered.response.unwrap_or_else(|| json(&remembered.exchange));
+    (body, remembered.exchange.model)
+}
+
 fn json(exchange: &Exchange) -> Vec<u8> {
-    serde_json::to_vec(exchange).unwrap_or_default()
+    let mut json = Vec::with_capacity(exchange.question.len() + exchange.answer.len() + 512);
+    // Writing to a Vec cannot fail.
+    let _ = serde_json::to_writer(&mut json, exchange);
+    json
 }

@@ -1,80 +1,11 @@
 //! `GET /api/history`: a key's own pairs, by page or by search.
 
-use std::sync::{Condvar, Mutex, PoisonError};
-use std::time::Duration;
-
 use percent_encoding::percent_decode_str;
 
 use super::{Api, Request};
-use crate::error::{ApiError, Code};
+use crate::error::ApiError;
 use crate::exchange::Exchange;
 use crate::http::Reply;
-use crate::lock::lock;
-
-/// Keeps the memory within bounds that pages take: while they are put together, and while clients are slow
-/// to take them.
-#[derive(Default)]
-pub struct Pages {
-    making: Places,
-    leaving: Places,
-}
-
-#[derive(Default)]
-struct Places {
-    taken: Mutex<usize>,
-    freed: Condvar,
-}
-
-/// One of the places, until it is dropped.
-pub struct Place<'a>(&'a Places);
-
-impl Places {
-    /// One of so many, after a while if need be.
-    fn take(&self, most: usize, patience: Duration) -> Option<Place<'_>> {
-        let waited = self.freed.wait_timeout_while(lock(&self.taken), patience, |taken| *taken >= most);
-        let (mut taken, waited) = waited.unwrap_or_else(PoisonError::into_inner);
-        if waited.timed_out() {
-            return None;
-        }
-        *taken += 1;
-        Some(Place(self))
-    }
-}
-
-impl Drop for Place<'_> {
-    fn drop(&mut self) {
-        *lock(&self.0.taken) -= 1;
-        self.0.freed.notify_one();
-    }
-}
-
-impl Pages {
-    const MOST_MAKING: usize = 8;
-    const PATIENCE: Duration = Duration::from_secs(10);
-    const LARGE: usize = 256 * 1024;
-    /// With 4 MiB each, no more than 128 MiB.
-    const MOST_LEAVING: usize = 32;
-
-    /// A place among those that are put together now. Errs with 503 where there is none for a while.
-    fn make(&self) -> Result<Place<'_>, ApiError> {
-        self.making
-            .take(Pages::MOST_MAKING, Pages::PATIENCE)
-            .ok_or_else(|| ApiError::new(Code::Overloaded, "too many pages of history are being read; try again"))
-    }
-
-    /// A place among those on their way for this page, where it is large, until it is out. Errs with 503 where there
-    /// is none.
-    pub fn leave(&self, page: &Reply) -> Result<Option<Place<'_>>, ApiError> {
-        if page.body.len() < Pages::LARGE {
-            return Ok(None);
-        }
-        self.leaving.take(Pages::MOST_LEAVING, Duration::ZERO).map(Some).ok_or_else(|| {
-            let most = Pages::MOST_LEAVING;
-            let text = format!("{most} large pages are on their way to slow clients; try again, or with a smaller limit");
-            ApiError::new(Code::Overloaded, text)
-        })
-    }
-}
 
 /// The query of the request, checked.
 struct Wanted {
@@ -92,7 +23,7 @@ pub fn history(api: &Api, request: &Request) -> Result<Reply, ApiError> {
         // Before the place is taken: others need not wait for this.
         api.store.await_index();
     }
-    let _place = api.pages.make()?;
+    let _place = api.make()?;
     let (items, next_before) = if is_page {
         let items = api.store.page(key, wanted.before, wanted.limit)?;
         // A page of large pairs may be shorter than asked for, so only another look tells whether this is

@@ -9,6 +9,7 @@ mod history;
 mod models;
 mod once;
 mod pages;
+mod places;
 mod route;
 mod streaming;
 mod system;
@@ -19,11 +20,11 @@ use std::hash::{BuildHasher, Hasher};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use subtle::ConstantTimeEq;
 
-use crate::config::{ApiKey, Config};
+use crate::config::{self, ApiKey, Config};
 use crate::error::{ApiError, Code, Header, StartError, add_headers};
 use crate::exchange::Question;
 use crate::http::{Call, Connections, Head, Reply, Responder, Site};
@@ -34,11 +35,19 @@ use crate::rate_limit::RateLimit;
 use crate::relay::Pulse;
 use crate::store::Store;
 use crate::upstream::Line;
-use history::Pages;
 use once::Once;
+use places::{Places, Taken};
 use route::Endpoint;
 
 const IDEMPOTENCY_KEY: &str = "idempotency-key";
+/// So many answers are put together out of the history at once: each takes several times its bytes.
+const MOST_MAKING: usize = 8;
+/// So long the others wait.
+const MAKING_PATIENCE: Duration = Duration::from_secs(10);
+/// Answers of more bytes than this count while they are on their way.
+const LARGE_ANSWER: usize = 256 * 1024;
+/// And so many bytes of them may be.
+const MOST_LEAVING: usize = 128 << 20;
 /// The longest body of a request that needs none, in bytes: it is read, since the next request stands behind it.
 const NEEDLESS_BODY: usize = 16 * 1024;
 
@@ -53,7 +62,10 @@ pub struct Api {
     pulse: Pulse,
     rate_limit: RateLimit,
     once: Arc<Once>,
-    pages: Pages,
+    /// For pages of history and repetitions that are put together.
+    making: Arc<Places>,
+    /// For the bytes of large answers on their way to slow clients.
+    leaving: Arc<Places>,
     draining: AtomicBool,
     in_flight: Arc<AtomicUsize>,
     ids: (RandomState, AtomicU64),
@@ -130,7 +142,8 @@ impl Api {
             pulse: Pulse::start(config.stream_heartbeat)?,
             rate_limit: RateLimit::new(config.rate_limit_per_minute),
             once: Arc::default(),
-            pages: Pages::default(),
+            making: Places::new(MOST_MAKING),
+            leaving: Places::new(MOST_LEAVING),
             config,
             store,
             workers,
@@ -202,12 +215,10 @@ impl Api {
                 Err(e) => exit.refuse(e),
             },
             Endpoint::Models => Some(Kind::Models(Box::new(models::Models::new(&request, exit))).into()),
-            Endpoint::History => {
-                match history::history(self, &request).and_then(|reply| Ok((self.pages.leave(&reply)?, reply))) {
-                    Ok((_place, reply)) => exit.send(reply, None),
-                    Err(e) => exit.refuse(e),
-                }
-            }
+            Endpoint::History => match history::history(self, &request) {
+                Ok(reply) => self.give(exit, reply, None),
+                Err(e) => exit.refuse(e),
+            },
             Endpoint::Livez => exit.send(system::livez(), None),
             Endpoint::Readyz => exit.send(system::readyz(self), None),
             Endpoint::Metrics => exit.send(system::metrics(self), None),
@@ -216,6 +227,29 @@ impl Api {
                 Err(e) => exit.refuse(e),
             },
         }
+    }
+
+    /// A place for an answer that is put together out of the history. Errs with 503 where there is none for long.
+    fn make(&self) -> Result<Taken, ApiError> {
+        let place = self.making.take(1, MAKING_PATIENCE);
+        place.ok_or_else(|| ApiError::new(Code::Overloaded, "too much is being read from the history; try again"))
+    }
+
+    /// Answers with what can be asked for again: with 503 where too much is on its way to slow clients already.
+    fn give(&self, exit: Exit, reply: Reply, model: Option<String>) -> Option<Errand> {
+        match self.leave(&reply) {
+            Some(_place) => exit.send(reply, model),
+            None => {
+                let text = format!("{MOST_LEAVING} bytes of large answers are on their way to slow clients; try again");
+                exit.refuse(ApiError::new(Code::Overloaded, text))
+            }
+        }
+    }
+
+    /// A place among the answers on their way, until this one is out; `None`: there is no room.
+    fn leave(&self, reply: &Reply) -> Option<Taken> {
+        let count = if reply.body.len() > LARGE_ANSWER { reply.body.len() } else { 0 };
+        self.leaving.take(count, Duration::ZERO)
     }
 
     /// What is asked of the LLM: by one question, or by a client's own chat request.
@@ -241,7 +275,7 @@ impl Api {
                 stream.run(self, line);
                 None
             }
-            Kind::Models(models) => models.run(line),
+            Kind::Models(models) => models.run(self, line),
         }
     }
 
@@ -310,6 +344,7 @@ pub struct Parting {
     exit: Exit,
     reply: Reply,
     model: Option<String>,
+    _place: Taken,
 }
 
 impl Parting {
@@ -335,7 +370,13 @@ pub struct Exit {
 
 impl Exit {
     /// Sends an answer; there is nothing left to do.
-    fn send(mut self, mut reply: Reply, model: Option<String>) -> Option<Errand> {
+    fn send(self, reply: Reply, model: Option<String>) -> Option<Errand> {
+        self.send_until(None, reply, model);
+        None
+    }
+
+    /// Sends an answer, which the client has to have taken by then.
+    fn send_until(mut self, until: Option<Instant>, mut reply: Reply, model: Option<String>) {
         if self.entry.own_id {
             reply.headers.retain(|(name, _)| name != "x-request-id");
         }
@@ -344,19 +385,25 @@ impl Exit {
         }
         add_headers(&mut reply.headers, self.headers);
         let gone = self.responder.reason(ApiError::client_gone()).code;
-        let bytes = self.responder.send(&reply);
+        let bytes = self.responder.send(&reply, until);
         let code = bytes.is_err().then_some(gone);
         self.entry.log(&Done { status: reply.status, bytes: bytes.unwrap_or(0), model, code });
-        None
     }
 
-    /// Sends an answer where the client has room for it, else gives it back.
-    fn send_or_part(self, reply: Reply, model: Option<String>) -> Option<Parting> {
-        if !self.responder.has_room(reply.body.len()) {
-            return Some(Parting { exit: self, reply, model });
+    /// Sends an answer where the client has room for it, else gives it back; where too much is on its way already, its
+    /// worker sends it, within the time that a client has for a stream's piece.
+    fn send_or_part(self, api: &Api, reply: Reply, model: Option<String>) -> Option<Parting> {
+        if self.responder.has_room(reply.body.len()) {
+            self.send(reply, model);
+            return None;
         }
-        self.send(reply, model);
-        None
+        match api.leave(&reply) {
+            Some(place) => Some(Parting { exit: self, reply, model, _place: place }),
+            None => {
+                self.send_until(Some(Instant::now() + config::CLIENT_STALL), reply, model);
+                None
+            }
+        }
     }
 
     /// Sends an error; there is nothing left to do.
@@ -371,7 +418,7 @@ impl Exit {
         reply.headers.extend(e.retry_after.map(|wait| (Cow::Borrowed("Retry-After"), wait)));
         reply.headers.extend(e.headers);
         add_headers(&mut reply.headers, self.headers);
-        let bytes = self.responder.send(&reply).unwrap_or(0);
+        let bytes = self.responder.send(&reply, None).unwrap_or(0);
         self.entry.log(&Done { status, bytes, model: None, code });
         None
     }

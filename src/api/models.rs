@@ -1,6 +1,6 @@
 //! `GET /v1/models` and `GET /v1/models/{id}`: the upstream's own answer.
 
-use super::{Exit, Parting, Request};
+use super::{Api, Exit, Parting, Request};
 use crate::error::ApiError;
 use crate::http::Reply;
 use crate::upstream::Line;
@@ -20,9 +20,9 @@ impl Models {
 
     /// Asks and answers; returns the answer where the client may be slow to take it.
     #[inline(never)]
-    pub fn run(self: Box<Models>, line: &mut Line) -> Option<Parting> {
+    pub fn run(self: Box<Models>, api: &Api, line: &mut Line) -> Option<Parting> {
         match line.models(self.exit.responder.client(), &self.path) {
-            Ok(body) => self.exit.send_or_part(Reply::json(200, body), None),
+            Ok(body) => self.exit.send_or_part(api, Reply::json(200, body), None),
             Err(e) => {
                 self.refuse(e);
                 None

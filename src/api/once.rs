@@ -6,10 +6,11 @@ use std::collections::hash_map::Entry;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use super::Request;
+use super::places::Taken;
+use super::{Api, Request};
 use crate::error::{ApiError, Code};
 use crate::lock::{lock, wait_within};
-use crate::store::{Remembered, Store, Unique};
+use crate::store::{Remembered, Unique};
 
 /// Who waits looks so often whether its client is still there.
 const GLANCE: Duration = Duration::from_millis(500);
@@ -35,8 +36,8 @@ struct Running {
 pub enum Turn {
     /// Ask; others with the same key wait until this is dropped.
     First(First),
-    /// Repeat what was answered.
-    Again(Remembered),
+    /// Repeat what was answered, and then leave the place among what is put together.
+    Again(Box<Remembered>, Taken),
 }
 
 /// The turn of the first of some equal requests.
@@ -58,13 +59,12 @@ impl Drop for First {
 impl Once {
     /// The request's turn, after any equal one that is running; `None` where it has no
     /// `Idempotency-Key`. Errs with 422 where the key came with another request before, with 503 where equal
-    /// ones are running for longer than `patience`, and where `is_gone` says that the client left meanwhile.
+    /// ones are running for longer than a call may take, and where `is_gone` says that the client left meanwhile.
     pub fn turn(
         self: &Arc<Once>,
+        api: &Api,
         request: &Request,
         path: &'static str,
-        store: &Store,
-        patience: Duration,
         is_gone: impl Fn() -> bool,
     ) -> Result<Option<Turn>, ApiError> {
         let Some(given) = request.idempotency_key else { return Ok(None) };
@@ -72,7 +72,7 @@ impl Once {
             return Err(ApiError::invalid("Idempotency-Key", "Idempotency-Key must have 1 to 255 printable ASCII characters"));
         }
         let name = (Arc::clone(request.key), given.to_string());
-        let until = Instant::now() + patience;
+        let until = Instant::now() + api.config.upstream_timeout;
         let mut running = lock(&self.running);
         loop {
             match running.entry(name.clone()) {
@@ -96,10 +96,11 @@ impl Once {
         }
         drop(running);
         let first = First { once: Arc::clone(self), name };
-        match store.remembered(request.key, given)? {
+        let place = api.make()?;
+        match api.store.remembered(request.key, given)? {
             None => Ok(Some(Turn::First(first))),
             Some(remembered) if remembered.path == path && remembered.request == request.body => {
-                Ok(Some(Turn::Again(remembered)))
+                Ok(Some(Turn::Again(Box::new(remembered), place)))
             }
             Some(_) => Err(another()),
         }

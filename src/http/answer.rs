@@ -170,18 +170,19 @@ impl Responder {
         self.is_idle
     }
 
-    /// Sends the answer. Returns how many bytes of body went out; errs when the client did not take it.
-    pub fn send(mut self, reply: &Reply) -> io::Result<u64> {
+    /// Sends the answer. Returns how many bytes of body went out; errs when the client did not take it, or not all of
+    /// it `until` then.
+    pub fn send(mut self, reply: &Reply, until: Option<Instant>) -> io::Result<u64> {
         // One write for most; what is large is not copied, since the client may be slow to take it.
         const COPIED: usize = 64 * 1024;
         let body: &[u8] = if self.form.head_only { b"" } else { &reply.body };
         let mut bytes = self.head(reply.status, reply.content_type, &reply.headers, Some(reply.body.len()));
         if body.len() <= COPIED {
             bytes.extend_from_slice(body);
-            self.write(&bytes, None)?;
+            self.write(&bytes, until)?;
         } else {
-            self.write(&bytes, None)?;
-            self.write(body, None)?;
+            self.write(&bytes, until)?;
+            self.write(body, until)?;
         }
         Ok(body.len() as u64)
     }

@@ -941,7 +941,8 @@ fn large_pages_that_nobody_reads_have_a_limit() {
     }
     let before = proxy.memory();
     let page = get("/api/history?limit=1000");
-    let lazy: Vec<TcpStream> = (0..40)
+    let fit = (128 << 20) / proxy.call(&page).body.len();
+    let lazy: Vec<TcpStream> = (0..fit + 8)
         .map(|_| {
             let stream = plug_in_narrow(proxy.address);
             throw(&stream, &[&page.bytes()]);
@@ -1794,4 +1795,30 @@ fn an_announced_length_costs_nothing_before_it_comes() {
         .collect();
     assert_eq!(proxy.ask("Still there?").status, 200);
     drop(begun);
+}
+
+/// Large answers that nobody reads have a limit, too: repetitions are refused, and new ones hold their workers.
+#[test]
+fn large_answers_that_nobody_reads_have_a_limit() {
+    let upstream = FakeUpstream::always(answer(&"x".repeat(8 << 20)));
+    let proxy = Proxy::facing(&upstream).set("WORKERS", "2").start();
+    let ask = |key: &str| post("/api/ask", &json!({"question": "Much?"})).header("Idempotency-Key", key);
+    assert_eq!(proxy.connect().patient_for(PATIENCE * 2).exchange(&ask("one")).status, 200);
+    let before = proxy.memory();
+    let lazily = |key: &str| {
+        let stream = plug_in_narrow(proxy.address);
+        throw(&stream, &[&ask(key).bytes()]);
+        stream
+    };
+    let mut lazy: Vec<TcpStream> = (0..20).map(|_| lazily("one")).collect();
+    let told = |line: &&String| line.contains("path=/api/ask") && line.contains("code=overloaded");
+    within(Duration::from_secs(60), "the last ones are told", || proxy.log().iter().filter(told).count() == 5);
+    lazy.extend((0..2).map(|number| lazily(&format!("new-{number}"))));
+    within(Duration::from_secs(60), "the new ones are stored", || proxy.count_rows() == 3);
+    eventually("their workers have them", || proxy.get("/readyz").json()["workers_busy"] == 2);
+    let cost = proxy.memory_peak().saturating_sub(before);
+    assert!(cost < 8 * BOUNDED, "{} MiB", cost >> 20);
+    drop(lazy);
+    assert_eq!(proxy.connect().patient_for(PATIENCE * 2).exchange(&ask("one")).status, 200, "there is room again");
+    eventually("the workers are free", || proxy.get("/readyz").json()["workers_busy"] == 0);
 }

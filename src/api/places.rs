@@ -1,0 +1,45 @@
+//! Places for what may be there so much at once: threads that do something, or bytes in memory. Knows nothing of what
+//! takes them.
+
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::lock::lock;
+
+/// So many places, shared by all who take them.
+pub struct Places {
+    taken: Mutex<usize>,
+    freed: Condvar,
+    most: usize,
+}
+
+/// Some of the places, until it is dropped.
+pub struct Taken {
+    places: Arc<Places>,
+    count: usize,
+}
+
+impl Places {
+    /// So many places, none of them taken.
+    pub fn new(most: usize) -> Arc<Places> {
+        Arc::new(Places { taken: Mutex::default(), freed: Condvar::new(), most })
+    }
+
+    /// Takes `count` of them, after a while if need be; `None`: there was no room within `patience`.
+    pub fn take(self: &Arc<Places>, count: usize, patience: Duration) -> Option<Taken> {
+        let waited = self.freed.wait_timeout_while(lock(&self.taken), patience, |taken| *taken + count > self.most);
+        let (mut taken, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+        if waited.timed_out() {
+            return None;
+        }
+        *taken += count;
+        Some(Taken { places: Arc::clone(self), count })
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        *lock(&self.places.taken) -= self.count;
+        self.places.freed.notify_one();
+    }
+}
