@@ -219,7 +219,7 @@ impl Config {
         Ok(Config {
             host,
             port: given.number("PORT", 0, 65535)? as u16,
-            database_path: PathBuf::from(given.text("DATABASE_PATH")),
+            database_path: database_path(&given)?,
             api_keys,
             openai_api_key,
             upstream: upstream_url(&given)?,
@@ -341,6 +341,15 @@ impl Given<'_> {
     }
 }
 
+/// A file, and none of what else SQLite makes of a name (<https://sqlite.org/uri.html>).
+fn database_path(given: &Given) -> Result<PathBuf, StartError> {
+    let path = given.text("DATABASE_PATH");
+    if path == ":memory:" || path.starts_with("file:") {
+        return Err(given.bad("DATABASE_PATH", "the path of a file; one with such a name is ./NAME"));
+    }
+    Ok(PathBuf::from(path))
+}
+
 fn api_keys(given: &Given) -> Result<Vec<ApiKey>, StartError> {
     let mut keys: Vec<ApiKey> = Vec::new();
     for entry in given.text("API_KEYS").split(',').map(str::trim) {
@@ -433,6 +442,8 @@ mod tests {
             ("HOST", "0.0.0.0"),
             ("OPENAI_BASE_URL", "ftp://x"),
             ("HISTORY_SYNC", "off"),
+            ("DATABASE_PATH", ":memory:"),
+            ("DATABASE_PATH", "file:a%20b.db"),
         ] {
             let e = config(&[(name, value)]).err().map(|e| e.message).unwrap_or_default();
             assert!(e.contains(name) && e.contains(value), "{e}");

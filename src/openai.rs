@@ -338,7 +338,7 @@ pub fn parse_completion(body: &[u8]) -> Result<Completion, NoAnswer> {
     Ok(Completion {
         answer: text,
         model: answer.model.map(|Words(model)| model.into_owned()),
-        finish_reason: choice.finish_reason.map(|Words(reason)| reason.into_owned()),
+        finish_reason: reason(choice.finish_reason).map(Cow::into_owned),
         usage: answer.usage.map(Usage::from),
     })
 }
@@ -379,6 +379,11 @@ pub struct Chunk<'a> {
     pub usage_only: bool,
 }
 
+/// An empty finish reason is none: some servers send it in every chunk.
+fn reason(given: Option<Words>) -> Option<Cow<str>> {
+    given.map(|Words(reason)| reason).filter(|reason| !reason.is_empty())
+}
+
 /// Reads the data of one event that is not `[DONE]`. Errs when it is an error or no chunk.
 pub fn parse_chunk(data: &[u8]) -> Result<Chunk<'_>, NoAnswer> {
     let answer: Answer = from_json(data).map_err(|e| format!("an event of its stream is not a chunk: {e}"))?;
@@ -395,7 +400,7 @@ pub fn parse_chunk(data: &[u8]) -> Result<Chunk<'_>, NoAnswer> {
             chunk.delta += delta.text();
             delta.calls(&mut chunk.tool_calls);
         }
-        chunk.finish_reason = choice.finish_reason.map(|Words(reason)| reason).or(chunk.finish_reason);
+        chunk.finish_reason = reason(choice.finish_reason).or(chunk.finish_reason);
     }
     Ok(chunk)
 }
@@ -664,9 +669,11 @@ struct Counts {
 
 impl From<Counts> for Usage {
     fn from(counts: Counts) -> Usage {
-        let prompt_tokens = counts.prompt_tokens.unwrap_or(0);
-        let completion_tokens = counts.completion_tokens.unwrap_or(0);
-        let total_tokens = counts.total_tokens.unwrap_or(prompt_tokens.saturating_add(completion_tokens));
+        // As many as the history can keep.
+        let bounded = |tokens: u64| tokens.min(i64::MAX as u64);
+        let prompt_tokens = bounded(counts.prompt_tokens.unwrap_or(0));
+        let completion_tokens = bounded(counts.completion_tokens.unwrap_or(0));
+        let total_tokens = bounded(counts.total_tokens.unwrap_or(prompt_tokens + completion_tokens));
         Usage { prompt_tokens, completion_tokens, total_tokens }
     }
 }
@@ -888,6 +895,8 @@ mod tests {
             br#"{"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null},{"index":1,"delta":{"content":"b"}}]}"#,
         );
         assert_eq!(chunk.expect("a chunk").delta, "a");
+        let chunk = parse_chunk(br#"{"choices":[{"delta":{"content":"a"},"finish_reason":""}]}"#).expect("a chunk");
+        assert_eq!(chunk.finish_reason, None);
         let chunk = parse_chunk(br#"{"choices":[],"usage":{"prompt_tokens":2,"completion_tokens":3}}"#).expect("a chunk");
         assert!(chunk.usage_only);
         assert_eq!(chunk.usage.map(|u| u.total_tokens), Some(5));

@@ -287,14 +287,15 @@ fn wanted(text: &str) -> Vec<&str> {
     words
 }
 
-/// Any words as an FTS5 query: in quotes, all of them needed; FTS5 itself splits them further. `None` where there
+/// Any words as an FTS5 query: in quotes, all of them needed, but for those that are no word to FTS5; it splits them
+/// further itself. `None` where there
 /// are no words (<https://sqlite.org/fts5.html#full_text_query_syntax>).
 fn match_expression(words: &[&str]) -> Option<String> {
     if words.is_empty() {
         return None;
     }
     let words: Vec<String> = words.iter().map(|w| format!("\"{}\"", w.replace('"', "\"\""))).collect();
-    Some(format!("{{question answer}} : ({})", words.join(" AND ")))
+    Some(format!("{{question answer}} : ({})", words.join(" ")))
 }
 
 /// The same among a key's own rows.
@@ -372,6 +373,8 @@ fn connect(path: &Path, flags: OpenFlags) -> rusqlite::Result<Connection> {
     connection.busy_timeout(config::DATABASE_BUSY)?;
     // Otherwise a kept statement is planned anew for each value that it is given, a quarter of a search's time.
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
+    // What others add to the database must not keep retention from deleting.
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_FKEY, false)?;
     Ok(connection)
 }
 
@@ -383,7 +386,7 @@ mod tests {
     fn any_text_is_a_query_for_words() {
         let query = |text: &str| match_expression(&wanted(text));
         let found = query("\"x\" OR -z\0don't & or 🦀");
-        assert_eq!(found.as_deref(), Some(r#"{question answer} : ("""x""" AND "OR" AND "-z" AND "don't")"#));
+        assert_eq!(found.as_deref(), Some(r#"{question answer} : ("""x""" "OR" "-z" "don't")"#));
         assert_eq!(query(" \"'*🦀"), None);
         assert_eq!(among_own("a", "x"), r#"key : "61" AND x"#);
     }

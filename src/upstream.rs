@@ -401,7 +401,9 @@ impl Line {
                 }
             };
             let wait = failure.wait.unwrap_or_else(|| backoff(retries));
-            let too_late = self.watch.until().is_some_and(|until| Instant::now() + wait >= until);
+            // What asks for more than there is of time is later than any end.
+            let then = Instant::now().checked_add(wait);
+            let too_late = self.watch.until().is_some_and(|until| then.is_none_or(|then| then >= until));
             if !failure.retry || too_late || retries == self.upstream.config.upstream_retries {
                 // A client that also tries again multiplies our attempts.
                 if retries > 0 || failure.error.code == Code::UpstreamTimeout {

@@ -115,6 +115,15 @@ fn log_unmoved(moved: rusqlite::Result<()>) {
     moved.unwrap_or_else(|e| log::debug!("the history's journal was not moved over: {e}"));
 }
 
+/// A number that changes when another connection writes (<https://sqlite.org/pragma.html#pragma_data_version>).
+fn data_version(connection: &Connection) -> rusqlite::Result<i64> {
+    connection.prepare_cached("PRAGMA data_version")?.query_row([], |row| row.get(0))
+}
+
+fn count(connection: &Connection) -> rusqlite::Result<u64> {
+    connection.query_row(include_str!("../../sql/queries/count.sql"), [], |row| row.get::<_, i64>(0)).map(|rows| rows as u64)
+}
+
 /// What retention says has to go.
 struct Surplus {
     /// Rows more than may be kept.
@@ -275,6 +284,8 @@ pub struct Writer {
     checkpoint: Option<JoinHandle<()>>,
     /// Rows in the table; kept only where their number is limited.
     rows: u64,
+    /// Of the database when they were counted.
+    data_version: i64,
     /// The last id that was given, and the last one whose words are indexed.
     last_id: i64,
     indexed: i64,
@@ -304,6 +315,7 @@ impl Writer {
             pages: 0,
             checkpoint: None,
             rows: 0,
+            data_version: 0,
             last_id: 0,
             indexed: 0,
             unindexed_bytes: 0,
@@ -493,8 +505,20 @@ impl Writer {
         self.searches.retain(|(up_to, search)| *up_to > self.indexed && !failing && search.is_awaited());
     }
 
-    /// What has to go when so many pairs come.
-    fn surplus(&self, coming: usize) -> Surplus {
+    /// What has to go when so many pairs come. Rows are counted before any goes where another connection wrote, as who
+    /// deletes by hand does.
+    fn surplus(&mut self, coming: usize) -> Surplus {
+        if let (true, Some(open)) = (self.max_rows > 0 && self.rows + coming as u64 > self.max_rows, &self.open) {
+            let counted = data_version(&open.connection).and_then(|version| {
+                let rows = if version == self.data_version { self.rows } else { count(&open.connection)? };
+                Ok((version, rows))
+            });
+            match counted {
+                Ok(counted) => (self.data_version, self.rows) = counted,
+                // The write that follows says why.
+                Err(_) => return Surplus { rows: 0, days: 0 },
+            }
+        }
         let rows = if self.max_rows > 0 { (self.rows + coming as u64).saturating_sub(self.max_rows) } else { 0 };
         Surplus { rows, days: if Instant::now() >= self.next_retention { self.max_days } else { 0 } }
     }
@@ -591,6 +615,10 @@ impl Writer {
         ))?;
         for (number, migration) in (1..).zip(MIGRATIONS).skip(version as usize) {
             let transaction = connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+            // Another process may have made it meanwhile.
+            if transaction.query_row("PRAGMA user_version", [], |row| row.get::<_, i64>(0))? >= number {
+                continue;
+            }
             transaction.execute_batch(migration)?;
             transaction.pragma_update(None, "user_version", number)?;
             transaction.commit()?;
@@ -599,7 +627,7 @@ impl Writer {
             connection.execute_batch("PRAGMA synchronous = FULL")?;
         }
         if self.max_rows > 0 {
-            self.rows = connection.query_row(include_str!("../../sql/queries/count.sql"), [], |row| row.get::<_, i64>(0))? as u64;
+            (self.data_version, self.rows) = (data_version(&connection)?, count(&connection)?);
         }
         let progress = include_str!("../../sql/queries/progress.sql");
         (self.last_id, self.indexed) = connection.query_row(progress, [], |row| Ok((row.get(0)?, row.get(1)?)))?;

@@ -950,7 +950,7 @@ fn large_pages_that_nobody_reads_have_a_limit() {
         })
         .collect();
     let told = |line: &&String| line.contains("path=/api/history") && line.contains("code=overloaded");
-    within(Duration::from_secs(60), "the last ones are told", || proxy.log().iter().filter(told).count() == 8);
+    within(Duration::from_secs(180), "the last ones are told", || proxy.log().iter().filter(told).count() == 8);
     proxy.call(&page).expect_error(503, "overloaded");
     assert_eq!(proxy.get("/api/history?limit=1&before=1").status, 200, "small pages are not concerned");
     let cost = proxy.memory_peak().saturating_sub(before);
@@ -1459,7 +1459,7 @@ fn streams_that_fail_leave_no_descriptor_behind() {
     }
     drop(callers);
     // Connections to the upstream rest for ten seconds; those of clients have no reason to.
-    within(Duration::from_secs(30), "the descriptors are given back", || proxy.descriptors() < 25);
+    within(Duration::from_secs(60), "the descriptors are given back", || proxy.descriptors() < 25);
 }
 
 // Chance
@@ -1812,9 +1812,9 @@ fn large_answers_that_nobody_reads_have_a_limit() {
     };
     let mut lazy: Vec<TcpStream> = (0..20).map(|_| lazily("one")).collect();
     let told = |line: &&String| line.contains("path=/api/ask") && line.contains("code=overloaded");
-    within(Duration::from_secs(60), "the last ones are told", || proxy.log().iter().filter(told).count() == 5);
+    within(Duration::from_secs(180), "the last ones are told", || proxy.log().iter().filter(told).count() == 5);
     lazy.extend((0..2).map(|number| lazily(&format!("new-{number}"))));
-    within(Duration::from_secs(60), "the new ones are stored", || proxy.count_rows() == 3);
+    within(Duration::from_secs(180), "the new ones are stored", || proxy.count_rows() == 3);
     eventually("their workers have them", || proxy.get("/readyz").json()["workers_busy"] == 2);
     let cost = proxy.memory_peak().saturating_sub(before);
     assert!(cost < 8 * BOUNDED, "{} MiB", cost >> 20);

@@ -681,8 +681,19 @@ fn an_upstream_that_refuses_before_it_has_read_is_understood() {
 #[test]
 fn whatever_retry_after_says_the_answer_comes_in_time() {
     let dates = ["Fri, 31 Dec 2100 23:59:59 GMT", "Thu, 01 Jan 1970 00:00:00 GMT", "Friday, 31-Dec-99 23:59:59 GMT"];
-    let numbers =
-        ["259200", "0", "-1", "1e308", "NaN", "inf", "-inf", "18446744073709551616", "0.000001", "99999999999999999999999999"];
+    let numbers = [
+        "259200",
+        "0",
+        "-1",
+        "1e308",
+        "NaN",
+        "inf",
+        "-inf",
+        "9223372036854775807",
+        "18446744073709551616",
+        "0.000001",
+        "99999999999999999999999999",
+    ];
     let nonsense = ["soon", "3 days", "1,5", "\"7\"", "7;8", "Fri, 99 Foo 2100 99:99:99 GMT"];
     for after in dates.iter().chain(&numbers).chain(&nonsense) {
         for (status, ours) in [(429, 429), (503, 503)] {

@@ -438,6 +438,52 @@ fn a_search_finds_what_was_answered_before_it_also_under_a_load_that_never_pause
     });
 }
 
+/// Who deletes by hand changes what retention counts.
+#[test]
+fn rows_deleted_by_hand_make_room() {
+    let proxy = Proxy::with(&[("HISTORY_MAX_ROWS", "5")]).start();
+    let ids = || proxy.history().iter().filter_map(|pair| pair["id"].as_i64()).collect::<Vec<i64>>();
+    for _ in 0..6 {
+        proxy.answer("Kept?");
+    }
+    eventually("five are left", || proxy.count_rows() == 5);
+    for (delete, left) in [("DELETE FROM history", 0), ("DELETE FROM history WHERE id % 2", 2)] {
+        proxy.database().execute_batch(delete).expect("deleted");
+        let before = proxy.count_rows();
+        assert!(before <= left + 1, "{before}");
+        for _ in before..5 {
+            proxy.answer("New?");
+        }
+        assert_eq!(proxy.count_rows(), 5, "{delete}: {:?}", ids());
+    }
+    proxy.answer("One more?");
+    assert_eq!(proxy.count_rows(), 5);
+}
+
+/// A table of the user's own that refers to the history does not hold up retention, and so not the questions.
+#[test]
+fn a_reference_to_the_history_does_not_stop_it() {
+    let proxy = Proxy::with(&[("HISTORY_MAX_ROWS", "2")]).start();
+    proxy.answer("First?");
+    let refer = "CREATE TABLE note (of INTEGER REFERENCES history(id)); INSERT INTO note SELECT id FROM history";
+    proxy.database().execute_batch(refer).expect("a table");
+    for _ in 0..4 {
+        proxy.answer("And then?");
+    }
+    assert_eq!(proxy.count_rows(), 2);
+}
+
+/// Ⓐ is a letter to us and none to the index.
+#[test]
+fn what_is_no_word_to_the_index_does_not_empty_a_search() {
+    let proxy = Proxy::start();
+    proxy.answer("hello \u{24b6} world");
+    for words in ["hello%20%E2%92%B6%20world", "hello", "%E2%92%B6%20world"] {
+        let found = proxy.get(&format!("/api/history?q={words}")).json();
+        assert_eq!(found["items"].as_array().map(Vec::len), Some(1), "{words}: {found}");
+    }
+}
+
 #[test]
 fn no_more_than_history_max_rows_are_kept() {
     let proxy = Proxy::with(&[("HISTORY_MAX_ROWS", "3")]).start();
