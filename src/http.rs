@@ -275,7 +275,8 @@ pub enum Turn<A> {
 /// How looking for the next request ended.
 enum Next {
     Head(Head),
-    Refused(ApiError),
+    /// With the head, where it can be read all the same.
+    Refused(Option<Head>, ApiError),
     /// The client has gone: nothing is said.
     Over,
 }
@@ -314,21 +315,15 @@ impl Connection {
             return Turn::Quiet;
         }
         self.owes_body = true;
-        let (mut head, mut fault) = match self.next_head(parsed, started + config::HEADER_TIMEOUT) {
-            Next::Head(head) => (Some(head), None),
-            Next::Refused(e) => (None, Some(e)),
+        let head = match self.next_head(parsed, started + config::HEADER_TIMEOUT) {
+            Next::Head(head) => head,
+            Next::Refused(head, e) => return self.call(site, false, started, Seen { head, admitted: None, body: Err(e) }),
             Next::Over => return Turn::Over,
         };
-        fault = fault.or(head.as_mut().and_then(|head| head.fault.take()));
-        let (Some(read), None) = (&head, &fault) else {
-            let fault = fault.unwrap_or_else(|| head::bad("no head"));
-            return self.call(site, false, started, Seen { head, admitted: None, body: Err(fault) });
-        };
-        let (admitted, verdict) = site.admit(read);
-        let (body, keep) = self.body(read, verdict);
+        let (admitted, verdict) = site.admit(&head);
+        let (body, keep) = self.body(&head, verdict);
         self.owes_body = !keep;
-        let keep = keep && !read.close;
-        self.call(site, keep, started, Seen { head, admitted, body })
+        self.call(site, keep && !head.close, started, Seen { head: Some(head), admitted, body })
     }
 
     /// The request, with the right to answer it; `keep`: another may follow.
@@ -417,15 +412,20 @@ impl Connection {
     fn next_head(&mut self, mut parsed: Result<Option<Head>, ApiError>, deadline: Instant) -> Next {
         loop {
             match parsed {
-                Ok(Some(head)) => return Next::Head(head),
-                Err(e) => return Next::Refused(e),
+                Ok(Some(mut head)) => {
+                    return match head.fault.take() {
+                        Some(e) => Next::Refused(Some(head), e),
+                        None => Next::Head(head),
+                    };
+                }
+                Err(e) => return Next::Refused(None, e),
                 Ok(None) => {}
             }
             match self.receive(deadline.saturating_duration_since(Instant::now())) {
                 Ok(Some(1..)) => parsed = Head::parse(&self.unparsed),
                 Ok(None) => {
                     let text = format!("the request's head was not complete within {} s", config::HEADER_TIMEOUT.as_secs());
-                    return Next::Refused(ApiError::new(Code::RequestTimeout, text));
+                    return Next::Refused(None, ApiError::new(Code::RequestTimeout, text));
                 }
                 _ => return Next::Over,
             }

@@ -18,3 +18,14 @@ pub fn wait<'a, T>(condition: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<
 pub fn wait_within<'a, T>(condition: &Condvar, guard: MutexGuard<'a, T>, time: Duration) -> MutexGuard<'a, T> {
     condition.wait_timeout(guard, time).unwrap_or_else(PoisonError::into_inner).0
 }
+
+/// Lets go of it while `is_so`, no longer than `time`; `None`: the time was over and it still is so.
+pub fn wait_while<'a, T>(
+    condition: &Condvar,
+    guard: MutexGuard<'a, T>,
+    time: Duration,
+    is_so: impl FnMut(&mut T) -> bool,
+) -> Option<MutexGuard<'a, T>> {
+    let (guard, waited) = condition.wait_timeout_while(guard, time, is_so).unwrap_or_else(PoisonError::into_inner);
+    (!waited.timed_out()).then_some(guard)
+}

@@ -363,7 +363,7 @@ impl Line {
             {
                 continue;
             }
-            if !(failure.retry || failure.unknown_model) || !chat.fall_back(&self.upstream.config.fallback_models) {
+            if !(failure.retry || failure.unknown_model) || !self.fall_back(chat) {
                 return Err(failure.error);
             }
             log::warn!("a model failed, the next one is asked: {}", failure.error.code.name());

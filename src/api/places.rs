@@ -1,10 +1,10 @@
 //! Places for what may be there so much at once: threads that do something, or bytes in memory. Knows nothing of what
 //! takes them.
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-use crate::lock::lock;
+use crate::lock::{lock, wait_while};
 
 /// So many places, shared by all who take them.
 pub struct Places {
@@ -27,11 +27,7 @@ impl Places {
 
     /// Takes `count` of them, after a while if need be; `None`: there was no room within `patience`.
     pub fn take(self: &Arc<Places>, count: usize, patience: Duration) -> Option<Taken> {
-        let waited = self.freed.wait_timeout_while(lock(&self.taken), patience, |taken| *taken + count > self.most);
-        let (mut taken, waited) = waited.unwrap_or_else(PoisonError::into_inner);
-        if waited.timed_out() {
-            return None;
-        }
+        let mut taken = wait_while(&self.freed, lock(&self.taken), patience, |taken| *taken + count > self.most)?;
         *taken += count;
         Some(Taken { places: Arc::clone(self), count })
     }

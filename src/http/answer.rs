@@ -14,7 +14,7 @@ use super::{Listed, wait};
 use crate::config;
 use crate::error::{ApiError, Code, Header};
 use crate::kernel;
-use crate::lock::lock;
+use crate::lock::{lock, wait_while};
 
 /// What became of a connection's answers.
 #[derive(Default)]
@@ -63,8 +63,7 @@ impl Answers {
         let mut pending = lock(&self.pending);
         if pending.is_pending {
             pending.is_awaited = true;
-            let waiting = |pending: &mut Pending| pending.is_pending;
-            drop(self.answered.wait_timeout_while(pending, time, waiting));
+            wait_while(&self.answered, pending, time, |pending| pending.is_pending);
         }
     }
 }
