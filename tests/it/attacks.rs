@@ -946,6 +946,8 @@ fn large_pages_that_nobody_reads_have_a_limit() {
         .map(|_| {
             let stream = plug_in_narrow(proxy.address);
             throw(&stream, &[&page.bytes()]);
+            // One after the other: who waits for too long until its page is put together is refused for that.
+            stream.peek(&mut [0]).expect("its answer begins");
             stream
         })
         .collect();

@@ -4,7 +4,7 @@
 use super::client::{Head, Response};
 use super::proxy::Proxy;
 use super::{PATIENCE, eventually};
-use rustix::net::{AddressFamily, SocketType, sockopt};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -97,7 +97,9 @@ pub fn plug_in(address: SocketAddr) -> TcpStream {
 
 /// A connection that takes little at once: small buffers, and segments so small that the kernel keeps little, too.
 pub fn plug_in_narrow(address: SocketAddr) -> TcpStream {
-    let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).expect("a socket");
+    // Otherwise the programs of other tests that start meanwhile would have it, too.
+    let closed_on_exec = SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, closed_on_exec, None).expect("a socket");
     let smallest: libc::c_int = 88;
     let (place, size) = ((&raw const smallest).cast(), size_of_val(&smallest) as libc::socklen_t);
     // SAFETY: the kernel reads one c_int at the given place.
