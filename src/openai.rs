@@ -226,9 +226,56 @@ impl<'de, F: FnMut(&str, &'de RawValue)> Visitor<'de> for EachField<F> {
     }
 }
 
-/// A string, borrowed where it stands in the JSON as it is.
-#[derive(Deserialize)]
-struct Words<'a>(#[serde(borrow)] Cow<'a, str>);
+/// A string, borrowed where it stands in the JSON as it is. Of halves of characters (`"\ud83d"`), which servers write
+/// that cut a text into UTF-16 units, replacement characters are left.
+#[derive(Default)]
+struct Words<'a>(Cow<'a, str>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for Words<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Words<'a>, D::Error> {
+        // As a string it would have to be whole.
+        deserializer.deserialize_bytes(WordsVisitor).map(Words)
+    }
+}
+
+struct WordsVisitor;
+
+impl<'de> Visitor<'de> for WordsVisitor {
+    type Value = Cow<'de, str>;
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("a string")
+    }
+
+    fn visit_borrowed_bytes<E>(self, text: &'de [u8]) -> Result<Cow<'de, str>, E> {
+        Ok(String::from_utf8_lossy(text))
+    }
+
+    fn visit_bytes<E>(self, text: &[u8]) -> Result<Cow<'de, str>, E> {
+        Ok(String::from_utf8_lossy(text).into_owned().into())
+    }
+}
+
+/// A value that only the history wants, so that one of another type than it should have is none. Default: none.
+struct Wish<T>(Option<T>);
+
+impl<T> Default for Wish<T> {
+    fn default() -> Wish<T> {
+        Wish(None)
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Wish<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Wish<T>, D::Error> {
+        <&RawValue>::deserialize(deserializer).map(|json| Wish(wished(json.get())))
+    }
+}
+
+// Not inlined: what all the wishes of a chunk take of the stack each stream would keep, another page.
+#[inline(never)]
+fn wished<'a, T: Deserialize<'a>>(json: &'a str) -> Option<T> {
+    serde_json::from_str(json).ok()
+}
 
 /// A field's value, `None` where it is not there or null. Errs with 422 saying what it must be.
 fn read<'a, T: Deserialize<'a>>(json: Option<&'a RawValue>, name: &str, kind: &str) -> Result<Option<T>, ApiError> {
@@ -322,7 +369,7 @@ impl NoAnswer {
 /// of one.
 pub fn parse_completion(body: &[u8]) -> Result<Completion, NoAnswer> {
     let answer: Answer = from_json(body).map_err(|e| format!("its answer is not a chat completion: {e}"))?;
-    if let Some(error) = answer.error {
+    if let Some(error) = answer.error.filter(|error| is_error(error)) {
         return Err(NoAnswer::error("it answered with an error", error));
     }
     let choice =
@@ -337,9 +384,9 @@ pub fn parse_completion(body: &[u8]) -> Result<Completion, NoAnswer> {
     calls.append_to(&mut text);
     Ok(Completion {
         answer: text,
-        model: answer.model.map(|Words(model)| model.into_owned()),
+        model: answer.model.0.map(|Words(model)| model.into_owned()),
         finish_reason: reason(choice.finish_reason).map(Cow::into_owned),
-        usage: answer.usage.map(Usage::from),
+        usage: usage(answer.usage),
     })
 }
 
@@ -347,6 +394,11 @@ pub fn parse_completion(body: &[u8]) -> Result<Completion, NoAnswer> {
 fn from_json<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, String> {
     let text = std::str::from_utf8(bytes).map_err(|e| e.to_string())?;
     serde_json::from_str(text).map_err(|e| e.to_string())
+}
+
+/// Whether an `error` field says that there is one: some servers send it always.
+fn is_error(error: &RawValue) -> bool {
+    !matches!(error.get(), "null" | "false" | "\"\"" | "{}" | "[]")
 }
 
 /// The model whose name stands in a path: clients may write a slash in it as `%2F`; other bytes have no reason to hide.
@@ -359,7 +411,7 @@ pub fn is_model_answer(body: &[u8]) -> bool {
     let mut fine = true;
     let fields = each_field(body, |name, value| {
         if name == "error" {
-            fine = value.get() == "null";
+            fine = !is_error(value);
         }
     });
     fields.is_ok() && fine
@@ -380,22 +432,22 @@ pub struct Chunk<'a> {
 }
 
 /// An empty finish reason is none: some servers send it in every chunk.
-fn reason(given: Option<Words>) -> Option<Cow<str>> {
-    given.map(|Words(reason)| reason).filter(|reason| !reason.is_empty())
+fn reason(given: Wish<Words>) -> Option<Cow<str>> {
+    given.0.map(|Words(reason)| reason).filter(|reason| !reason.is_empty())
 }
 
 /// Reads the data of one event that is not `[DONE]`. Errs when it is an error or no chunk.
 pub fn parse_chunk(data: &[u8]) -> Result<Chunk<'_>, NoAnswer> {
     let answer: Answer = from_json(data).map_err(|e| format!("an event of its stream is not a chunk: {e}"))?;
-    if let Some(error) = answer.error {
+    if let Some(error) = answer.error.filter(|error| is_error(error)) {
         return Err(NoAnswer::error("its stream broke off with an error", error));
     }
-    let usage = answer.usage.map(Usage::from);
-    let mut chunk = Chunk { model: answer.model.map(|Words(model)| model), usage, ..Chunk::default() };
+    let usage = usage(answer.usage);
+    let mut chunk = Chunk { model: answer.model.0.map(|Words(model)| model), usage, ..Chunk::default() };
     let choices = answer.choices.unwrap_or_default().0;
     chunk.usage_only = choices.is_empty() && usage.is_some();
     // Further choices (`n` > 1) reach the client, and history keeps the first.
-    for choice in choices.into_iter().filter(|choice| choice.index.is_none_or(|index| index == 0)) {
+    for choice in choices.into_iter().filter(|choice| choice.index.0.is_none_or(|index| index == 0)) {
         if let Some(mut delta) = choice.delta {
             chunk.delta += delta.text();
             delta.calls(&mut chunk.tool_calls);
@@ -451,11 +503,11 @@ fn one_line(text: &str) -> String {
 #[derive(Deserialize)]
 struct Answer<'a> {
     #[serde(borrow, default)]
-    model: Option<Words<'a>>,
+    model: Wish<Words<'a>>,
     #[serde(borrow, default)]
     choices: Option<Few<Choice<'a>>>,
     #[serde(default)]
-    usage: Option<Counts>,
+    usage: Wish<Counts>,
     #[serde(borrow, default)]
     error: Option<&'a RawValue>,
 }
@@ -500,13 +552,13 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for FewVisitor<T> {
 #[derive(Deserialize)]
 struct Choice<'a> {
     #[serde(default)]
-    index: Option<u64>,
+    index: Wish<u64>,
     #[serde(borrow, default)]
     message: Option<Said<'a>>,
     #[serde(borrow, default)]
     delta: Option<Said<'a>>,
     #[serde(borrow, default)]
-    finish_reason: Option<Words<'a>>,
+    finish_reason: Wish<Words<'a>>,
 }
 
 #[derive(Deserialize)]
@@ -516,17 +568,17 @@ struct Said<'a> {
     #[serde(borrow, default)]
     refusal: Text<'a>,
     #[serde(default)]
-    tool_calls: Option<Few<ToolCall>>,
+    tool_calls: Wish<Few<ToolCall>>,
     /// How a single call looked before there were tools.
-    #[serde(default)]
-    function_call: Option<Box<ToolFunction>>,
+    #[serde(borrow, default)]
+    function_call: Wish<Box<Function<'a>>>,
 }
 
 impl<'a> Said<'a> {
     /// Adds its calls, or pieces of calls, as they are.
     fn calls(&mut self, all: &mut ToolCalls) {
-        let older = self.function_call.take().map(|function| ToolCall { function: Some(*function), ..ToolCall::default() });
-        for call in self.tool_calls.take().unwrap_or_default().0.into_iter().chain(older) {
+        let older = self.function_call.0.take().map(|function| function.called(None, None));
+        for call in self.tool_calls.0.take().unwrap_or_default().0.into_iter().chain(older) {
             all.size += call.size();
             all.calls.push(call);
         }
@@ -538,36 +590,74 @@ impl<'a> Said<'a> {
     }
 }
 
-/// A call of a tool, or in a stream a piece of one: pieces of the same index belong together. Where servers give none,
-/// those of the same id do, and who has no id continues the piece before.
-#[derive(Debug, Default, Deserialize, PartialEq)]
-struct ToolCall {
-    #[serde(default)]
-    index: Option<usize>,
-    #[serde(default)]
-    id: Option<String>,
-    /// `custom` is the same of a tool without a schema.
-    #[serde(default, alias = "custom")]
-    function: Option<ToolFunction>,
+/// What a tool is called by and with, as it stands in an answer; `input` is what the tools without a schema have.
+#[derive(Deserialize)]
+struct Function<'a> {
+    #[serde(borrow, default)]
+    name: Wish<Words<'a>>,
+    #[serde(borrow, default)]
+    arguments: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    input: Option<&'a RawValue>,
 }
 
-#[derive(Debug, Default, Deserialize, PartialEq)]
-struct ToolFunction {
-    #[serde(default)]
-    name: Option<String>,
-    #[serde(default, alias = "input")]
+impl Function<'_> {
+    fn called(self, index: Option<usize>, id: Option<String>) -> ToolCall {
+        // Some servers give the arguments as the object that they are.
+        let text = |json: &RawValue| {
+            read::<Words>(Some(json), "", "")
+                .map_or_else(|_| Some(json.get().into()), |words| words.map(|Words(text)| text.into_owned()))
+        };
+        let arguments = self.arguments.and_then(text).or(self.input.and_then(text));
+        ToolCall {
+            index,
+            arguments: Some(arguments.unwrap_or_default()),
+            id,
+            name: self.name.0.map(|Words(name)| name.into_owned()),
+        }
+    }
+}
+
+/// A call of a tool, or in a stream a piece of one: pieces of the same index belong together. Where servers give none,
+/// those of the same id do, and who has no id continues the piece before. History keeps it in this form.
+#[derive(Debug, Default, Serialize, PartialEq)]
+struct ToolCall {
+    #[serde(skip)]
+    index: Option<usize>,
     arguments: Option<String>,
+    id: Option<String>,
+    name: Option<String>,
+}
+
+impl<'de> Deserialize<'de> for ToolCall {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<ToolCall, D::Error> {
+        #[derive(Deserialize)]
+        struct Call<'a> {
+            #[serde(default)]
+            index: Wish<usize>,
+            #[serde(borrow, default)]
+            id: Wish<Words<'a>>,
+            #[serde(borrow, default)]
+            function: Wish<Function<'a>>,
+            /// The same of a tool without a schema.
+            #[serde(borrow, default)]
+            custom: Wish<Function<'a>>,
+        }
+        let call = Call::deserialize(deserializer)?;
+        let (index, id) = (call.index.0, call.id.0.map(|Words(id)| id.into_owned()));
+        Ok(match call.function.0.or(call.custom.0) {
+            Some(function) => function.called(index, id),
+            None => ToolCall { index, id, ..ToolCall::default() },
+        })
+    }
 }
 
 impl ToolCall {
-    /// A call of which nothing is known yet, in bytes.
+    /// What a call takes in history beside its texts, in bytes: empty ones are many.
     const FRAME: usize = r#"{"arguments":null,"id":null,"name":null},"#.len();
 
     fn size(&self) -> usize {
-        let function = self.function.as_ref();
-        let arguments = function.and_then(|function| function.arguments.as_deref());
-        let name = function.and_then(|function| function.name.as_deref());
-        Self::FRAME + [arguments, name, self.id.as_deref()].into_iter().flatten().map(size_in_json).sum::<usize>()
+        Self::FRAME + [&self.arguments, &self.name, &self.id].into_iter().flatten().map(|text| size_in_json(text)).sum::<usize>()
     }
 }
 
@@ -598,13 +688,11 @@ impl ToolCalls {
                 self.size += ToolCall::FRAME;
             }
             let call = &mut self.calls[self.last];
-            self.size += take_first(&mut call.id, piece.id);
-            let Some(function) = piece.function else { continue };
-            let known = call.function.get_or_insert_default();
-            self.size += take_first(&mut known.name, function.name);
-            let arguments = function.arguments.unwrap_or_default();
-            self.size += size_in_json(&arguments);
-            known.arguments.get_or_insert_default().push_str(&arguments);
+            self.size += take_first(&mut call.id, piece.id) + take_first(&mut call.name, piece.name);
+            if let Some(arguments) = piece.arguments {
+                self.size += size_in_json(&arguments);
+                call.arguments.get_or_insert_default().push_str(&arguments);
+            }
         }
     }
 
@@ -618,15 +706,7 @@ impl ToolCalls {
         if self.calls.is_empty() {
             return;
         }
-        let tool_calls = self.calls.iter().map(|call| {
-            let function = call.function.as_ref();
-            KeptCall {
-                arguments: function.and_then(|function| function.arguments.as_deref()),
-                id: call.id.as_deref(),
-                name: function.and_then(|function| function.name.as_deref()),
-            }
-        });
-        let line = serde_json::to_string(&KeptCalls { tool_calls: tool_calls.collect() }).unwrap_or_default();
+        let line = serde_json::to_string(&KeptCalls { tool_calls: &self.calls }).unwrap_or_default();
         if answer.is_empty() {
             *answer = line;
         } else {
@@ -647,85 +727,72 @@ fn take_first(known: &mut Option<String>, new: Option<String>) -> usize {
 
 #[derive(Serialize)]
 struct KeptCalls<'a> {
-    tool_calls: Vec<KeptCall<'a>>,
+    tool_calls: &'a [ToolCall],
 }
 
-#[derive(Serialize)]
-struct KeptCall<'a> {
-    arguments: Option<&'a str>,
-    id: Option<&'a str>,
-    name: Option<&'a str>,
-}
-
+/// Counted in whole numbers, but some servers have only one kind of number.
 #[derive(Deserialize)]
 struct Counts {
     #[serde(default)]
-    prompt_tokens: Option<u64>,
+    prompt_tokens: Wish<f64>,
     #[serde(default)]
-    completion_tokens: Option<u64>,
+    completion_tokens: Wish<f64>,
     #[serde(default)]
-    total_tokens: Option<u64>,
+    total_tokens: Wish<f64>,
 }
 
-impl From<Counts> for Usage {
-    fn from(counts: Counts) -> Usage {
-        // As many as the history can keep.
-        let bounded = |tokens: u64| tokens.min(i64::MAX as u64);
-        let prompt_tokens = bounded(counts.prompt_tokens.unwrap_or(0));
-        let completion_tokens = bounded(counts.completion_tokens.unwrap_or(0));
-        let total_tokens = bounded(counts.total_tokens.unwrap_or(prompt_tokens + completion_tokens));
-        Usage { prompt_tokens, completion_tokens, total_tokens }
-    }
+/// `None` where nothing was counted.
+fn usage(counts: Wish<Counts>) -> Option<Usage> {
+    let counts = counts.0?;
+    // As many as the history can keep; less than none is no number of tokens.
+    let whole = |tokens: Wish<f64>| tokens.0.filter(|tokens| *tokens >= 0.0).map(|tokens| (tokens as u64).min(i64::MAX as u64));
+    let (prompt, completion, total) = (whole(counts.prompt_tokens), whole(counts.completion_tokens), whole(counts.total_tokens));
+    prompt.or(completion).or(total)?;
+    let (prompt_tokens, completion_tokens) = (prompt.unwrap_or(0), completion.unwrap_or(0));
+    Some(Usage {
+        prompt_tokens,
+        completion_tokens,
+        total_tokens: total.unwrap_or(prompt_tokens.saturating_add(completion_tokens)),
+    })
 }
 
-/// Content: a string, null, or a list of parts whose texts count; an object is no text. Errs on anything else.
+/// Content: a string, or a list of parts whose texts count. Anything else is no text.
 #[derive(Default)]
 pub struct Text<'a>(pub Cow<'a, str>);
 
 impl<'de: 'a, 'a> Deserialize<'de> for Text<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Text<'a>, D::Error> {
-        deserializer.deserialize_any(TextVisitor).map(Text)
+        let json = <&RawValue>::deserialize(deserializer)?.get();
+        Ok(match json.as_bytes().first() {
+            Some(b'"') => Text(wished(json).map_or_else(Cow::default, |Words(text)| text)),
+            Some(b'[') => serde_json::Deserializer::from_str(json).deserialize_seq(PartsVisitor).map(Text).unwrap_or_default(),
+            _ => Text::default(),
+        })
     }
 }
 
-struct TextVisitor;
+struct PartsVisitor;
 
-#[derive(Deserialize)]
-struct Part<'a> {
-    #[serde(borrow, default)]
-    text: Text<'a>,
-}
-
-impl<'de> Visitor<'de> for TextVisitor {
+impl<'de> Visitor<'de> for PartsVisitor {
     type Value = Cow<'de, str>;
 
     fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str("a string, null or a list of parts")
-    }
-
-    fn visit_borrowed_str<E>(self, text: &'de str) -> Result<Cow<'de, str>, E> {
-        Ok(text.into())
-    }
-
-    fn visit_str<E>(self, text: &str) -> Result<Cow<'de, str>, E> {
-        Ok(text.to_string().into())
-    }
-
-    fn visit_unit<E>(self) -> Result<Cow<'de, str>, E> {
-        Ok(Cow::default())
+        f.write_str("a list of parts")
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut parts: A) -> Result<Cow<'de, str>, A::Error> {
+        #[derive(Deserialize)]
+        struct Part<'a> {
+            #[serde(borrow, default)]
+            text: Wish<Words<'a>>,
+        }
         let mut text = Cow::default();
-        while let Some(part) = parts.next_element::<Part>()? {
-            text += part.text.0;
+        while let Some(Wish(part)) = parts.next_element::<Wish<Part>>()? {
+            if let Some(Words(more)) = part.and_then(|part| part.text.0) {
+                text += more;
+            }
         }
         Ok(text)
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Cow<'de, str>, A::Error> {
-        while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-        Ok(Cow::default())
     }
 }
 

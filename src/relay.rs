@@ -17,7 +17,7 @@ use crate::kernel;
 use crate::lock::lock;
 use crate::openai::{self, Chat, NoAnswer, ToolCalls};
 use crate::store::Store;
-use crate::upstream::{Events, Hangup, Line};
+use crate::upstream::{Broken, Events, Hangup, Line};
 
 fn headers() -> Vec<Header> {
     [("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no")]
@@ -348,38 +348,27 @@ pub fn run(
     }
 }
 
-/// Why a stream came to no end, and whether another model may do better.
-struct Broken {
-    error: ApiError,
-    passing: bool,
-}
-
-impl From<ApiError> for Broken {
-    fn from(error: ApiError) -> Broken {
-        Broken { error, passing: false }
-    }
-}
-
 /// Passes events on until the answer is complete; returns the closing event.
 fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u8>, Box<Broken>> {
     let mut batch = Vec::new();
     let mut out = Vec::new();
     let mut began = false;
     loop {
-        let more = events.next(&mut batch).map_err(|e| Box::new(Broken::from(e)))?;
+        let more = events.next(&mut batch)?;
         let mut done = None;
         let mut failure = None;
         for event in batch.drain(..) {
             let data = event.data();
+            let data = data.trim_ascii();
             // Nothing is said by it: some servers keep a connection alive so.
             if data.is_empty() {
                 continue;
             }
-            if *data == *b"[DONE]" {
+            if data == b"[DONE]" {
                 done = Some([&event.lines[..], b"\n"].concat());
                 break;
             }
-            match take_in(&data, draft, events) {
+            match take_in(data, draft, events) {
                 Ok(true) => {
                     began = true;
                     out.extend_from_slice(&event.lines);
@@ -388,14 +377,13 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
                 Ok(false) => {}
                 Err(no) => {
                     let code = if end.is_unanswered() && out.is_empty() { Code::UpstreamBadAnswer } else { Code::UpstreamError };
-                    failure =
-                        Some(Broken { error: events.failed(code, &format!("the LLM failed: {}", no.why)), passing: no.passing });
+                    failure = Some(events.no_answer(code, "failed", &no));
                     break;
                 }
             }
         }
         if !out.is_empty() {
-            end.send(&out).map_err(|_| Box::new(ApiError::client_gone().into()))?;
+            end.send(&out).map_err(|_| ApiError::client_gone())?;
             out.clear();
             if draft.first_event.is_none() {
                 draft.first_event = Some(draft.started.elapsed());
@@ -403,7 +391,7 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
             }
         }
         if let Some(failure) = failure {
-            return Err(Box::new(failure));
+            return Err(failure);
         }
         let over = !more || done.is_some();
         if let Some(done) = done.filter(|_| began) {
@@ -413,8 +401,8 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
             return match draft.finish_reason {
                 Some(_) if began => Ok(b"data: [DONE]\n\n".to_vec()),
                 _ => {
-                    let error = events.failed(Code::UpstreamBadAnswer, "the LLM's stream ended before its answer was complete");
-                    Err(Box::new(error.into()))
+                    let text = "the LLM's stream ended before its answer was complete";
+                    Err(events.failed(Code::UpstreamBadAnswer, text).into())
                 }
             };
         }

@@ -21,7 +21,7 @@ use crate::config::{self, Config, Mode};
 use crate::error::{ApiError, Code, Header, StartError, is_sane_id};
 use crate::metrics::Metrics;
 use crate::mock;
-use crate::openai::{self, Chat, Completion};
+use crate::openai::{self, Chat, Completion, NoAnswer};
 use crate::sse::{Event, Splitter};
 use wire::{Ended, NoResolver, Watch, WireConnector};
 
@@ -245,7 +245,7 @@ impl Line {
                 Mode::Upstream => {
                     let response = self.call(chat)?;
                     let headers = self.upstream.passed_on(response.headers());
-                    (self.whole(response)?, headers)
+                    (self.whole(response.into_body().into_reader(), Vec::new())?, headers)
                 }
                 _ => {
                     self.think(self.upstream.config.mock_delay)?;
@@ -281,7 +281,9 @@ impl Line {
         self.watch.begin(client, deadline);
         match self.source(chat) {
             Ok((source, headers)) => {
-                self.watch.only_silence(self.upstream.config.upstream_idle);
+                if !matches!(source, Source::Upstream { kind: Kind::Json, .. }) {
+                    self.watch.only_silence(self.upstream.config.upstream_idle);
+                }
                 Ok(Events { line: self, source, began: false, headers })
             }
             Err(e) => {
@@ -298,21 +300,13 @@ impl Line {
             let chunks = mock::chunks(&chat.body).into_iter().chain(["[DONE]".to_string()]);
             return Ok((Source::Mock { chunks: chunks.collect(), first: true }, Vec::new()));
         }
-        loop {
-            let response = self.call(chat)?;
-            let content_type = response.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-            if !content_type.is_some_and(|value| value.starts_with("application/json")) {
-                let headers = self.upstream.passed_on(response.headers());
-                let splitter = Splitter::new(config::MAX_ANSWER, MAX_NOISE);
-                return Ok((Source::Upstream { reader: response.into_body().into_reader(), splitter }, headers));
-            }
-            let why = match openai::parse_completion(&self.whole(response)?) {
-                Ok(_) => "a whole answer where a stream was asked for".to_string(),
-                Err(no) if no.passing && self.fall_back(chat) => continue,
-                Err(no) => no.why,
-            };
-            return Err(self.upstream.failed(Code::UpstreamBadAnswer, &format!("the LLM did not stream: {why}")));
-        }
+        let response = self.call(chat)?;
+        let headers = self.upstream.passed_on(response.headers());
+        let content_type = response.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+        let media_type = content_type.and_then(|value| value.split(';').next()).unwrap_or_default().trim().to_ascii_lowercase();
+        let kind = if media_type.ends_with("json") { Kind::Json } else { Kind::Unknown };
+        let splitter = Splitter::new(config::MAX_ANSWER, MAX_NOISE);
+        Ok((Source::Upstream { reader: response.into_body().into_reader(), splitter, kind }, headers))
     }
 
     /// The list of models, or the one whose name stands in `path` (`/NAME`), as JSON.
@@ -337,7 +331,8 @@ impl Line {
         let url = format!("{}/models{path}", self.upstream.config.upstream.base);
         request.uri = url.parse().map_err(|_| no_model())?;
         let answer = self.attempts(&request, b"");
-        let body = self.whole(answer.map_err(|failure| if failure.unknown_model { no_model() } else { failure.error })?)?;
+        let answer = answer.map_err(|failure| if failure.unknown_model { no_model() } else { failure.error })?;
+        let body = self.whole(answer.into_body().into_reader(), Vec::new())?;
         if !openai::is_model_answer(&body) {
             return Err(self.upstream.failed(Code::UpstreamBadAnswer, "the LLM answered with something else than models"));
         }
@@ -420,10 +415,9 @@ impl Line {
         }
     }
 
-    fn whole(&self, mut response: Response<Body>) -> Result<Vec<u8>, ApiError> {
-        let length = response.body().content_length().unwrap_or(0);
-        let mut body = Vec::with_capacity(length.min(64 * 1024) as usize + 1);
-        let result = response.body_mut().as_reader().take(config::MAX_ANSWER as u64 + 1).read_to_end(&mut body);
+    /// A body to its end, which may have begun.
+    fn whole(&self, reader: impl Read, mut body: Vec<u8>) -> Result<Vec<u8>, ApiError> {
+        let result = reader.take((config::MAX_ANSWER + 1 - body.len()) as u64).read_to_end(&mut body);
         if body.len() > config::MAX_ANSWER {
             let text = format!("the LLM's answer is larger than {} bytes", config::MAX_ANSWER);
             return Err(self.upstream.failed(Code::UpstreamBadAnswer, &text));
@@ -479,6 +473,18 @@ fn backoff(retries: u32) -> Duration {
     most.mul_f64(0.5 + 0.5 * (random as f64 / u64::MAX as f64))
 }
 
+/// Why a stream came to no end, and whether another model may do better.
+pub struct Broken {
+    pub error: ApiError,
+    pub passing: bool,
+}
+
+impl From<ApiError> for Box<Broken> {
+    fn from(error: ApiError) -> Box<Broken> {
+        Box::new(Broken { error, passing: false })
+    }
+}
+
 /// The events of a stream under way.
 pub struct Events<'a> {
     line: &'a mut Line,
@@ -489,8 +495,17 @@ pub struct Events<'a> {
     pub headers: Vec<Header>,
 }
 
+/// What an answer to a request for a stream is.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    /// So it says; until it turns out otherwise, it has to be whole before the deadline.
+    Json,
+    Unknown,
+    Stream,
+}
+
 enum Source {
-    Upstream { reader: BodyReader<'static>, splitter: Splitter },
+    Upstream { reader: BodyReader<'static>, splitter: Splitter, kind: Kind },
     Mock { chunks: VecDeque<String>, first: bool },
     Over,
 }
@@ -500,62 +515,94 @@ impl Events<'_> {
     /// ended as HTTP has it. Errs when it broke off, was silent for too long, or the client has gone.
     // Not inlined: what is read from then on would stand below the buffer on a stack that each stream keeps.
     #[inline(never)]
-    pub fn next(&mut self, events: &mut Vec<Event>) -> Result<bool, ApiError> {
-        let upstream = &self.line.upstream;
+    pub fn next(&mut self, events: &mut Vec<Event>) -> Result<bool, Box<Broken>> {
         let before = events.len();
         match &mut self.source {
             Source::Over => return Ok(false),
             Source::Mock { chunks, first } => {
                 if !std::mem::take(first) {
                     // Slow enough that a person sees it stream.
-                    let gap = (upstream.config.mock_delay / 10).min(Duration::from_millis(50));
-                    self.line.watch.sleep(gap).map_err(|ended| upstream.ended(ended))?;
+                    let gap = (self.line.upstream.config.mock_delay / 10).min(Duration::from_millis(50));
+                    self.line.think(gap)?;
                 }
                 let Some(data) = chunks.pop_front() else { return Ok(false) };
                 events.push(Event { lines: format!("data: {data}\n").into_bytes() });
             }
-            Source::Upstream { reader, splitter } => {
+            Source::Upstream { reader, splitter, kind } => {
                 let mut buffer = [0; 1024];
                 while events.len() == before {
                     let read = match reader.read(&mut buffer) {
-                        Ok(read) => read,
+                        Ok(0) => return Ok(self.last(events)),
+                        Ok(read) => &buffer[..read],
                         Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                        Err(e) => {
-                            return Err(match self.line.watch.ended() {
-                                Some(Ended::TimedOut) => {
-                                    let text = format!(
-                                        "the LLM's stream was silent for {} s (UPSTREAM_IDLE_SECS)",
-                                        upstream.config.upstream_idle.as_secs()
-                                    );
-                                    upstream.failed(Code::UpstreamTimeout, &text)
-                                }
-                                Some(ended) => upstream.ended(ended),
-                                None if !self.began => upstream
-                                    .failed(Code::UpstreamBadAnswer, &format!("the LLM's answer broke off before it began: {e}")),
-                                None => upstream.failed(Code::UpstreamError, &format!("the LLM's stream broke off: {e}")),
-                            });
-                        }
+                        Err(e) => return Err(self.broke_off(&e)),
                     };
-                    if read == 0 {
-                        let Source::Upstream { splitter, .. } = std::mem::replace(&mut self.source, Source::Over) else {
-                            return Ok(false);
-                        };
-                        let last = splitter.finish();
-                        let any = last.is_some();
-                        events.extend(last);
-                        return Ok(any);
+                    // Whatever it calls itself: no line of a stream begins as JSON does.
+                    if *kind != Kind::Stream
+                        && let Some(first) = read.trim_ascii_start().first()
+                    {
+                        if matches!(first, b'{' | b'[') {
+                            return Err(self.no_stream(read));
+                        }
+                        *kind = Kind::Stream;
+                        self.line.watch.only_silence(self.line.upstream.config.upstream_idle);
                     }
-                    splitter.push(&buffer[..read], events).map_err(|_| {
-                        upstream.failed(
-                            Code::UpstreamBadAnswer,
-                            "an event of the LLM's stream is too long, or there are only comments",
-                        )
-                    })?;
+                    if splitter.push(read, events).is_err() {
+                        let text = "an event of the LLM's stream is too long, or there are only comments";
+                        return Err(self.failed(Code::UpstreamBadAnswer, text).into());
+                    }
                 }
             }
         }
         self.began = true;
         Ok(true)
+    }
+
+    /// What the end of the body leaves; false: nothing.
+    #[inline(never)]
+    fn last(&mut self, events: &mut Vec<Event>) -> bool {
+        let last = match std::mem::replace(&mut self.source, Source::Over) {
+            Source::Upstream { splitter, .. } => splitter.finish(),
+            _ => None,
+        };
+        let any = last.is_some();
+        events.extend(last);
+        any
+    }
+
+    #[inline(never)]
+    fn broke_off(&self, e: &io::Error) -> Box<Broken> {
+        let upstream = &self.line.upstream;
+        let is_json = matches!(self.source, Source::Upstream { kind: Kind::Json, .. });
+        let error = match self.line.watch.ended() {
+            Some(Ended::TimedOut) if !is_json => {
+                let idle = upstream.config.upstream_idle.as_secs();
+                self.failed(Code::UpstreamTimeout, &format!("the LLM's stream was silent for {idle} s (UPSTREAM_IDLE_SECS)"))
+            }
+            Some(ended) => upstream.ended(ended),
+            None if !self.began => {
+                self.failed(Code::UpstreamBadAnswer, &format!("the LLM's answer broke off before it began: {e}"))
+            }
+            None => self.failed(Code::UpstreamError, &format!("the LLM's stream broke off: {e}")),
+        };
+        error.into()
+    }
+
+    /// What came in place of a stream and began so.
+    #[inline(never)]
+    fn no_stream(&mut self, start: &[u8]) -> Box<Broken> {
+        let Source::Upstream { reader, kind, .. } = std::mem::replace(&mut self.source, Source::Over) else {
+            return self.failed(Code::UpstreamBadAnswer, "the LLM did not stream").into();
+        };
+        if kind != Kind::Json {
+            self.line.watch.within(self.line.upstream.config.upstream_timeout);
+        }
+        let no = match self.line.whole(reader, start.to_vec()).map(|body| openai::parse_completion(&body)) {
+            Ok(Ok(_)) => NoAnswer::from("a whole answer where a stream was asked for".to_string()),
+            Ok(Err(no)) => no,
+            Err(e) => return e.into(),
+        };
+        self.no_answer(Code::UpstreamBadAnswer, "did not stream", &no)
     }
 
     /// After the last event: reads what is left, if it comes at once, so that the connection can be used
@@ -579,6 +626,11 @@ impl Events<'_> {
     /// The stream came to no good end.
     pub fn count_failure(&self, code: Code) {
         self.line.upstream.metrics.upstream_error(code);
+    }
+
+    /// A failure by what came, without secrets; `what` the LLM did.
+    pub fn no_answer(&self, code: Code, what: &str, no: &NoAnswer) -> Box<Broken> {
+        Box::new(Broken { error: self.failed(code, &format!("the LLM {what}: {}", no.why)), passing: no.passing })
     }
 
     /// A failure in the stream's own words, without secrets.

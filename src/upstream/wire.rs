@@ -54,6 +54,13 @@ impl Watch {
         bounds.silence = Some(silence);
     }
 
+    /// What comes is no stream: it must end within this time from now.
+    pub fn within(&self, time: Duration) {
+        let mut bounds = lock(&self.0);
+        bounds.until = Some(Instant::now() + time);
+        bounds.silence = None;
+    }
+
     /// How long the stream under way, which comes from `source`, may be silent; `None` where the call is none yet. From
     /// now on whoever ends the stream shuts that socket; errs where it was ended before.
     fn stream_from(&self, source: &Arc<TcpStream>) -> Result<Option<Duration>, Ended> {

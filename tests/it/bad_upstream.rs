@@ -803,3 +803,133 @@ fn good_answers_come_through_beside_bad_ones() {
     let mut probe = proxy.connect();
     within(Duration::from_secs(20), "all workers are free", || probe.exchange(&get("/readyz")).json()["workers_busy"] == 0);
 }
+
+/// What stands beside the answer: fields of the answer, of its choice, and of what was said; then the words that are
+/// kept, and the usage as counted.
+type Odd = (&'static str, &'static str, &'static str, &'static str, Option<[u64; 3]>);
+
+const ODD: &[Odd] = &[
+    (r#""usage":{"prompt_tokens":1.0,"completion_tokens":2.0,"total_tokens":3.0}"#, "", "", "", Some([1, 2, 3])),
+    (r#""usage":{"prompt_tokens":"many","completion_tokens":2}"#, "", "", "", Some([0, 2, 2])),
+    (r#""usage":{"prompt_tokens":-1,"completion_tokens":1e400}"#, "", "", "", None),
+    (r#""usage":{}"#, "", "", "", None),
+    (r#""usage":"none""#, "", "", "", None),
+    (r#""model":7"#, "", "", "", None),
+    (r#""error":"""#, "", "", "", None),
+    (r#""error":false"#, "", "", "", None),
+    (r#""error":{}"#, "", "", "", None),
+    ("", r#""finish_reason":1"#, "", "", None),
+    ("", r#""index":-1"#, "", "", None),
+    ("", r#""index":"0""#, "", "", None),
+    ("", "", r#""tool_calls":{}"#, "", None),
+    ("", "", r#""tool_calls":[{"id":7,"index":0}]"#, r#"{"tool_calls":[{"arguments":null,"id":null,"name":null}]}"#, None),
+    (
+        "",
+        "",
+        r#""tool_calls":[{"index":0,"id":"c","custom":null,"function":{"name":"f","arguments":{"a": 1},"input":null}}]"#,
+        r#"{"tool_calls":[{"arguments":"{\"a\": 1}","id":"c","name":"f"}]}"#,
+        None,
+    ),
+    (
+        "",
+        "",
+        r#""tool_calls":[{"index":0,"id":"c","function":null,"custom":{"name":"f","input":"x"}}]"#,
+        r#"{"tool_calls":[{"arguments":"x","id":"c","name":"f"}]}"#,
+        None,
+    ),
+    ("", "", r#""function_call":{"name":"f","arguments":7}"#, r#"{"tool_calls":[{"arguments":"7","id":null,"name":"f"}]}"#, None),
+    ("", "", r#""refusal":{}"#, "", None),
+];
+
+#[test]
+fn what_only_the_history_wants_breaks_no_answer_where_it_is_odd() {
+    let fields = |first: &str, more: &str| if more.is_empty() { first.to_owned() } else { format!("{first},{more}") };
+    for (top, choice, said, kept, usage) in ODD {
+        let whole = fields(
+            &format!("\"choices\":[{{{}}}]", fields(&format!("\"message\":{{{}}}", fields(r#""content":"Yes""#, said)), choice)),
+            top,
+        );
+        let begun = fields(
+            &format!("\"choices\":[{{{}}}]", fields(&format!("\"delta\":{{{}}}", fields(r#""content":"Yes""#, said)), choice)),
+            top,
+        );
+        let (whole, begun) = (format!("{{{whole}}}"), format!("{{{begun}}}"));
+        let stream = vec![stream_head(), event(&begun), event("[DONE]"), end()];
+        let upstream = FakeUpstream::script(vec![reply(200, &[("Content-Type", "application/json")], &whole), stream]);
+        let proxy = Proxy::facing(&upstream).start();
+        let answer = if kept.is_empty() { "Yes".to_owned() } else { format!("Yes\n{kept}") };
+        let usage = usage.map_or(
+            Value::Null,
+            |[prompt, completion, total]| json!({"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}),
+        );
+        assert_eq!(proxy.answer("Odd?")["answer"], answer, "{whole}");
+        assert_eq!(proxy.stream("Odd?").events(), [begun, "[DONE]".to_owned()]);
+        for pair in proxy.history() {
+            assert_eq!((&pair["answer"], &pair["usage"]), (&json!(answer), &usage), "{whole}: {pair}");
+            assert_eq!(pair["finish_reason"], Value::Null, "{whole}: {pair}");
+        }
+        assert_eq!(proxy.count_rows(), 2, "{whole}");
+    }
+}
+
+/// Servers that cut a text into UTF-16 units may cut a character.
+#[test]
+fn half_a_character_costs_no_answer() {
+    let said = |name: &str| {
+        format!(r#"{{"choices":[{{"index":0,"{name}":{{"content":"Yes \ud83d!"}},"finish_reason":"stop"}}],"model":"m\udc00"}}"#)
+    };
+    let stream = vec![stream_head(), event(&said("delta")), event("[DONE]"), end()];
+    let upstream = FakeUpstream::script(vec![reply(200, &[("Content-Type", "application/json")], &said("message")), stream]);
+    let proxy = Proxy::facing(&upstream).start();
+    let whole = proxy.answer("Half?");
+    assert_eq!(proxy.stream("Half?").events(), [said("delta"), "[DONE]".to_owned()], "byte for byte");
+    let streamed = proxy.newest_of(2);
+    for pair in [whole, streamed] {
+        let answer = pair["answer"].as_str().expect("an answer");
+        assert!(answer.starts_with("Yes \u{fffd}") && answer.ends_with('!'), "{pair}");
+        assert!(pair["model"].as_str().is_some_and(|model| model.starts_with("m\u{fffd}")), "{pair}");
+    }
+}
+
+#[test]
+fn blanks_around_done_and_events_of_blanks_do_no_harm() {
+    let steps =
+        vec![stream_head(), event(" "), event(&delta("Yes")), event("\t"), event(&finish("stop")), event("[DONE] "), end()];
+    let upstream = FakeUpstream::always(steps);
+    let proxy = Proxy::facing(&upstream).start();
+    let events = proxy.stream("Blank?").events();
+    assert_eq!(events.iter().map(|event| event.trim()).collect::<Vec<_>>(), [&delta("Yes"), &finish("stop"), "[DONE]"]);
+    assert_eq!(proxy.newest_of(1)["finish_reason"], "stop");
+}
+
+/// Servers label what they send in many ways.
+#[test]
+fn what_comes_in_place_of_a_stream_is_told_by_its_first_byte() {
+    let error = json!({"error": {"code": 400, "message": "No such voice"}}).to_string();
+    for label in ["Application/JSON", "application/problem+json; charset=utf-8", "text/plain", "text/event-stream"] {
+        for body in [&*error, &format!("\r\n {error}")] {
+            let upstream = FakeUpstream::always(reply(200, &[("Content-Type", label)], body));
+            let proxy = Proxy::facing(&upstream).start();
+            let error = proxy.call(&streaming("Well?")).expect_error(502, "upstream_bad_answer");
+            assert!(error["message"].as_str().is_some_and(|message| message.contains("No such voice")), "{label}: {error}");
+        }
+        let stream = format!("\n\ndata: {}\n\ndata: {}\n\ndata: [DONE]\n\n", delta("Yes"), finish("stop"));
+        let upstream = FakeUpstream::always(reply(200, &[("Content-Type", label)], &stream));
+        let proxy = Proxy::facing(&upstream).start();
+        assert_eq!(proxy.stream("Well?").events(), [delta("Yes"), finish("stop"), "[DONE]".to_owned()], "{label}");
+    }
+}
+
+#[test]
+fn json_that_drips_in_place_of_a_stream_is_given_up_when_the_time_is_over() {
+    for label in ["application/json", "text/event-stream"] {
+        let head = format!("HTTP/1.1 200 OK\r\nContent-Type: {label}\r\n\r\n{{");
+        let drip = [Step::Pause(Duration::from_millis(200)), send(" ")].into_iter().cycle().take(300);
+        let upstream = FakeUpstream::always([send(head)].into_iter().chain(drip).collect());
+        let proxy = Proxy::facing(&upstream).set("UPSTREAM_TIMEOUT_SECS", "1").start();
+        let started = Instant::now();
+        proxy.call(&streaming("How long?")).expect_error(503, "upstream_timeout");
+        assert!(started.elapsed() < Duration::from_secs(10), "{label}: {:?}", started.elapsed());
+        upstream.wait_until_left(1);
+    }
+}
