@@ -4,6 +4,7 @@
 
 mod writer;
 
+use std::borrow::Cow;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -341,8 +342,11 @@ fn bounded(rows: impl Iterator<Item = rusqlite::Result<Exchange>>) -> rusqlite::
     Ok(kept)
 }
 
+/// A row as a pair. By hand anything can be written, and one row must not cost a page.
 fn exchange(row: &Row) -> rusqlite::Result<Exchange> {
-    let count = |column| row.get::<_, Option<i64>>(column).map(|n| n.map(|n| n as u64));
+    let text = |column| Ok::<_, rusqlite::Error>(row.get_ref(column)?.as_bytes_or_null()?.map(String::from_utf8_lossy));
+    let whole = |column| Ok::<_, rusqlite::Error>(text(column)?.unwrap_or_default().into_owned());
+    let count = |column| row.get::<_, Option<i64>>(column).map(|n| n.map(|n| n.max(0) as u64));
     let usage = match (count(6)?, count(7)?, count(8)?) {
         (Some(prompt_tokens), Some(completion_tokens), Some(total_tokens)) => {
             Some(Usage { prompt_tokens, completion_tokens, total_tokens })
@@ -351,13 +355,13 @@ fn exchange(row: &Row) -> rusqlite::Result<Exchange> {
     };
     Ok(Exchange {
         id: row.get(0)?,
-        created_at: row.get(1)?,
-        question: row.get(2)?,
-        answer: row.get(3)?,
-        model: row.get(4)?,
-        finish_reason: row.get(5)?,
+        created_at: whole(1)?,
+        question: whole(2)?,
+        answer: whole(3)?,
+        model: whole(4)?,
+        finish_reason: text(5)?.map(Cow::into_owned),
         usage,
-        latency_ms: row.get::<_, i64>(9)? as u64,
+        latency_ms: count(9)?.unwrap_or(0),
     })
 }
 

@@ -20,7 +20,10 @@ CREATE TABLE history_with_ids (
 ) STRICT;
 INSERT INTO history_with_ids SELECT * FROM history;
 DROP TABLE history;
+-- Views of the user's own would be in the way, since what they look at is not there at this moment.
+PRAGMA legacy_alter_table = on;
 ALTER TABLE history_with_ids RENAME TO history;
+PRAGMA legacy_alter_table = off;
 
 -- A key's own pairs, newest first.
 CREATE INDEX history_by_key ON history (key_name, id);

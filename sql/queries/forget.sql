@@ -1,2 +1,2 @@
--- Deletes the oldest rows, up to an id.
-DELETE FROM history WHERE id <= ?1
+-- Deletes a row.
+DELETE FROM history WHERE id = ?1

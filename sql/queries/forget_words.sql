@@ -1,3 +1,2 @@
--- Takes the words of the oldest rows, up to an id, out of the index.
-DELETE FROM history_words
-WHERE rowid IN (SELECT id FROM history WHERE id <= ?1 AND id <= (SELECT up_to FROM indexed))
+-- Takes the words of a row out of the index, where they are in it.
+DELETE FROM history_words WHERE rowid = ?1 AND ?1 <= (SELECT up_to FROM indexed)

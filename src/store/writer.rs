@@ -11,7 +11,7 @@ use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
-use rusqlite::{Connection, OpenFlags, params};
+use rusqlite::{Connection, OpenFlags, params, params_from_iter};
 
 use super::{Arrival, Order, PROBE_WAIT, State, Then, Unique, connect, reader, unavailable};
 use crate::config::Sync;
@@ -139,19 +139,28 @@ impl Surplus {
 
     /// Deletes at most so many of them, the oldest; how many.
     fn delete(&self, connection: &Connection, most: u64) -> rusqlite::Result<u64> {
-        let mut last: Option<i64> = None;
+        let mut ids: Vec<i64> = Vec::new();
+        let mut find = |oldest: &str, parameters: &[i64]| {
+            let mut oldest = connection.prepare_cached(oldest)?;
+            for id in oldest.query_map(params_from_iter(parameters), |row| row.get(0))? {
+                ids.push(id?);
+            }
+            Ok::<(), rusqlite::Error>(())
+        };
         if self.rows > 0 {
-            let mut over_count = connection.prepare_cached(include_str!("../../sql/queries/oldest_over_count.sql"))?;
-            last = over_count.query_row([self.rows.min(most) as i64], |row| row.get(0))?;
+            find(include_str!("../../sql/queries/oldest_over_count.sql"), &[self.rows.min(most) as i64])?;
         }
         if self.days > 0 {
-            let mut over_age = connection.prepare_cached(include_str!("../../sql/queries/oldest_over_age.sql"))?;
-            let aged: Option<i64> = over_age.query_row([most as i64, self.days as i64], |row| row.get(0))?;
-            last = last.max(aged);
+            find(include_str!("../../sql/queries/oldest_over_age.sql"), &[most as i64, self.days as i64])?;
         }
-        let Some(last) = last else { return Ok(0) };
-        connection.prepare_cached(include_str!("../../sql/queries/forget_words.sql"))?.execute([last])?;
-        Ok(connection.prepare_cached(include_str!("../../sql/queries/forget.sql"))?.execute([last])? as u64)
+        let mut forget_words = connection.prepare_cached(include_str!("../../sql/queries/forget_words.sql"))?;
+        let mut forget = connection.prepare_cached(include_str!("../../sql/queries/forget.sql"))?;
+        let mut deleted = 0;
+        for id in ids {
+            forget_words.execute([id])?;
+            deleted += forget.execute([id])? as u64;
+        }
+        Ok(deleted)
     }
 }
 
@@ -770,7 +779,10 @@ mod tests {
         let row =
             "INSERT INTO history (created_at, key_name, question, answer, model, latency_ms) VALUES ('', 'k', 'q', 'a', 'm', 1)";
         before
-            .execute_batch(&format!("{row}; {row}; {row}; DELETE FROM history WHERE id = 3; UPDATE indexed SET up_to = 2"))
+            .execute_batch(&format!(
+                "{row}; {row}; {row}; DELETE FROM history WHERE id = 3; UPDATE indexed SET up_to = 2;
+                 CREATE VIEW mine AS SELECT question FROM history"
+            ))
             .expect("rows");
         drop(before);
         let mut writer = reopened(path);
@@ -778,6 +790,8 @@ mod tests {
         let ids = "SELECT group_concat(id ORDER BY id) FROM history";
         let ids = writer.write(|connection| connection.query_row(ids, [], |row| row.get(0)));
         assert_eq!(ids, Ok("1,2,4".to_string()));
+        let seen = writer.write(|connection| connection.query_row("SELECT count(*) FROM mine", [], |row| row.get(0)));
+        assert_eq!(seen, Ok(3), "what others made of it");
         remove(writer);
     }
 

@@ -1762,7 +1762,7 @@ fn who_is_refused_before_its_body_came_can_still_send_it_and_read_why() {
 /// Strangers cannot fill the memory: what asks nothing needs no body, and an announced length is not believed.
 #[test]
 fn bodies_that_nobody_needs_are_not_kept() {
-    let proxy = Proxy::with(&[("API_KEYS", "alice:secret-of-alice"), ("MAX_BODY_BYTES", "1073741824")]).start();
+    let proxy = Proxy::with(&[("API_KEYS", "alice:secret-of-alice"), ("MAX_BODY_BYTES", "536870912")]).start();
     let before = proxy.memory();
     let open: Vec<TcpStream> = ["/livez", "/docs", "/metrics", "/openapi.json"]
         .iter()
@@ -1785,13 +1785,13 @@ fn bodies_that_nobody_needs_are_not_kept() {
 
 #[test]
 fn an_announced_length_costs_nothing_before_it_comes() {
-    let proxy = Proxy::with(&[("MAX_BODY_BYTES", "1073741824")]).start();
+    let proxy = Proxy::with(&[("MAX_BODY_BYTES", "536870912")]).start();
     let least = Rlimit { current: Some(1 << 30), maximum: Some(1 << 30) };
     prlimit(Some(proxy.pid()), Resource::As, least).expect("a limit of address space");
     let begun: Vec<TcpStream> = (0..4)
         .map(|_| {
             let stream = plug_in(proxy.address);
-            throw(&stream, &[&head("POST /api/ask HTTP/1.1", "Content-Length: 1000000000\r\n"), b"{"]);
+            throw(&stream, &[&head("POST /api/ask HTTP/1.1", "Content-Length: 500000000\r\n"), b"{"]);
             stream
         })
         .collect();

@@ -521,6 +521,41 @@ fn nothing_older_than_history_max_days_is_kept() {
     assert_eq!(questions(&page(&proxy, "?q=ancient")).len(), 0);
 }
 
+/// A clock that was wrong leaves rows of the past and of the future behind.
+#[test]
+fn a_wrong_clock_neither_takes_recent_pairs_along_nor_keeps_old_ones() {
+    let mut proxy = Proxy::start();
+    ask_all(&proxy, &["recent", "ancient", "newest"]);
+    proxy.stop();
+    let future = "WITH RECURSIVE n(i) AS (SELECT -1 UNION ALL SELECT i - 1 FROM n WHERE i > -200)
+                  INSERT INTO history SELECT i, '2999-01-01T00:00:00.000Z', 'anonymous', 'future', '', '', NULL, NULL, NULL, NULL, 0 FROM n";
+    let aged = "UPDATE history SET created_at = '1970-01-01T00:00:00.000Z' WHERE question = 'ancient'";
+    let database = proxy.database();
+    for (change, rows) in [(future, 200), (aged, 1)] {
+        assert_eq!(database.execute(change, []).expect("it can be changed"), rows);
+    }
+    drop(database);
+    let proxy = proxy.setup().set("HISTORY_MAX_DAYS", "30").start();
+    eventually("the ancient pair is gone", || proxy.count_rows() == 202);
+    assert_eq!(questions(&page(&proxy, "?limit=2")), ["newest", "recent"]);
+    assert_eq!(questions(&page(&proxy, "?q=ancient")).len(), 0);
+    assert_eq!(questions(&page(&proxy, "?q=recent")).len(), 1);
+}
+
+#[test]
+fn a_row_written_by_hand_costs_no_page() {
+    let proxy = Proxy::start();
+    ask_all(&proxy, &["before", "after"]);
+    let odd = "INSERT INTO history SELECT 1000, created_at, key_name, CAST(x'6f6464ff' AS TEXT), CAST(x'ff' AS TEXT), model,
+               CAST(x'ff' AS TEXT), -1, -2, -3, -4 FROM history WHERE id = 1";
+    assert_eq!(proxy.database().execute(odd, []).expect("it can be written"), 1);
+    let shown = page(&proxy, "");
+    assert_eq!(questions(&shown), ["odd\u{fffd}", "after", "before"]);
+    let usage = json!({"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0});
+    let item = &shown["items"][0];
+    assert_eq!((&item["usage"], &item["latency_ms"], &item["finish_reason"]), (&usage, &json!(0), &json!("\u{fffd}")));
+}
+
 #[test]
 fn everything_is_kept_by_default() {
     let proxy = Setup::new().set("HISTORY_MAX_ROWS", "0").set("HISTORY_MAX_DAYS", "0").start();
