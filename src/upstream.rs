@@ -38,6 +38,12 @@ fn no_model() -> ApiError {
     ApiError::new(Code::NotFound, "there is no model of this name; GET /v1/models lists them")
 }
 
+/// Whether a key is what servers are given that want none: `none`, `ollama`, `x`. It is no secret, and in other words
+/// (`latest` for `test`) it would be missed.
+fn is_only_a_word(key: &str) -> bool {
+    key.len() < 4 || key.len() < 8 && key.bytes().all(|b| b.is_ascii_alphabetic())
+}
+
 /// How the LLM is reached; shared by all workers.
 pub struct Upstream {
     config: Arc<Config>,
@@ -67,6 +73,7 @@ impl Upstream {
             }
         }
         let mut secrets = vec![config.openai_api_key.clone()];
+        secrets.retain(|key| !is_only_a_word(key));
         if let Some(credentials) = &config.upstream.credentials {
             secrets.push(credentials.clone());
             secrets.extend(credentials.split_once(':').map(|(_, password)| password.to_string()));

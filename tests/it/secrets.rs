@@ -140,6 +140,18 @@ fn an_upstream_that_answers_with_its_key_does_not_bring_it_into_the_log() {
     expect_no_secret("the log", proxy.log().join("\n").as_bytes(), &[UPSTREAM_KEY]);
 }
 
+/// Servers that want no key get a word, which stands in other words, too.
+#[test]
+fn a_word_that_is_no_key_is_not_taken_out_of_others() {
+    let mut body = completion("Yes");
+    body["model"] = json!("llama:latest-x1");
+    for (key, model) in [("test", "llama:latest-x1"), ("x1", "llama:latest-x1"), ("latest-x1", "llama:***")] {
+        let upstream = FakeUpstream::always(reply(200, &[("Content-Type", "application/json")], &body.to_string()));
+        let proxy = Proxy::facing(&upstream).set("OPENAI_API_KEY", key).start();
+        assert_eq!(proxy.answer("Which?")["model"], model, "{key}");
+    }
+}
+
 #[test]
 fn a_bad_start_gives_no_secret_away() {
     for (name, value) in [
