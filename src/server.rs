@@ -90,12 +90,21 @@ struct Staff {
     workers: Arc<Pool<Line>>,
 }
 
+/// What a reader does with a connection before it waits for requests.
+enum Begin {
+    Wait,
+    /// Looks at a request that was read from it.
+    Call(Box<Call<Admitted>>),
+    /// Sends what is left of an answer, which its client may be slow to take.
+    Part(Box<Parting>),
+}
+
 impl Staff {
     /// Sees to a connection that was just accepted. Most bring their first question along: where it waits for nothing
     /// it goes to a worker at once, which saves a change of threads.
     fn welcome(self: &Arc<Staff>, mut connection: Box<Connection>) {
         if self.workers.is_exhausted() || self.api.is_in_trouble() {
-            return self.receive(connection, None, None);
+            return self.receive(connection, Begin::Wait);
         }
         match connection.next_call(&self.api, Duration::ZERO, true) {
             Turn::Call(call) if Api::suits_worker(&call) => {
@@ -104,11 +113,11 @@ impl Staff {
                     None => Some(connection),
                 };
                 if let Some(connection) = left {
-                    self.receive(connection, None, None);
+                    self.receive(connection, Begin::Wait);
                 }
             }
-            Turn::Call(call) => self.receive(connection, Some(call), None),
-            Turn::Quiet | Turn::Over => self.receive(connection, None, None),
+            Turn::Call(call) => self.receive(connection, Begin::Call(call)),
+            Turn::Quiet | Turn::Over => self.receive(connection, Begin::Wait),
         }
     }
 
@@ -124,25 +133,30 @@ impl Staff {
         None
     }
 
-    /// Gives a connection to a reader, with a request that was read from it and not looked at, or with an answer that
-    /// its client may be slow to take.
-    fn receive(self: &Arc<Staff>, connection: Box<Connection>, first: Option<Box<Call<Admitted>>>, parting: Option<Parting>) {
+    /// Gives a connection to a reader.
+    fn receive(self: &Arc<Staff>, connection: Box<Connection>, begin: Begin) {
         // There are as many readers as connections may be open, so only a lack of threads refuses.
         let Some(place) = self.readers.reserve() else {
             connection.cut();
-            parting.into_iter().for_each(Parting::drop_unsent);
+            if let Begin::Part(parting) = begin {
+                parting.drop_unsent();
+            }
             return log::warn!("no reader for a connection, which is dropped");
         };
         let staff = Arc::clone(self);
-        place.fill(Box::new(move |()| {
-            parting.into_iter().for_each(Parting::send);
-            staff.read(connection, first);
-        }));
+        place.fill(Box::new(move |()| staff.read(connection, begin)));
     }
 
     /// A reader's job: requests of one connection, until one is for a worker.
-    fn read(self: Arc<Staff>, mut connection: Box<Connection>, first: Option<Box<Call<Admitted>>>) {
-        let mut next = first;
+    fn read(self: Arc<Staff>, mut connection: Box<Connection>, begin: Begin) {
+        let mut next = match begin {
+            Begin::Wait => None,
+            Begin::Call(call) => Some(call),
+            Begin::Part(parting) => {
+                parting.send();
+                None
+            }
+        };
         loop {
             let call = match next.take() {
                 Some(call) => call,
@@ -173,8 +187,8 @@ impl Staff {
     // Not inlined: each stream waits with every page of stack that was used.
     #[inline(never)]
     fn go_on(self: &Arc<Staff>, mut connection: Box<Connection>, parting: Option<Parting>) -> Option<(Box<Connection>, Errand)> {
-        if parting.is_some() {
-            self.receive(connection, None, parting);
+        if let Some(parting) = parting {
+            self.receive(connection, Begin::Part(Box::new(parting)));
             return None;
         }
         while !self.workers.is_wanted() {
@@ -187,7 +201,7 @@ impl Staff {
                     }
                 }
                 Turn::Call(call) => {
-                    self.receive(connection, Some(call), None);
+                    self.receive(connection, Begin::Call(call));
                     return None;
                 }
                 // The client does not ask again before it has its answer, and the disk may be slow.
@@ -196,7 +210,7 @@ impl Staff {
                 Turn::Quiet | Turn::Over => break,
             }
         }
-        self.receive(connection, None, None);
+        self.receive(connection, Begin::Wait);
         None
     }
 }
