@@ -53,8 +53,6 @@ struct State<W> {
     /// Ways to idle threads, the last one to become idle at the end.
     idle: Vec<(u64, Giver<Job<W>>)>,
     queue: VecDeque<Job<W>>,
-    /// Places of the queue that are taken and not filled yet.
-    promised: usize,
     threads: usize,
     /// One of them was started ahead and is not idle yet.
     is_spare_coming: bool,
@@ -63,18 +61,6 @@ struct State<W> {
     /// For threads' names and idle threads' ids.
     numbers: u64,
 }
-
-/// A promise that a job will be done.
-pub enum Place<W> {
-    Thread(Reserved<W>),
-    Queue(Queued<W>),
-}
-
-/// A thread that waits for its job.
-pub struct Reserved<W>(Giver<Job<W>>, Arc<Shared<W>>);
-
-/// A place in the queue, given back where it is not filled.
-pub struct Queued<W>(Arc<Shared<W>>);
 
 impl<W: 'static> Pool<W> {
     /// A pool of at most `size` threads called `name`, each with what `make` makes, and room for
@@ -86,15 +72,8 @@ impl<W: 'static> Pool<W> {
         patience: Duration,
         make: impl Fn() -> W + Send + Sync + 'static,
     ) -> Pool<W> {
-        let state = State {
-            idle: Vec::new(),
-            queue: VecDeque::new(),
-            promised: 0,
-            threads: 0,
-            is_spare_coming: false,
-            waiting: 0,
-            numbers: 0,
-        };
+        let state =
+            State { idle: Vec::new(), queue: VecDeque::new(), threads: 0, is_spare_coming: false, waiting: 0, numbers: 0 };
         Pool {
             shared: Arc::new(Shared {
                 state: Mutex::new(state),
@@ -108,29 +87,43 @@ impl<W: 'static> Pool<W> {
         }
     }
 
-    /// A place for a job: with an idle thread, a new one, or in the queue. `None`: all are taken, and
-    /// stayed so for a moment.
-    pub fn reserve(&self) -> Option<Place<W>> {
+    /// Has the job that `job` makes of `task` done: by an idle thread, a new one, or whichever is free first. Gives the task
+    /// back where all are at work and the queue is full, and stayed so for a moment.
+    pub fn give<T>(&self, task: T, job: impl FnOnce(T) -> Job<W>) -> Result<(), T> {
         let mut state = lock(&self.shared.state);
         let until = Instant::now() + MOMENT;
-        loop {
-            if let Some(place) = self.shared.place(&mut state) {
-                return Some(place);
+        let thread = loop {
+            if let Some((_, idle)) = state.idle.pop() {
+                break idle;
+            }
+            let (new, coming) = handoff();
+            if self.shared.start(&mut state, Some(coming)) {
+                break new;
+            }
+            // Where there is no thread at all, nobody would come for what is in the queue.
+            if state.queue.len() < self.shared.queue_size && state.threads > 0 {
+                state.queue.push_back(job(task));
+                return Ok(());
             }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return None;
+                return Err(task);
             }
             state.waiting += 1;
             state = wait_within(&self.shared.freed, state, left);
             state.waiting -= 1;
-        }
+        };
+        drop(state);
+        // A thread that is promised a job waits for it.
+        drop(thread.give(job(task)));
+        self.shared.spare();
+        Ok(())
     }
 
     /// Somebody waits for a thread.
     pub fn is_wanted(&self) -> bool {
         let state = lock(&self.shared.state);
-        state.queue.len() + state.promised + state.waiting > 0
+        state.queue.len() + state.waiting > 0
     }
 
     /// All threads that there may be are at work.
@@ -147,50 +140,7 @@ impl<W: 'static> Pool<W> {
     }
 }
 
-impl<W: 'static> Place<W> {
-    /// Hands the job over; it will be done.
-    pub fn fill(self, job: Job<W>) {
-        // A thread that is promised a job waits for it.
-        match self {
-            Place::Thread(Reserved(giver, shared)) => {
-                drop(giver.give(job));
-                shared.spare();
-            }
-            Place::Queue(queued) => {
-                let mut state = lock(&queued.0.state);
-                match state.idle.pop() {
-                    // A thread found the queue empty and went to sleep after the place was reserved.
-                    Some((_, idle)) => drop(idle.give(job)),
-                    None => state.queue.push_back(job),
-                }
-            }
-        }
-    }
-}
-
-impl<W> Drop for Queued<W> {
-    fn drop(&mut self) {
-        lock(&self.0.state).promised -= 1;
-    }
-}
-
 impl<W: 'static> Shared<W> {
-    fn place(self: &Arc<Self>, state: &mut State<W>) -> Option<Place<W>> {
-        if let Some((_, idle)) = state.idle.pop() {
-            return Some(Place::Thread(Reserved(idle, Arc::clone(self))));
-        }
-        let (giver, coming) = handoff();
-        if self.start(state, Some(coming)) {
-            return Some(Place::Thread(Reserved(giver, Arc::clone(self))));
-        }
-        // Where there is no thread at all, nobody would come for what is in the queue.
-        if state.queue.len() + state.promised >= self.queue_size || state.threads == 0 {
-            return None;
-        }
-        state.promised += 1;
-        Some(Place::Queue(Queued(Arc::clone(self))))
-    }
-
     /// Starts a thread, with a job that is coming where there is one; false: there may be no more.
     fn start(self: &Arc<Self>, state: &mut State<W>, coming: Option<Taker<Job<W>>>) -> bool {
         if state.threads >= self.size {
@@ -260,8 +210,7 @@ impl<W> Shared<W> {
                     let mut state = lock(&self.state);
                     let idle = state.idle.len();
                     state.idle.retain(|(other, _)| *other != id);
-                    // Who holds a place in the queue counts on a thread.
-                    if state.idle.len() < idle && state.promised == 0 {
+                    if state.idle.len() < idle {
                         state.threads -= 1;
                         let is_last = state.threads == 0;
                         drop(state);
@@ -271,7 +220,7 @@ impl<W> Shared<W> {
                         return None;
                     }
                     drop(state);
-                    // Somebody reserved this thread in the last moment.
+                    // Somebody took this thread in the last moment.
                     if let Some(job) = coming.take() {
                         return Some(job);
                     }
@@ -292,46 +241,36 @@ mod tests {
     fn one_busy(queue_size: usize) -> (Pool<()>, mpsc::Sender<()>) {
         let pool = Pool::new("test", 1, queue_size, LONG, || ());
         let (busy, until) = mpsc::channel::<()>();
-        pool.reserve().expect("a thread").fill(Box::new(move |()| assert!(until.recv().is_err())));
+        give(&pool, move || assert!(until.recv().is_err()));
         (pool, busy)
     }
 
-    fn until_idle(pool: &Pool<()>) {
-        while pool.load().busy > 0 {
-            thread::yield_now();
-        }
+    fn give(pool: &Pool<()>, job: impl FnOnce() + Send + 'static) {
+        assert!(pool.give((), |()| Box::new(|()| job())).is_ok(), "there is room");
     }
 
-    #[test]
-    fn a_place_in_the_queue_that_is_filled_when_the_thread_is_idle_already_wakes_it() {
-        let (pool, busy) = one_busy(1);
-        let place = pool.reserve().expect("a place in the queue");
-        assert!(matches!(place, Place::Queue(_)));
-        drop(busy);
-        until_idle(&pool);
+    fn is_done(pool: &Pool<()>) -> mpsc::Receiver<()> {
         let (done, told) = mpsc::channel();
-        place.fill(Box::new(move |()| done.send(()).expect("the test waits")));
-        assert_eq!(told.recv_timeout(LONG), Ok(()));
-        until_idle(&pool);
-        assert_eq!(pool.load().queued, 0);
+        give(pool, move || done.send(()).expect("the test waits"));
+        told
     }
 
     #[test]
-    fn places_end_and_a_place_that_is_not_filled_is_given_back() {
-        let (pool, _busy) = one_busy(1);
-        let place = pool.reserve().expect("a place in the queue");
-        assert!(pool.reserve().is_none());
-        drop(place);
-        assert!(matches!(pool.reserve(), Some(Place::Queue(_))));
+    fn what_waits_in_the_queue_is_done_and_what_finds_no_room_comes_back() {
+        let (pool, busy) = one_busy(1);
+        let told = is_done(&pool);
+        assert_eq!(pool.give(7, |_| Box::new(|()| ())), Err(7));
+        drop(busy);
+        assert_eq!(told.recv_timeout(LONG), Ok(()));
+        assert_eq!(is_done(&pool).recv_timeout(LONG), Ok(()));
+        assert_eq!(pool.load().queued, 0);
     }
 
     #[test]
     fn threads_that_end_are_counted_once_and_new_ones_start() {
         let pool = Pool::new("test", 5, 0, Duration::from_millis(1), || ());
         for _ in 0..3 {
-            let (done, told) = mpsc::channel();
-            pool.reserve().expect("a thread").fill(Box::new(move |()| done.send(()).expect("the test waits")));
-            assert_eq!(told.recv_timeout(LONG), Ok(()));
+            assert_eq!(is_done(&pool).recv_timeout(LONG), Ok(()));
             while lock(&pool.shared.state).threads > 0 {
                 thread::yield_now();
             }
@@ -344,9 +283,8 @@ mod tests {
     #[test]
     fn a_job_that_panics_costs_only_itself() {
         let (pool, busy) = one_busy(2);
-        pool.reserve().expect("a place").fill(Box::new(|()| panic!("on purpose")));
-        let (done, told) = mpsc::channel();
-        pool.reserve().expect("a place").fill(Box::new(move |()| done.send(()).expect("the test waits")));
+        give(&pool, || panic!("on purpose"));
+        let told = is_done(&pool);
         drop(busy);
         assert_eq!(told.recv_timeout(LONG), Ok(()));
     }

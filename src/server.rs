@@ -16,7 +16,7 @@ use crate::config::{self, Config, Mode};
 use crate::error::StartError;
 use crate::http::{Call, Connection, Listener, Turn};
 use crate::kernel;
-use crate::pool::Pool;
+use crate::pool::{Job, Pool};
 use crate::store::Store;
 use crate::upstream::{Line, Upstream};
 
@@ -124,27 +124,25 @@ impl Staff {
     /// Gives an errand to a worker, and the connection along with it, so that no two threads wait for one answer.
     /// Returns the connection where there is no worker for it, which is answered then.
     fn hand_over(self: &Arc<Staff>, connection: Box<Connection>, errand: Errand) -> Option<Box<Connection>> {
-        let Some(place) = self.workers.reserve() else {
-            self.api.overloaded(errand);
-            return Some(connection);
-        };
         let staff = Arc::clone(self);
-        place.fill(Box::new(move |line| staff.work(connection, errand, line)));
-        None
+        let work = |(connection, errand)| -> Job<Line> { Box::new(move |line| staff.work(connection, errand, line)) };
+        let (connection, errand) = self.workers.give((connection, errand), work).err()?;
+        self.api.overloaded(errand);
+        Some(connection)
     }
 
     /// Gives a connection to a reader.
     fn receive(self: &Arc<Staff>, connection: Box<Connection>, begin: Begin) {
+        let staff = Arc::clone(self);
+        let read = |(connection, begin)| -> Job<()> { Box::new(move |()| staff.read(connection, begin)) };
         // There are as many readers as connections may be open, so only a lack of threads refuses.
-        let Some(place) = self.readers.reserve() else {
+        if let Err((connection, begin)) = self.readers.give((connection, begin), read) {
             connection.cut();
             if let Begin::Part(parting) = begin {
                 parting.drop_unsent();
             }
-            return log::warn!("no reader for a connection, which is dropped");
-        };
-        let staff = Arc::clone(self);
-        place.fill(Box::new(move |()| staff.read(connection, begin)));
+            log::warn!("no reader for a connection, which is dropped");
+        }
     }
 
     /// A reader's job: requests of one connection, until one is for a worker.
