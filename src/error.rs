@@ -5,77 +5,47 @@
 use std::borrow::Cow;
 use std::fmt;
 
-/// The cause of a refused or failed request, as listed in the README's error table.
+/// The cause of a refused or failed request, as listed in the README's error table: its machine-readable name, which goes
+/// out as `error.code`, and the HTTP status it comes with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Code {
-    InvalidJson,
-    BadRequest,
-    UpstreamRejected,
-    Unauthorized,
-    NotFound,
-    MethodNotAllowed,
-    RequestTimeout,
-    BodyTooLarge,
-    UriTooLong,
-    UnsupportedMediaType,
-    ExpectationFailed,
-    InvalidRequest,
-    HeadersTooLarge,
-    RateLimited,
-    UpstreamRateLimited,
-    ClientGone,
-    Internal,
-    UpstreamError,
-    UpstreamBadAnswer,
-    UpstreamUnavailable,
-    UpstreamTimeout,
-    Overloaded,
-    ShuttingDown,
-    HistoryUnavailable,
-    VersionNotSupported,
-}
+pub struct Code(&'static str, u16);
 
 impl Code {
-    /// The machine-readable name that goes out as `error.code`, and the HTTP status it comes with.
-    fn facts(self) -> (&'static str, u16) {
-        match self {
-            Code::InvalidJson => ("invalid_json", 400),
-            Code::BadRequest => ("bad_request", 400),
-            Code::UpstreamRejected => ("upstream_rejected", 400),
-            Code::Unauthorized => ("unauthorized", 401),
-            Code::NotFound => ("not_found", 404),
-            Code::MethodNotAllowed => ("method_not_allowed", 405),
-            Code::RequestTimeout => ("request_timeout", 408),
-            Code::BodyTooLarge => ("body_too_large", 413),
-            Code::UriTooLong => ("uri_too_long", 414),
-            Code::UnsupportedMediaType => ("unsupported_media_type", 415),
-            Code::ExpectationFailed => ("expectation_failed", 417),
-            Code::InvalidRequest => ("invalid_request", 422),
-            Code::HeadersTooLarge => ("headers_too_large", 431),
-            Code::RateLimited => ("rate_limited", 429),
-            Code::UpstreamRateLimited => ("upstream_rate_limited", 429),
-            // Never sent, since nobody is there to read it: it stands in the log, as nginx has it.
-            Code::ClientGone => ("client_gone", 499),
-            Code::Internal => ("internal_error", 500),
-            Code::UpstreamError => ("upstream_error", 502),
-            Code::UpstreamBadAnswer => ("upstream_bad_answer", 502),
-            Code::UpstreamUnavailable => ("upstream_unavailable", 503),
-            Code::UpstreamTimeout => ("upstream_timeout", 503),
-            Code::Overloaded => ("overloaded", 503),
-            Code::ShuttingDown => ("shutting_down", 503),
-            Code::HistoryUnavailable => ("history_unavailable", 503),
-            Code::VersionNotSupported => ("http_version_not_supported", 505),
-        }
-    }
+    pub const INVALID_JSON: Code = Code("invalid_json", 400);
+    pub const BAD_REQUEST: Code = Code("bad_request", 400);
+    pub const UPSTREAM_REJECTED: Code = Code("upstream_rejected", 400);
+    pub const UNAUTHORIZED: Code = Code("unauthorized", 401);
+    pub const NOT_FOUND: Code = Code("not_found", 404);
+    pub const METHOD_NOT_ALLOWED: Code = Code("method_not_allowed", 405);
+    pub const REQUEST_TIMEOUT: Code = Code("request_timeout", 408);
+    pub const BODY_TOO_LARGE: Code = Code("body_too_large", 413);
+    pub const URI_TOO_LONG: Code = Code("uri_too_long", 414);
+    pub const UNSUPPORTED_MEDIA_TYPE: Code = Code("unsupported_media_type", 415);
+    pub const EXPECTATION_FAILED: Code = Code("expectation_failed", 417);
+    pub const INVALID_REQUEST: Code = Code("invalid_request", 422);
+    pub const HEADERS_TOO_LARGE: Code = Code("headers_too_large", 431);
+    pub const RATE_LIMITED: Code = Code("rate_limited", 429);
+    pub const UPSTREAM_RATE_LIMITED: Code = Code("upstream_rate_limited", 429);
+    /// Never sent, since nobody is there to read it: it stands in the log, as nginx has it.
+    pub const CLIENT_GONE: Code = Code("client_gone", 499);
+    pub const INTERNAL: Code = Code("internal_error", 500);
+    pub const UPSTREAM_ERROR: Code = Code("upstream_error", 502);
+    pub const UPSTREAM_BAD_ANSWER: Code = Code("upstream_bad_answer", 502);
+    pub const UPSTREAM_UNAVAILABLE: Code = Code("upstream_unavailable", 503);
+    pub const UPSTREAM_TIMEOUT: Code = Code("upstream_timeout", 503);
+    pub const OVERLOADED: Code = Code("overloaded", 503);
+    pub const SHUTTING_DOWN: Code = Code("shutting_down", 503);
+    pub const HISTORY_UNAVAILABLE: Code = Code("history_unavailable", 503);
+    pub const VERSION_NOT_SUPPORTED: Code = Code("http_version_not_supported", 505);
 
     /// `error.code`.
     pub fn name(self) -> &'static str {
-        self.facts().0
+        self.0
     }
 
     /// The HTTP status, 400 to 599.
     pub fn status(self) -> u16 {
-        self.facts().1
+        self.1
     }
 
     /// `error.type`, in OpenAI's vocabulary, by which SDKs choose an exception class.
@@ -115,17 +85,17 @@ impl ApiError {
 
     /// Nobody is there any more to be answered: it stands in the log only.
     pub fn client_gone() -> ApiError {
-        ApiError::new(Code::ClientGone, "the client went away")
+        ApiError::new(Code::CLIENT_GONE, "the client went away")
     }
 
     /// The server ends: nothing new is begun, and what its clients wait for is given up when the grace is over.
     pub fn shutting_down() -> ApiError {
-        ApiError::new(Code::ShuttingDown, "the server is shutting down; try again, on a new connection")
+        ApiError::new(Code::SHUTTING_DOWN, "the server is shutting down; try again, on a new connection")
     }
 
     /// A 422 that names the field at fault.
     pub fn invalid(param: &str, message: impl Into<String>) -> ApiError {
-        ApiError { param: Some(param.to_string()), ..ApiError::new(Code::InvalidRequest, message) }
+        ApiError { param: Some(param.to_string()), ..ApiError::new(Code::INVALID_REQUEST, message) }
     }
 
     /// The same error with one more header field.

@@ -98,7 +98,7 @@ pub fn parse_json(body: &[u8]) -> Result<Value, ApiError> {
             Err(e) => format!("the body is not UTF-8: {e}"),
             Ok(_) => format!("the body is not JSON: {e}"),
         };
-        ApiError::new(Code::InvalidJson, cause)
+        ApiError::new(Code::INVALID_JSON, cause)
     })
 }
 
@@ -339,7 +339,7 @@ mod tests {
     fn what_is_not_json_says_so() {
         for body in [&b""[..], b"{", b"\xff", br#"{"question":"\ud800"}"#] {
             let e = Question::parse(body, 10).expect_err("refused");
-            assert_eq!(e.code, Code::InvalidJson);
+            assert_eq!(e.code, Code::INVALID_JSON);
         }
     }
 }

@@ -425,7 +425,7 @@ impl Connection {
                 Ok(Some(1..)) => parsed = Head::parse(&self.unparsed),
                 Ok(None) => {
                     let text = format!("the request's head was not complete within {} s", config::HEADER_TIMEOUT.as_secs());
-                    return Next::Refused(None, ApiError::new(Code::RequestTimeout, text));
+                    return Next::Refused(None, ApiError::new(Code::REQUEST_TIMEOUT, text));
                 }
                 _ => return Next::Over,
             }
@@ -523,7 +523,7 @@ fn not_read(e: &io::Error) -> ApiError {
 }
 
 fn stalled() -> ApiError {
-    ApiError::new(Code::RequestTimeout, format!("nothing of the body came for {} s", config::CLIENT_STALL.as_secs()))
+    ApiError::new(Code::REQUEST_TIMEOUT, format!("nothing of the body came for {} s", config::CLIENT_STALL.as_secs()))
 }
 
 /// The client's `X-Request-Id`, unless it could break a log line.

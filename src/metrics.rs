@@ -97,12 +97,12 @@ impl Metrics {
     pub fn new(routes: &[&'static str], models: &[String]) -> Metrics {
         let counters = || STATUSES.iter().map(|_| Counter::default()).collect();
         let upstream = [
-            Code::UpstreamRejected,
-            Code::UpstreamRateLimited,
-            Code::UpstreamError,
-            Code::UpstreamBadAnswer,
-            Code::UpstreamUnavailable,
-            Code::UpstreamTimeout,
+            Code::UPSTREAM_REJECTED,
+            Code::UPSTREAM_RATE_LIMITED,
+            Code::UPSTREAM_ERROR,
+            Code::UPSTREAM_BAD_ANSWER,
+            Code::UPSTREAM_UNAVAILABLE,
+            Code::UPSTREAM_TIMEOUT,
         ];
         Metrics {
             routes: routes.iter().map(|route| (*route, counters(), Histogram::new(SECONDS))).collect(),
@@ -147,7 +147,7 @@ impl Metrics {
     pub fn upstream_error(&self, code: Code) {
         match self.upstream_errors.iter().find(|(name, _)| *name == code.name()) {
             Some((_, count)) => count.inc(),
-            None if code == Code::ClientGone => self.upstream_cancelled.inc(),
+            None if code == Code::CLIENT_GONE => self.upstream_cancelled.inc(),
             None => {}
         }
     }
@@ -265,8 +265,8 @@ mod tests {
         metrics.request("invented", 299, Duration::ZERO);
         metrics.tokens("m\"1", 2, 3);
         metrics.tokens("invented", 5, 7);
-        metrics.upstream_error(Code::UpstreamTimeout);
-        metrics.upstream_error(Code::ClientGone);
+        metrics.upstream_error(Code::UPSTREAM_TIMEOUT);
+        metrics.upstream_error(Code::CLIENT_GONE);
         let gauges = Gauges {
             in_flight: 1,
             queue_length: 0,

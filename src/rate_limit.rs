@@ -54,7 +54,7 @@ impl RateLimit {
         let millis = ((1.0 - bucket.questions) / per_second * 1000.0).round() as u64;
         let wait = millis.div_ceil(1000).max(1);
         let mut error = ApiError::new(
-            Code::RateLimited,
+            Code::RATE_LIMITED,
             format!("this key may ask {} questions a minute; the next in {wait} s", self.per_minute),
         );
         error.retry_after = Some(wait.to_string());

@@ -376,7 +376,8 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
                 }
                 Ok(false) => {}
                 Err(no) => {
-                    let code = if end.is_unanswered() && out.is_empty() { Code::UpstreamBadAnswer } else { Code::UpstreamError };
+                    let code =
+                        if end.is_unanswered() && out.is_empty() { Code::UPSTREAM_BAD_ANSWER } else { Code::UPSTREAM_ERROR };
                     failure = Some(events.no_answer(code, "failed", &no));
                     break;
                 }
@@ -402,7 +403,7 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
                 Some(_) if began => Ok(b"data: [DONE]\n\n".to_vec()),
                 _ => {
                     let text = "the LLM's stream ended before its answer was complete";
-                    Err(events.failed(Code::UpstreamBadAnswer, text).into())
+                    Err(events.failed(Code::UPSTREAM_BAD_ANSWER, text).into())
                 }
             };
         }
@@ -446,11 +447,11 @@ fn complete(done: &[u8], end: &ClientEnd, store: &Store, is_alone: bool, draft: 
 #[inline(never)]
 fn cut_short(e: ApiError, end: &ClientEnd, store: &Store, mut draft: Box<Draft>) -> Result<Streamed, ApiError> {
     let e = end.reason(e);
-    let gone = e.code == Code::ClientGone;
+    let gone = e.code == Code::CLIENT_GONE;
     if end.is_unanswered() && !gone {
         return Err(e);
     }
-    let reason = if matches!(e.code, Code::ClientGone | Code::ShuttingDown) { e.code } else { Code::UpstreamError };
+    let reason = if matches!(e.code, Code::CLIENT_GONE | Code::SHUTTING_DOWN) { e.code } else { Code::UPSTREAM_ERROR };
     draft.finish_reason = Some(reason.name().to_string());
     let streamed = draft.streamed();
     if let Err(e) = store.keep_together(draft.into_pair()) {

@@ -264,7 +264,7 @@ fn awaited(pair: Pair, unique: Option<Unique>) -> (Order, Taker<Result<Exchange,
 
 /// The error for a pair that cannot be kept or found.
 fn unavailable() -> ApiError {
-    ApiError::new(Code::HistoryUnavailable, "the history cannot be written or read at the moment; the server's log says why")
+    ApiError::new(Code::HISTORY_UNAVAILABLE, "the history cannot be written or read at the moment; the server's log says why")
 }
 
 /// The words of a query, each once, as far as they count: a search costs words times text.

@@ -35,7 +35,7 @@ const FIRST_BACKOFF: Duration = Duration::from_millis(250);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(8);
 
 fn no_model() -> ApiError {
-    ApiError::new(Code::NotFound, "there is no model of this name; GET /v1/models lists them")
+    ApiError::new(Code::NOT_FOUND, "there is no model of this name; GET /v1/models lists them")
 }
 
 /// Whether a key is what servers are given that want none: `none`, `ollama`, `x`. It is no secret, and in other words
@@ -113,7 +113,7 @@ impl Upstream {
             Ended::TimedOut => {
                 let text =
                     format!("the LLM did not answer within {} s (UPSTREAM_TIMEOUT_SECS)", self.config.upstream_timeout.as_secs());
-                self.failed(Code::UpstreamTimeout, &text)
+                self.failed(Code::UPSTREAM_TIMEOUT, &text)
             }
         }
     }
@@ -122,13 +122,13 @@ impl Upstream {
     fn unanswered(&self, error: &ureq::Error) -> Failure {
         let (code, text, retry) = match error {
             ureq::Error::HostNotFound => {
-                (Code::UpstreamUnavailable, "the LLM's host name cannot be resolved; check OPENAI_BASE_URL".to_string(), true)
+                (Code::UPSTREAM_UNAVAILABLE, "the LLM's host name cannot be resolved; check OPENAI_BASE_URL".to_string(), true)
             }
-            ureq::Error::Io(e) => (Code::UpstreamUnavailable, format!("the LLM cannot be reached: {e}"), true),
+            ureq::Error::Io(e) => (Code::UPSTREAM_UNAVAILABLE, format!("the LLM cannot be reached: {e}"), true),
             e @ (ureq::Error::Tls(_) | ureq::Error::Rustls(_)) => {
-                (Code::UpstreamUnavailable, format!("no secure connection to the LLM: {e}"), true)
+                (Code::UPSTREAM_UNAVAILABLE, format!("no secure connection to the LLM: {e}"), true)
             }
-            e => (Code::UpstreamBadAnswer, format!("the LLM's answer is not HTTP as it should be: {e}"), false),
+            e => (Code::UPSTREAM_BAD_ANSWER, format!("the LLM's answer is not HTTP as it should be: {e}"), false),
         };
         Failure { error: self.failed(code, &text), retry, wait: None, unknown_model: false }
     }
@@ -142,14 +142,14 @@ impl Upstream {
         let words = openai::error_text(&body);
         let (code, text) = match status {
             300..=399 => {
-                (Code::UpstreamError, format!("the LLM redirected ({status}), which is not followed; check OPENAI_BASE_URL"))
+                (Code::UPSTREAM_ERROR, format!("the LLM redirected ({status}), which is not followed; check OPENAI_BASE_URL"))
             }
-            400 | 413 | 422 => (Code::UpstreamRejected, format!("the LLM rejected the request ({status}): {words}")),
-            401 | 403 => (Code::UpstreamError, format!("the LLM refused the server's key ({status}): {words}")),
-            408 => (Code::UpstreamTimeout, format!("the LLM was too slow ({status}): {words}")),
-            429 => (Code::UpstreamRateLimited, format!("the LLM limits the rate ({status}): {words}")),
-            503 | 529 => (Code::UpstreamUnavailable, format!("the LLM is not available ({status}): {words}")),
-            _ => (Code::UpstreamError, format!("the LLM failed ({status}): {words}")),
+            400 | 413 | 422 => (Code::UPSTREAM_REJECTED, format!("the LLM rejected the request ({status}): {words}")),
+            401 | 403 => (Code::UPSTREAM_ERROR, format!("the LLM refused the server's key ({status}): {words}")),
+            408 => (Code::UPSTREAM_TIMEOUT, format!("the LLM was too slow ({status}): {words}")),
+            429 => (Code::UPSTREAM_RATE_LIMITED, format!("the LLM limits the rate ({status}): {words}")),
+            503 | 529 => (Code::UPSTREAM_UNAVAILABLE, format!("the LLM is not available ({status}): {words}")),
+            _ => (Code::UPSTREAM_ERROR, format!("the LLM failed ({status}): {words}")),
         };
         let mut error = self.failed(code, &text);
         let retry_after = retry_after(response.headers());
@@ -267,7 +267,7 @@ impl Line {
                 }
                 Err(no) if no.passing && self.fall_back(chat) => {}
                 Err(no) => {
-                    return Err(self.upstream.failed(Code::UpstreamBadAnswer, &format!("the LLM gave no answer: {}", no.why)));
+                    return Err(self.upstream.failed(Code::UPSTREAM_BAD_ANSWER, &format!("the LLM gave no answer: {}", no.why)));
                 }
             }
         }
@@ -341,7 +341,7 @@ impl Line {
         let answer = answer.map_err(|failure| if failure.unknown_model { no_model() } else { failure.error })?;
         let body = self.whole(answer.into_body().into_reader(), Vec::new())?;
         if !openai::is_model_answer(&body) {
-            return Err(self.upstream.failed(Code::UpstreamBadAnswer, "the LLM answered with something else than models"));
+            return Err(self.upstream.failed(Code::UPSTREAM_BAD_ANSWER, "the LLM answered with something else than models"));
         }
         Ok(body)
     }
@@ -359,7 +359,7 @@ impl Line {
                 Err(failure) => failure,
             };
             // Some servers do not know the option by which a stream tells its usage.
-            if failure.error.code == Code::UpstreamRejected
+            if failure.error.code == Code::UPSTREAM_REJECTED
                 && failure.error.message.contains("stream_options")
                 && chat.drop_usage()
             {
@@ -408,7 +408,7 @@ impl Line {
             let too_late = self.watch.until().is_some_and(|until| then.is_none_or(|then| then >= until));
             if !failure.retry || too_late || retries == self.upstream.config.upstream_retries {
                 // A client that also tries again multiplies our attempts.
-                if retries > 0 || failure.error.code == Code::UpstreamTimeout {
+                if retries > 0 || failure.error.code == Code::UPSTREAM_TIMEOUT {
                     failure.error = failure.error.pointless_to_retry();
                 }
                 return Err(Box::new(failure));
@@ -427,13 +427,13 @@ impl Line {
         let result = reader.take((config::MAX_ANSWER + 1 - body.len()) as u64).read_to_end(&mut body);
         if body.len() > config::MAX_ANSWER {
             let text = format!("the LLM's answer is larger than {} bytes", config::MAX_ANSWER);
-            return Err(self.upstream.failed(Code::UpstreamBadAnswer, &text));
+            return Err(self.upstream.failed(Code::UPSTREAM_BAD_ANSWER, &text));
         }
         match result {
             Ok(_) => Ok(body),
             Err(e) => Err(match self.watch.ended() {
                 Some(ended) => self.upstream.ended(ended),
-                None => self.upstream.failed(Code::UpstreamBadAnswer, &format!("the LLM's answer broke off: {e}")),
+                None => self.upstream.failed(Code::UPSTREAM_BAD_ANSWER, &format!("the LLM's answer broke off: {e}")),
             }),
         }
     }
@@ -556,7 +556,7 @@ impl Events<'_> {
                     }
                     if splitter.push(read, events).is_err() {
                         let text = "an event of the LLM's stream is too long, or there are only comments";
-                        return Err(self.failed(Code::UpstreamBadAnswer, text).into());
+                        return Err(self.failed(Code::UPSTREAM_BAD_ANSWER, text).into());
                     }
                 }
             }
@@ -584,13 +584,13 @@ impl Events<'_> {
         let error = match self.line.watch.ended() {
             Some(Ended::TimedOut) if !is_json => {
                 let idle = upstream.config.upstream_idle.as_secs();
-                self.failed(Code::UpstreamTimeout, &format!("the LLM's stream was silent for {idle} s (UPSTREAM_IDLE_SECS)"))
+                self.failed(Code::UPSTREAM_TIMEOUT, &format!("the LLM's stream was silent for {idle} s (UPSTREAM_IDLE_SECS)"))
             }
             Some(ended) => upstream.ended(ended),
             None if !self.began => {
-                self.failed(Code::UpstreamBadAnswer, &format!("the LLM's answer broke off before it began: {e}"))
+                self.failed(Code::UPSTREAM_BAD_ANSWER, &format!("the LLM's answer broke off before it began: {e}"))
             }
-            None => self.failed(Code::UpstreamError, &format!("the LLM's stream broke off: {e}")),
+            None => self.failed(Code::UPSTREAM_ERROR, &format!("the LLM's stream broke off: {e}")),
         };
         error.into()
     }
@@ -599,7 +599,7 @@ impl Events<'_> {
     #[inline(never)]
     fn no_stream(&mut self, start: &[u8]) -> Box<Broken> {
         let Source::Upstream { reader, kind, .. } = std::mem::replace(&mut self.source, Source::Over) else {
-            return self.failed(Code::UpstreamBadAnswer, "the LLM did not stream").into();
+            return self.failed(Code::UPSTREAM_BAD_ANSWER, "the LLM did not stream").into();
         };
         if kind != Kind::Json {
             self.line.watch.within(self.line.upstream.config.upstream_timeout);
@@ -609,7 +609,7 @@ impl Events<'_> {
             Ok(Err(no)) => no,
             Err(e) => return e.into(),
         };
-        self.no_answer(Code::UpstreamBadAnswer, "did not stream", &no)
+        self.no_answer(Code::UPSTREAM_BAD_ANSWER, "did not stream", &no)
     }
 
     /// After the last event: reads what is left, if it comes at once, so that the connection can be used

@@ -191,7 +191,7 @@ impl Api {
         let (admitted, head, body) = match (&call.admitted, &call.head, call.body) {
             (Some(admitted), Some(head), Ok(body)) => (admitted, head, body),
             (_, _, Err(e)) => return exit.refuse(e),
-            _ => return exit.refuse(ApiError::new(Code::Internal, "a request was let in without a head")),
+            _ => return exit.refuse(ApiError::new(Code::INTERNAL, "a request was let in without a head")),
         };
         let request = Request {
             endpoint: admitted.endpoint,
@@ -232,7 +232,7 @@ impl Api {
     /// A place for an answer that is put together out of the history. Errs with 503 where there is none for long.
     fn make(&self) -> Result<Taken, ApiError> {
         let place = self.making.take(1, MAKING_PATIENCE);
-        place.ok_or_else(|| ApiError::new(Code::Overloaded, "too much is being read from the history; try again"))
+        place.ok_or_else(|| ApiError::new(Code::OVERLOADED, "too much is being read from the history; try again"))
     }
 
     /// Answers with what can be asked for again: with 503 where too much is on its way to slow clients already.
@@ -241,7 +241,7 @@ impl Api {
             Some(_place) => exit.send(reply, model),
             None => {
                 let text = format!("{MOST_LEAVING} bytes of large answers are on their way to slow clients; try again");
-                exit.refuse(ApiError::new(Code::Overloaded, text))
+                exit.refuse(ApiError::new(Code::OVERLOADED, text))
             }
         }
     }
@@ -283,7 +283,7 @@ impl Api {
     pub fn overloaded(&self, errand: Errand) {
         let (workers, queue) = (self.config.workers, self.config.queue_size);
         let text = format!("all {workers} workers are busy and the queue of {queue} is full; try again");
-        errand.refuse(ApiError::new(Code::Overloaded, text));
+        errand.refuse(ApiError::new(Code::OVERLOADED, text));
     }
 
     fn admitted(&self, endpoint: Endpoint, key: Arc<str>) -> Admitted {
@@ -325,7 +325,7 @@ impl Site for Api {
         let verdict = if self.draining.load(Ordering::SeqCst) {
             Err(ApiError::shutting_down())
         } else if admitted.endpoint.asks() && !head.field("content-type").is_none_or(is_json) {
-            Err(ApiError::new(Code::UnsupportedMediaType, "the body must be JSON: send Content-Type: application/json"))
+            Err(ApiError::new(Code::UNSUPPORTED_MEDIA_TYPE, "the body must be JSON: send Content-Type: application/json"))
         } else {
             Ok(if admitted.endpoint.asks() { self.config.max_body_bytes } else { NEEDLESS_BODY })
         };
@@ -410,7 +410,7 @@ impl Exit {
     fn refuse(self, e: ApiError) -> Option<Errand> {
         let e = self.responder.reason(e);
         let (status, code) = (e.code.status(), Some(e.code));
-        if e.code == Code::ClientGone {
+        if e.code == Code::CLIENT_GONE {
             self.entry.log(&Done { status, code, ..Done::default() });
             return None;
         }
@@ -495,7 +495,7 @@ impl Drop for InFlight {
 
 fn unauthorized(what: &str) -> ApiError {
     let text = format!("{what}; send Authorization: Bearer KEY with one of the server's API_KEYS");
-    ApiError::new(Code::Unauthorized, text).with_header("WWW-Authenticate", "Bearer")
+    ApiError::new(Code::UNAUTHORIZED, text).with_header("WWW-Authenticate", "Bearer")
 }
 
 /// Compares with every key, each over the same length, so that time tells nothing about any.

@@ -90,7 +90,7 @@ impl Once {
             }
             if Instant::now() >= until {
                 let text = "requests with this Idempotency-Key have been running for too long; try again";
-                return Err(ApiError::new(Code::Overloaded, text));
+                return Err(ApiError::new(Code::OVERLOADED, text));
             }
             running = wait_within(&self.ended, running, GLANCE);
         }

@@ -75,7 +75,7 @@ pub fn route(method: &str, path: &str) -> Result<Endpoint, ApiError> {
         "/docs/swagger-ui-bundle.js" => (Endpoint::Page("swagger-ui-bundle.js"), GET),
         _ => {
             return Err(ApiError::new(
-                Code::NotFound,
+                Code::NOT_FOUND,
                 "there is nothing at this path; paths are exact, without a slash at the end",
             ));
         }
@@ -83,7 +83,7 @@ pub fn route(method: &str, path: &str) -> Result<Endpoint, ApiError> {
     if allow.split(", ").any(|allowed| allowed == method) {
         return Ok(endpoint);
     }
-    Err(ApiError::new(Code::MethodNotAllowed, format!("this path takes {allow}")).with_header("Allow", allow))
+    Err(ApiError::new(Code::METHOD_NOT_ALLOWED, format!("this path takes {allow}")).with_header("Allow", allow))
 }
 
 /// A name that a model may have.

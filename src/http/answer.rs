@@ -129,7 +129,7 @@ impl Responder {
     /// The reason for a failure of this request: where it is that the client seems to have gone, and it was us who shut
     /// its connection, that the server shuts down.
     pub fn reason(&self, e: ApiError) -> ApiError {
-        let is_ours = e.code == Code::ClientGone && self.listed.connections.are_deaf();
+        let is_ours = e.code == Code::CLIENT_GONE && self.listed.connections.are_deaf();
         if is_ours { ApiError::shutting_down() } else { e }
     }
 

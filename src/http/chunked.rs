@@ -7,7 +7,7 @@ use crate::error::{ApiError, Code};
 /// The error for a body of more than `limit` bytes.
 pub fn too_large(limit: usize) -> ApiError {
     ApiError::new(
-        Code::BodyTooLarge,
+        Code::BODY_TOO_LARGE,
         format!("the body is larger than {limit} bytes, the most that is taken here (MAX_BODY_BYTES of a question)"),
     )
 }

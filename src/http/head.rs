@@ -62,7 +62,7 @@ impl Head {
                 None => return incomplete(bytes, lines.is_empty()),
             }
             if lines.len() > MAX_FIELDS + 1 {
-                return Err(ApiError::new(Code::HeadersTooLarge, format!("more than {MAX_FIELDS} header fields")));
+                return Err(ApiError::new(Code::HEADERS_TOO_LARGE, format!("more than {MAX_FIELDS} header fields")));
             }
         };
         Head::judge(&bytes[..len], &lines).map(Some)
@@ -148,7 +148,7 @@ impl Head {
             } else if is("expect") {
                 if !value.eq_ignore_ascii_case(b"100-continue") {
                     return Err(ApiError::new(
-                        Code::ExpectationFailed,
+                        Code::EXPECTATION_FAILED,
                         "Expect is not 100-continue, the only expectation known here",
                     ));
                 }
@@ -178,7 +178,7 @@ impl Head {
 
 /// A request that is not HTTP as it should be.
 pub fn bad(message: &str) -> ApiError {
-    ApiError::new(Code::BadRequest, format!("malformed request: {message}"))
+    ApiError::new(Code::BAD_REQUEST, format!("malformed request: {message}"))
 }
 
 fn incomplete(bytes: &[u8], in_request_line: bool) -> Result<Option<Head>, ApiError> {
@@ -186,7 +186,7 @@ fn incomplete(bytes: &[u8], in_request_line: bool) -> Result<Option<Head>, ApiEr
         return Err(too_long());
     }
     if bytes.len() >= MAX_HEAD {
-        return Err(ApiError::new(Code::HeadersTooLarge, format!("the header block is larger than {MAX_HEAD} bytes")));
+        return Err(ApiError::new(Code::HEADERS_TOO_LARGE, format!("the header block is larger than {MAX_HEAD} bytes")));
     }
     // What cannot begin a request is refused at once, not when the client tires of waiting.
     let method = bytes.split(|b| *b == b' ').next().unwrap_or_default();
@@ -197,7 +197,7 @@ fn incomplete(bytes: &[u8], in_request_line: bool) -> Result<Option<Head>, ApiEr
 }
 
 fn too_long() -> ApiError {
-    ApiError::new(Code::UriTooLong, format!("the request target is longer than {MAX_TARGET} bytes"))
+    ApiError::new(Code::URI_TOO_LONG, format!("the request target is longer than {MAX_TARGET} bytes"))
 }
 
 type Range = (usize, usize);
@@ -220,7 +220,7 @@ fn request_line(head: &[u8], (start, end): Range) -> Result<(Range, Range, bool,
         b"HTTP/1.1" => (false, None),
         b"HTTP/1.0" => (true, None),
         [b'H', b'T', b'T', b'P', b'/', major, b'.', minor] if major.is_ascii_digit() && minor.is_ascii_digit() => {
-            (false, Some(ApiError::new(Code::VersionNotSupported, "only HTTP/1.1 and HTTP/1.0 are spoken here")))
+            (false, Some(ApiError::new(Code::VERSION_NOT_SUPPORTED, "only HTTP/1.1 and HTTP/1.0 are spoken here")))
         }
         _ => return Err(bad("the version is not HTTP/1.1")),
     };

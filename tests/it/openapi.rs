@@ -62,9 +62,9 @@ fn parts() -> BTreeSet<String> {
 /// Codes with their statuses, as `error.rs` has them, but for those of a client that is no longer there to read them.
 fn codes() -> BTreeMap<String, u64> {
     let mut codes = BTreeMap::new();
-    for arm in ERRORS.lines().filter_map(|line| line.trim().strip_prefix("Code::")?.split_once("=> (\"")) {
-        let (name, rest) = arm.1.split_once("\", ").expect("a name and a status");
-        let status = rest.trim_end_matches("),").parse().expect("a status");
+    for (_, code) in ERRORS.lines().filter_map(|line| line.trim().strip_prefix("pub const ")?.split_once("= Code(\"")) {
+        let (name, rest) = code.split_once("\", ").expect("a name and a status");
+        let status = rest.trim_end_matches(");").parse().expect("a status");
         codes.insert(name.to_owned(), status);
     }
     assert!(codes.len() > 20, "the codes were read: {codes:?}");

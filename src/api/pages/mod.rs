@@ -39,7 +39,7 @@ pub fn page(name: &str) -> Result<Reply, ApiError> {
 /// A file of Swagger UI, compressed when the crate was built: every browser takes gzip, so there is no other.
 fn swagger_ui(name: &str) -> Result<Reply, ApiError> {
     let file = utoipa_swagger_ui::serve(name, Arc::default()).ok().flatten();
-    let file = file.ok_or_else(|| ApiError::new(Code::NotFound, "Swagger UI has no such file"))?;
+    let file = file.ok_or_else(|| ApiError::new(Code::NOT_FOUND, "Swagger UI has no such file"))?;
     let content_type = if name.ends_with(".css") { CSS } else { JAVASCRIPT };
     let mut reply = reply(content_type, file.bytes, "public, max-age=86400");
     if file.gzpipped {
