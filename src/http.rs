@@ -9,12 +9,14 @@ mod chunked;
 mod head;
 
 use std::collections::HashMap;
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::{Duration, Instant};
 
@@ -26,7 +28,7 @@ use tiny_http::{Server, SslContextWrap};
 use crate::config::{self, Config};
 use crate::error::{ApiError, Code, StartError, is_sane_id};
 use crate::kernel;
-use crate::lock::{lock, wait_within};
+use crate::lock::{lock, wait_while};
 use answer::{Answers, Form};
 pub use answer::{Reply, Responder, StreamWriter};
 use chunked::{Decoder, too_large};
@@ -54,6 +56,8 @@ pub struct Connections {
     sockets: Mutex<HashMap<u64, Weak<TcpStream>>>,
     room: Condvar,
     is_deaf: AtomicBool,
+    /// For requests that bring no id.
+    ids: (RandomState, AtomicU64),
 }
 
 impl Connections {
@@ -67,6 +71,12 @@ impl Connections {
     pub fn shut(&self, how: Shutdown) {
         self.is_deaf.store(true, Ordering::SeqCst);
         lock(&self.sockets).values().filter_map(Weak::upgrade).for_each(|socket| drop(socket.shutdown(how)));
+    }
+
+    fn new_id(&self) -> String {
+        let mut hasher = self.ids.0.build_hasher();
+        hasher.write_u64(self.ids.1.fetch_add(1, Ordering::Relaxed));
+        format!("{:016x}", hasher.finish())
     }
 
     /// They were shut: clients that seem to have gone may be there.
@@ -128,14 +138,9 @@ impl Listener {
     pub fn accept(&self, stop: &UnixStream) -> io::Result<Option<Box<Connection>>> {
         const TICK: Duration = Duration::from_millis(100);
         const PATIENCE: Duration = Duration::from_secs(1);
-        {
-            let live = lock(&self.connections.sockets);
-            if live.len() >= self.max_connections {
-                let live = wait_within(&self.connections.room, live, TICK);
-                if live.len() >= self.max_connections {
-                    return Ok(None);
-                }
-            }
+        let is_full = |live: &mut HashMap<_, _>| live.len() >= self.max_connections;
+        if wait_while(&self.connections.room, lock(&self.connections.sockets), TICK, is_full).is_none() {
+            return Ok(None);
         }
         let mut ready = [PollFd::new(&self.listener, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
         kernel::poll(&mut ready, Some(Instant::now() + PATIENCE))?;
@@ -244,24 +249,6 @@ pub struct Call<A> {
     pub responder: Responder,
 }
 
-/// What was read of a request.
-struct Seen<A> {
-    head: Option<Head>,
-    admitted: Option<A>,
-    body: Result<Vec<u8>, ApiError>,
-}
-
-/// What the layer above decides about requests.
-pub trait Site {
-    /// What is known of a request that was admitted.
-    type Admitted;
-    /// Judges a request by its head, before its body is read: what is known of it, and of how many bytes its body may
-    /// be, where it is let in.
-    fn admit(&self, head: &Head) -> (Option<Self::Admitted>, Result<usize, ApiError>);
-    /// An id for a request that brought none.
-    fn new_id(&self) -> String;
-}
-
 /// What a connection brought.
 pub enum Turn<A> {
     /// A request; the next one is read when it is answered.
@@ -272,19 +259,16 @@ pub enum Turn<A> {
     Over,
 }
 
-/// How looking for the next request ended.
-enum Next {
-    Head(Head),
-    /// With the head, where it can be read all the same.
-    Refused(Option<Head>, ApiError),
-    /// The client has gone: nothing is said.
-    Over,
-}
-
 impl Connection {
     /// Waits for the next request, at most so long for its first byte. `at_once`: only for one that is there
-    /// as a whole then.
-    pub fn next_call<S: Site>(&mut self, site: &S, patience: Duration, at_once: bool) -> Turn<S::Admitted> {
+    /// as a whole then. `admit` judges it by its head, before its body is read: what is known of it, and of how many bytes
+    /// its body may be, where it is let in.
+    pub fn next_call<A>(
+        &mut self,
+        admit: impl FnOnce(&Head) -> (Option<A>, Result<usize, ApiError>),
+        patience: Duration,
+        at_once: bool,
+    ) -> Turn<A> {
         if self.closing || self.answers.is_broken() {
             return Turn::Over;
         }
@@ -315,27 +299,24 @@ impl Connection {
             return Turn::Quiet;
         }
         self.owes_body = true;
-        let head = match self.next_head(parsed, started + config::HEADER_TIMEOUT) {
-            Next::Head(head) => head,
-            Next::Refused(head, e) => return self.call(site, false, started, Seen { head, admitted: None, body: Err(e) }),
-            Next::Over => return Turn::Over,
+        let Some(next) = self.next_head(parsed, started + config::HEADER_TIMEOUT) else { return Turn::Over };
+        let (head, admitted, body, keep) = match next {
+            Ok(head) => {
+                let (admitted, verdict) = admit(&head);
+                let (body, keep) = self.body(&head, verdict);
+                self.owes_body = !keep;
+                let keep = keep && !head.close;
+                (Some(head), admitted, body, keep)
+            }
+            Err((head, e)) => (head, None, Err(e), false),
         };
-        let (admitted, verdict) = site.admit(&head);
-        let (body, keep) = self.body(&head, verdict);
-        self.owes_body = !keep;
-        self.call(site, keep && !head.close, started, Seen { head: Some(head), admitted, body })
-    }
-
-    /// The request, with the right to answer it; `keep`: another may follow.
-    fn call<S: Site>(&mut self, site: &S, keep: bool, started: Instant, seen: Seen<S::Admitted>) -> Turn<S::Admitted> {
-        let Seen { head, admitted, body } = seen;
         self.closing = !keep;
         if self.unparsed.is_empty() {
             // Streams are many and long, and this is not needed before the next request.
             self.unparsed = Vec::new();
         }
         let own_id = head.as_ref().and_then(request_id);
-        let id = own_id.clone().unwrap_or_else(|| site.new_id());
+        let id = own_id.clone().unwrap_or_else(|| self.listed.connections.new_id());
         let form = Form {
             http10: head.as_ref().is_some_and(|head| head.http10),
             head_only: head.as_ref().is_some_and(|head| head.method() == "HEAD"),
@@ -408,26 +389,31 @@ impl Connection {
         Ok(())
     }
 
-    /// Reads on until there is a whole head.
-    fn next_head(&mut self, mut parsed: Result<Option<Head>, ApiError>, deadline: Instant) -> Next {
+    /// Reads on until there is a whole head; one that is refused goes along where it can be read all the same. `None`: the
+    /// client has gone, and nothing is said.
+    fn next_head(
+        &mut self,
+        mut parsed: Result<Option<Head>, ApiError>,
+        deadline: Instant,
+    ) -> Option<Result<Head, (Option<Head>, ApiError)>> {
         loop {
             match parsed {
                 Ok(Some(mut head)) => {
-                    return match head.fault.take() {
-                        Some(e) => Next::Refused(Some(head), e),
-                        None => Next::Head(head),
-                    };
+                    return Some(match head.fault.take() {
+                        Some(e) => Err((Some(head), e)),
+                        None => Ok(head),
+                    });
                 }
-                Err(e) => return Next::Refused(None, e),
+                Err(e) => return Some(Err((None, e))),
                 Ok(None) => {}
             }
             match self.receive(deadline.saturating_duration_since(Instant::now())) {
                 Ok(Some(1..)) => parsed = Head::parse(&self.unparsed),
                 Ok(None) => {
                     let text = format!("the request's head was not complete within {} s", config::HEADER_TIMEOUT.as_secs());
-                    return Next::Refused(None, ApiError::new(Code::REQUEST_TIMEOUT, text));
+                    return Some(Err((None, ApiError::new(Code::REQUEST_TIMEOUT, text))));
                 }
-                _ => return Next::Over,
+                _ => return None,
             }
         }
     }

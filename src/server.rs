@@ -106,7 +106,7 @@ impl Staff {
         if self.workers.is_exhausted() || self.api.is_in_trouble() {
             return self.receive(connection, Begin::Wait);
         }
-        match connection.next_call(&self.api, Duration::ZERO, true) {
+        match connection.next_call(|head| self.api.admit(head), Duration::ZERO, true) {
             Turn::Call(call) if Api::suits_worker(&call) => {
                 let left = match self.api.prepare(*call) {
                     Some(errand) => self.hand_over(connection, errand),
@@ -158,7 +158,7 @@ impl Staff {
         loop {
             let call = match next.take() {
                 Some(call) => call,
-                None => match connection.next_call(&self.api, config::KEEP_ALIVE, false) {
+                None => match connection.next_call(|head| self.api.admit(head), config::KEEP_ALIVE, false) {
                     Turn::Call(call) => call,
                     Turn::Quiet | Turn::Over => return,
                 },
@@ -192,7 +192,7 @@ impl Staff {
         while !self.workers.is_wanted() {
             let answered = connection.is_answered();
             let linger = if self.workers.is_exhausted() { SHORT_LINGER } else { LINGER };
-            match connection.next_call(&self.api, linger, true) {
+            match connection.next_call(|head| self.api.admit(head), linger, true) {
                 Turn::Call(call) if Api::suits_worker(&call) => {
                     if let Some(errand) = self.api.prepare(*call) {
                         return Some((connection, errand));

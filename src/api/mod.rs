@@ -15,11 +15,9 @@ mod streaming;
 mod system;
 
 use std::borrow::Cow;
-use std::collections::hash_map::RandomState;
-use std::hash::{BuildHasher, Hasher};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use subtle::ConstantTimeEq;
@@ -27,7 +25,7 @@ use subtle::ConstantTimeEq;
 use crate::config::{self, ApiKey, Config};
 use crate::error::{ApiError, Code, Header, StartError, add_headers};
 use crate::exchange::Question;
-use crate::http::{Call, Connections, Head, Reply, Responder, Site};
+use crate::http::{Call, Connections, Head, Reply, Responder};
 use crate::metrics::Metrics;
 use crate::openai::Chat;
 use crate::pool::Pool;
@@ -68,7 +66,6 @@ pub struct Api {
     leaving: Arc<Places>,
     draining: AtomicBool,
     in_flight: Arc<AtomicUsize>,
-    ids: (RandomState, AtomicU64),
     anonymous: Arc<str>,
 }
 
@@ -152,7 +149,6 @@ impl Api {
             started: Instant::now(),
             draining: AtomicBool::new(false),
             in_flight: Arc::default(),
-            ids: (RandomState::new(), AtomicU64::new(0)),
             anonymous: "anonymous".into(),
         })
     }
@@ -302,12 +298,9 @@ impl Api {
         };
         find_key(&self.config.api_keys, secret).ok_or_else(|| unauthorized("wrong key"))
     }
-}
 
-impl Site for Api {
-    type Admitted = Admitted;
-
-    fn admit(&self, head: &Head) -> (Option<Admitted>, Result<usize, ApiError>) {
+    /// Judges a request by its head: what is known of it, and of how many bytes its body may be, where it is let in.
+    pub fn admit(&self, head: &Head) -> (Option<Admitted>, Result<usize, ApiError>) {
         let endpoint = match route::route(head.method(), head.path()) {
             Ok(endpoint) if endpoint.is_public() => {
                 return (Some(self.admitted(endpoint, Arc::clone(&self.anonymous))), Ok(NEEDLESS_BODY));
@@ -330,12 +323,6 @@ impl Site for Api {
             Ok(if admitted.endpoint.asks() { self.config.max_body_bytes } else { NEEDLESS_BODY })
         };
         (Some(admitted), verdict)
-    }
-
-    fn new_id(&self) -> String {
-        let mut hasher = self.ids.0.build_hasher();
-        hasher.write_u64(self.ids.1.fetch_add(1, Ordering::Relaxed));
-        format!("{:016x}", hasher.finish())
     }
 }
 
