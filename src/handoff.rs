@@ -2,9 +2,9 @@
 //! at once: on two cores the channel's spinning and yielding cost a fifth of a request's CPU time.
 
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crate::lock::{lock, wait, wait_within};
+use crate::lock::{lock, wait_while};
 
 enum State<T> {
     Empty,
@@ -72,32 +72,16 @@ impl<T> Drop for Giver<T> {
 impl<T> Taker<T> {
     /// Waits for the value; `None` where the giver went without giving.
     pub fn take(&self) -> Option<T> {
-        self.wait(None).ok()
+        self.take_within(Duration::MAX).ok()
     }
 
     /// Waits for the value at most so long.
     pub fn take_within(&self, time: Duration) -> Result<T, Nothing> {
-        self.wait(Some(Instant::now() + time))
-    }
-
-    fn wait(&self, until: Option<Instant>) -> Result<T, Nothing> {
-        let mut state = lock(&self.0.state);
-        loop {
-            match std::mem::replace(&mut *state, State::Closed) {
-                State::Full(value) => return Ok(value),
-                State::Closed => return Err(Nothing::Ever),
-                State::Empty => *state = State::Empty,
-            }
-            state = match until {
-                None => wait(&self.0.changed, state),
-                Some(until) => {
-                    let left = until.saturating_duration_since(Instant::now());
-                    if left.is_zero() {
-                        return Err(Nothing::Yet);
-                    }
-                    wait_within(&self.0.changed, state, left)
-                }
-            };
+        let is_empty = |state: &mut State<T>| matches!(state, State::Empty);
+        let state = wait_while(&self.0.changed, lock(&self.0.state), time, is_empty);
+        match std::mem::replace(&mut *state.ok_or(Nothing::Yet)?, State::Closed) {
+            State::Full(value) => Ok(value),
+            _ => Err(Nothing::Ever),
         }
     }
 }

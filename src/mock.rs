@@ -125,27 +125,26 @@ struct Messages {
 
 impl<'de> Deserialize<'de> for Messages {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Messages, D::Error> {
-        struct MessagesVisitor;
-        impl<'de> Visitor<'de> for MessagesVisitor {
-            type Value = Messages;
+        deserializer.deserialize_seq(Messages::default())
+    }
+}
 
-            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("a list of messages")
-            }
+impl<'de> Visitor<'de> for Messages {
+    type Value = Messages;
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Messages, A::Error> {
-                let mut messages = Messages::default();
-                while let Some(message) = list.next_element::<Message>()? {
-                    let Text(text) = message.content.and_then(|json| serde_json::from_str(json.get()).ok()).unwrap_or_default();
-                    messages.words += count(&text);
-                    if message.role.as_deref() == Some("user") {
-                        messages.question = text.into_owned();
-                    }
-                }
-                Ok(messages)
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("a list of messages")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(mut self, mut list: A) -> Result<Messages, A::Error> {
+        while let Some(message) = list.next_element::<Message>()? {
+            let Text(text) = message.content.and_then(|json| serde_json::from_str(json.get()).ok()).unwrap_or_default();
+            self.words += count(&text);
+            if message.role.as_deref() == Some("user") {
+                self.question = text.into_owned();
             }
         }
-        deserializer.deserialize_seq(MessagesVisitor)
+        Ok(self)
     }
 }
 

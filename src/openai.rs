@@ -4,7 +4,6 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::marker::PhantomData;
 
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
@@ -234,25 +233,23 @@ struct Words<'a>(Cow<'a, str>);
 impl<'de: 'a, 'a> Deserialize<'de> for Words<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Words<'a>, D::Error> {
         // As a string it would have to be whole.
-        deserializer.deserialize_bytes(WordsVisitor).map(Words)
+        deserializer.deserialize_bytes(Words::default())
     }
 }
 
-struct WordsVisitor;
-
-impl<'de> Visitor<'de> for WordsVisitor {
-    type Value = Cow<'de, str>;
+impl<'de> Visitor<'de> for Words<'de> {
+    type Value = Words<'de>;
 
     fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str("a string")
     }
 
-    fn visit_borrowed_bytes<E>(self, text: &'de [u8]) -> Result<Cow<'de, str>, E> {
-        Ok(String::from_utf8_lossy(text))
+    fn visit_borrowed_bytes<E>(self, text: &'de [u8]) -> Result<Words<'de>, E> {
+        Ok(Words(String::from_utf8_lossy(text)))
     }
 
-    fn visit_bytes<E>(self, text: &[u8]) -> Result<Cow<'de, str>, E> {
-        Ok(String::from_utf8_lossy(text).into_owned().into())
+    fn visit_bytes<E>(self, text: &[u8]) -> Result<Words<'de>, E> {
+        Ok(Words(String::from_utf8_lossy(text).into_owned().into()))
     }
 }
 
@@ -294,36 +291,35 @@ struct Messages<'a> {
 
 impl<'de> Deserialize<'de> for Messages<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Messages<'de>, D::Error> {
-        struct MessagesVisitor;
-        impl<'de> Visitor<'de> for MessagesVisitor {
-            type Value = Messages<'de>;
+        deserializer.deserialize_seq(Messages::default())
+    }
+}
 
-            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("a list of messages")
+impl<'de> Visitor<'de> for Messages<'de> {
+    type Value = Messages<'de>;
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("a list of messages")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(mut self, mut list: A) -> Result<Messages<'de>, A::Error> {
+        loop {
+            let (mut role, mut content) = (None, None);
+            let message = EachField(|name: &str, value: &'de RawValue| match name {
+                "role" => role = Some(value),
+                "content" => content = Some(value),
+                _ => {}
+            });
+            if list.next_element_seed(message)?.is_none() {
+                return Ok(self);
             }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Messages<'de>, A::Error> {
-                let mut messages = Messages::default();
-                loop {
-                    let (mut role, mut content) = (None, None);
-                    let message = EachField(|name: &str, value: &'de RawValue| match name {
-                        "role" => role = Some(value),
-                        "content" => content = Some(value),
-                        _ => {}
-                    });
-                    if list.next_element_seed(message)?.is_none() {
-                        return Ok(messages);
-                    }
-                    messages.any = true;
-                    match read::<Words>(role, "role", "a string") {
-                        Ok(Some(Words(role))) if role == "user" => messages.question = content,
-                        Ok(_) => {}
-                        Err(_) => messages.wrong_role = true,
-                    }
-                }
+            self.any = true;
+            match read::<Words>(role, "role", "a string") {
+                Ok(Some(Words(role))) if role == "user" => self.question = content,
+                Ok(_) => {}
+                Err(_) => self.wrong_role = true,
             }
         }
-        deserializer.deserialize_seq(MessagesVisitor)
     }
 }
 
@@ -523,29 +519,26 @@ impl<T> Default for Few<T> {
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Few<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Few<T>, D::Error> {
-        deserializer.deserialize_seq(FewVisitor(PhantomData)).map(Few)
+        deserializer.deserialize_seq(Few::default())
     }
 }
 
-struct FewVisitor<T>(PhantomData<T>);
-
-impl<'de, T: Deserialize<'de>> Visitor<'de> for FewVisitor<T> {
-    type Value = Vec<T>;
+impl<'de, T: Deserialize<'de>> Visitor<'de> for Few<T> {
+    type Value = Few<T>;
 
     fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str("a sequence")
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
-        let mut few = Vec::new();
-        while few.len() < MOST_PARTS {
+    fn visit_seq<A: SeqAccess<'de>>(mut self, mut list: A) -> Result<Few<T>, A::Error> {
+        while self.0.len() < MOST_PARTS {
             match list.next_element()? {
-                Some(element) => few.push(element),
-                None => return Ok(few),
+                Some(element) => self.0.push(element),
+                None => return Ok(self),
             }
         }
         while list.next_element::<IgnoredAny>()?.is_some() {}
-        Ok(few)
+        Ok(self)
     }
 }
 
@@ -765,34 +758,31 @@ impl<'de: 'a, 'a> Deserialize<'de> for Text<'a> {
         let json = <&RawValue>::deserialize(deserializer)?.get();
         Ok(match json.as_bytes().first() {
             Some(b'"') => Text(wished(json).map_or_else(Cow::default, |Words(text)| text)),
-            Some(b'[') => serde_json::Deserializer::from_str(json).deserialize_seq(PartsVisitor).map(Text).unwrap_or_default(),
+            Some(b'[') => serde_json::Deserializer::from_str(json).deserialize_seq(Text::default()).unwrap_or_default(),
             _ => Text::default(),
         })
     }
 }
 
-struct PartsVisitor;
-
-impl<'de> Visitor<'de> for PartsVisitor {
-    type Value = Cow<'de, str>;
+impl<'de> Visitor<'de> for Text<'de> {
+    type Value = Text<'de>;
 
     fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str("a list of parts")
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut parts: A) -> Result<Cow<'de, str>, A::Error> {
+    fn visit_seq<A: SeqAccess<'de>>(mut self, mut parts: A) -> Result<Text<'de>, A::Error> {
         #[derive(Deserialize)]
         struct Part<'a> {
             #[serde(borrow, default)]
             text: Wish<Words<'a>>,
         }
-        let mut text = Cow::default();
         while let Some(Wish(part)) = parts.next_element::<Wish<Part>>()? {
             if let Some(Words(more)) = part.and_then(|part| part.text.0) {
-                text += more;
+                self.0 += more;
             }
         }
-        Ok(text)
+        Ok(self)
     }
 }
 
