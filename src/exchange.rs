@@ -183,10 +183,13 @@ pub struct Usage {
     pub total_tokens: u64,
 }
 
-/// One question with its answer, ready to be stored.
-#[derive(Clone, Debug)]
+/// One question with its answer; as JSON it has the shape of `/api/ask` and `/api/history`.
+#[derive(Debug, Default, Serialize)]
 pub struct Pair {
-    /// Name of the client's key.
+    /// Its row's; 0 before it has one.
+    pub id: i64,
+    /// Name of the client's key; empty where the pair was read, by that key.
+    #[serde(skip)]
     pub key: Arc<str>,
     pub question: String,
     pub answer: String,
@@ -199,35 +202,6 @@ pub struct Pair {
     pub latency_ms: u64,
     /// RFC 3339, UTC, milliseconds.
     pub created_at: String,
-}
-
-/// A stored pair, in the shape of `/api/ask` and `/api/history`.
-#[derive(Debug, Serialize)]
-pub struct Exchange {
-    pub id: i64,
-    pub question: String,
-    pub answer: String,
-    pub model: String,
-    pub finish_reason: Option<String>,
-    pub usage: Option<Usage>,
-    pub latency_ms: u64,
-    pub created_at: String,
-}
-
-impl Exchange {
-    /// The pair under the id that its row has.
-    pub fn new(id: i64, pair: Pair) -> Exchange {
-        Exchange {
-            id,
-            question: pair.question,
-            answer: pair.answer,
-            model: pair.model,
-            finish_reason: pair.finish_reason,
-            usage: pair.usage,
-            latency_ms: pair.latency_ms,
-            created_at: pair.created_at,
-        }
-    }
 }
 
 /// Bytes of a text in JSON (RFC 8259, section 7), but for its quotes: six for some characters, two for others.

@@ -1,7 +1,6 @@
 //! One running stream: events from the upstream to the client, the answer put together on the way, the
 //! pair stored before the stream is called done. Stands on the three doors; knows no endpoint.
 
-use std::borrow::Cow;
 use std::io;
 use std::net::TcpStream;
 use std::sync::{Arc, Mutex, Weak};
@@ -18,12 +17,6 @@ use crate::lock::lock;
 use crate::openai::{self, Chat, NoAnswer, ToolCalls};
 use crate::store::Store;
 use crate::upstream::{Broken, Events, Hangup, Line};
-
-fn headers() -> Vec<Header> {
-    [("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no")]
-        .map(|(name, value)| (Cow::Borrowed(name), value.to_string()))
-        .to_vec()
-}
 
 /// The client's end of a stream, shared by the worker that relays and the pulse that breaks the silence.
 pub struct ClientEnd {
@@ -57,7 +50,7 @@ impl ClientEnd {
     /// `extra` stands in the head of the answer. `upstream_head`: so do fields of the upstream's head, but
     /// for its id where the request's is the client's own (true).
     pub fn new(responder: Responder, id: String, extra: Vec<Header>, upstream_head: Option<bool>) -> ClientEnd {
-        let mut headers = headers();
+        let mut headers = vec![("Cache-Control".into(), "no-cache".into()), ("X-Accel-Buffering".into(), "no".into())];
         headers.extend(extra);
         ClientEnd {
             state: Mutex::new(State {
@@ -152,7 +145,7 @@ impl ClientEnd {
         let Ok(mut state) = self.state.try_lock() else { return true };
         let Some(responder) = state.responder() else { return false };
         if let (Some(hangup), true) = (&state.hangup, responder.is_client_gone()) {
-            hangup.end();
+            hangup();
             return true;
         }
         // Who has not taken what was sent would only keep all others waiting.
@@ -163,7 +156,7 @@ impl ClientEnd {
         if state.send(b": keep-alive\n\n").is_ok() {
             return true;
         }
-        state.hangup.iter().for_each(Hangup::end);
+        state.hangup.iter().for_each(|hangup| hangup());
         drop(state);
         self.abort();
         false
@@ -246,55 +239,33 @@ impl State {
 
 /// The pair as it grows.
 pub struct Draft {
-    key: Arc<str>,
-    question: String,
-    /// What was asked for, until the upstream says which model answers.
-    model: String,
+    /// Its model is what was asked for, until the upstream says which one answers.
+    pair: Pair,
     started: Instant,
     /// The client asked for the usage chunk.
     wants_usage: bool,
-    answer: String,
     tool_calls: ToolCalls,
-    finish_reason: Option<String>,
-    usage: Option<Usage>,
     first_event: Option<Duration>,
 }
 
 impl Draft {
     /// A pair without an answer yet; `started` is when the request came.
     pub fn new(key: Arc<str>, chat: &Chat, wants_usage: bool, started: Instant) -> Draft {
-        Draft {
-            key,
-            question: chat.question.clone(),
-            model: chat.model.clone(),
-            started,
-            wants_usage,
-            answer: String::new(),
-            tool_calls: ToolCalls::default(),
-            finish_reason: None,
-            usage: None,
-            first_event: None,
-        }
+        let pair = Pair { key, question: chat.question.clone(), model: chat.model.clone(), ..Pair::default() };
+        Draft { pair, started, wants_usage, tool_calls: ToolCalls::default(), first_event: None }
     }
 
     /// What there is to say of the stream, but for its end.
     fn streamed(&self) -> Streamed {
-        let (model, usage, first_event) = (self.model.clone(), self.usage, self.first_event);
-        Streamed { bytes: 0, model, usage, first_event, failure: None }
+        let Pair { model, usage, .. } = &self.pair;
+        Streamed { bytes: 0, model: model.clone(), usage: *usage, first_event: self.first_event, failure: None }
     }
 
     fn into_pair(mut self) -> Pair {
-        self.tool_calls.append_to(&mut self.answer);
-        Pair {
-            key: self.key,
-            question: self.question,
-            answer: self.answer,
-            model: self.model,
-            finish_reason: self.finish_reason,
-            usage: self.usage,
-            latency_ms: self.started.elapsed().as_millis() as u64,
-            created_at: clock::now(),
-        }
+        self.tool_calls.append_to(&mut self.pair.answer);
+        self.pair.latency_ms = self.started.elapsed().as_millis() as u64;
+        self.pair.created_at = clock::now();
+        self.pair
     }
 }
 
@@ -327,7 +298,7 @@ pub fn run(
             Ok(events) => events,
             Err(e) => return cut_short(e, end, store, draft),
         };
-        draft.model.clone_from(&chat.model);
+        draft.pair.model.clone_from(&chat.model);
         end.head(std::mem::take(&mut events.headers));
         match pump(&mut events, end, &mut draft) {
             Ok(done) => {
@@ -399,7 +370,7 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
             return Ok(done);
         }
         if over {
-            return match draft.finish_reason {
+            return match draft.pair.finish_reason {
                 Some(_) if began => Ok(b"data: [DONE]\n\n".to_vec()),
                 _ => {
                     let text = "the LLM's stream ended before its answer was complete";
@@ -413,16 +384,16 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
 /// Adds what an event says to the draft; true when the event goes on to the client.
 fn take_in(data: &[u8], draft: &mut Draft, events: &Events) -> Result<bool, NoAnswer> {
     let chunk = openai::parse_chunk(data)?;
-    if draft.answer.len() + chunk.delta.len() + draft.tool_calls.len() + chunk.tool_calls.len() > MAX_ANSWER {
+    if draft.pair.answer.len() + chunk.delta.len() + draft.tool_calls.len() + chunk.tool_calls.len() > MAX_ANSWER {
         return Err(NoAnswer::too_large());
     }
-    draft.answer.push_str(&chunk.delta);
+    draft.pair.answer.push_str(&chunk.delta);
     draft.tool_calls.add(chunk.tool_calls);
-    if let Some(model) = chunk.model.filter(|model| !model.is_empty() && *model != draft.model) {
-        draft.model = events.redact(&model);
+    if let Some(model) = chunk.model.filter(|model| !model.is_empty() && *model != draft.pair.model) {
+        draft.pair.model = events.redact(&model);
     }
-    draft.finish_reason = chunk.finish_reason.map(|reason| events.redact(&reason)).or(draft.finish_reason.take());
-    draft.usage = chunk.usage.or(draft.usage);
+    draft.pair.finish_reason = chunk.finish_reason.map(|reason| events.redact(&reason)).or(draft.pair.finish_reason.take());
+    draft.pair.usage = chunk.usage.or(draft.pair.usage);
     Ok(draft.wants_usage || !chunk.usage_only)
 }
 
@@ -452,7 +423,7 @@ fn cut_short(e: ApiError, end: &ClientEnd, store: &Store, mut draft: Box<Draft>)
         return Err(e);
     }
     let reason = if matches!(e.code, Code::CLIENT_GONE | Code::SHUTTING_DOWN) { e.code } else { Code::UPSTREAM_ERROR };
-    draft.finish_reason = Some(reason.name().to_string());
+    draft.pair.finish_reason = Some(reason.name().to_string());
     let streamed = draft.streamed();
     if let Err(e) = store.keep_together(draft.into_pair()) {
         log::warn!("a stream that was cut short is not in the history: {e}");

@@ -17,7 +17,7 @@ use rusqlite::{Connection, OpenFlags, Row, params};
 
 use crate::config::{self, Config};
 use crate::error::{ApiError, Code, StartError};
-use crate::exchange::{Exchange, Pair, Usage, size_in_json};
+use crate::exchange::{Pair, Usage, size_in_json};
 use crate::handoff::{Giver, Nothing, Taker, handoff};
 use crate::lock::lock;
 use crate::metrics::Metrics;
@@ -52,11 +52,11 @@ pub struct Remembered {
     pub path: String,
     pub request: Vec<u8>,
     pub response: Option<Vec<u8>>,
-    pub exchange: Exchange,
+    pub pair: Pair,
 }
 
 /// What follows when a pair is committed, or cannot be.
-type Then = Box<dyn FnOnce(Result<Exchange, ApiError>) + Send>;
+type Then = Box<dyn FnOnce(Result<Pair, ApiError>) + Send>;
 
 /// A pair on its way.
 struct Arrival {
@@ -122,13 +122,13 @@ impl Store {
         pair: Pair,
         unique: Option<Unique>,
         lead: bool,
-        then: impl FnOnce(Result<Exchange, ApiError>) + Send + 'static,
+        then: impl FnOnce(Result<Pair, ApiError>) + Send + 'static,
     ) {
         self.desk.order(Order::Append(Box::new(Arrival { pair, unique, then: Box::new(then) })), lead);
     }
 
     /// The same, and waits until it is committed.
-    pub fn keep(&self, pair: Pair, unique: Option<Unique>, lead: bool) -> Result<Exchange, ApiError> {
+    pub fn keep(&self, pair: Pair, unique: Option<Unique>, lead: bool) -> Result<Pair, ApiError> {
         let (order, committed) = awaited(pair, unique);
         self.desk.order(order, lead);
         committed.take().unwrap_or_else(|| Err(unavailable()))
@@ -136,7 +136,7 @@ impl Store {
 
     /// The same for one of many that are in no hurry: what comes within a moment is committed together, and costs
     /// little more than one.
-    pub fn keep_together(&self, pair: Pair) -> Result<Exchange, ApiError> {
+    pub fn keep_together(&self, pair: Pair) -> Result<Pair, ApiError> {
         let (order, committed) = awaited(pair, None);
         self.desk.leave(order);
         let stored = committed.take_within(GATHER).ok().or_else(|| {
@@ -151,7 +151,7 @@ impl Store {
         self.read(|connection| {
             let mut remembered = connection.prepare_cached(include_str!("../sql/queries/remembered.sql"))?;
             let found = remembered.query_row([key, idempotency_key], |row| {
-                Ok(Remembered { exchange: exchange(row)?, path: row.get(10)?, request: row.get(11)?, response: row.get(12)? })
+                Ok(Remembered { pair: pair(row)?, path: row.get(10)?, request: row.get(11)?, response: row.get(12)? })
             });
             match found {
                 Err(rusqlite::Error::QueryReturnedNoRows) => Ok(None),
@@ -190,10 +190,10 @@ impl Store {
 
     /// A key's pairs with ids below `before`, newest first, at most `limit` and 4 MiB of JSON; the first is
     /// always there.
-    pub fn page(&self, key: &str, before: i64, limit: u32) -> Result<Vec<Exchange>, ApiError> {
+    pub fn page(&self, key: &str, before: i64, limit: u32) -> Result<Vec<Pair>, ApiError> {
         self.read(|connection| {
             let mut page = connection.prepare_cached(include_str!("../sql/queries/page.sql"))?;
-            bounded(page.query_map(params![key, before, limit], exchange)?)
+            bounded(page.query_map(params![key, before, limit], pair)?)
         })
     }
 
@@ -207,7 +207,7 @@ impl Store {
 
     /// A key's pairs that have all of `words` in question or answer, best match first: of the newest 500
     /// matches, or `limit` where that is more, or 4 MiB of them, those where the words are most of the text.
-    pub fn search(&self, key: &str, words: &str, before: i64, limit: u32) -> Result<Vec<Exchange>, ApiError> {
+    pub fn search(&self, key: &str, words: &str, before: i64, limit: u32) -> Result<Vec<Pair>, ApiError> {
         let words = wanted(words);
         let Some(query) = match_expression(&words) else { return Ok(Vec::new()) };
         let ranked = limit.max(RANKED);
@@ -219,7 +219,7 @@ impl Store {
             // Where many match, the index picks out the key's own; of few, the rows tell sooner.
             let query = if self.one_key || is_rare()? { query } else { among_own(key, &query) };
             let mut search = connection.prepare_cached(include_str!("../sql/queries/search.sql"))?;
-            bounded(search.query_map(params![query, before, key, ranked], exchange)?)
+            bounded(search.query_map(params![query, before, key, ranked], pair)?)
         })?;
         let words: Vec<String> = words.iter().map(|word| word.to_lowercase()).collect();
         found.sort_by_cached_key(|pair| std::cmp::Reverse((score(pair, &words), pair.id)));
@@ -256,7 +256,7 @@ impl Store {
 }
 
 /// An order to keep a pair, and the way to what becomes of it.
-fn awaited(pair: Pair, unique: Option<Unique>) -> (Order, Taker<Result<Exchange, ApiError>>) {
+fn awaited(pair: Pair, unique: Option<Unique>) -> (Order, Taker<Result<Pair, ApiError>>) {
     let (done, committed) = handoff();
     let then = Box::new(move |stored| drop(done.give(stored)));
     (Order::Append(Box::new(Arrival { pair, unique, then })), committed)
@@ -306,7 +306,7 @@ fn among_own(key: &str, query: &str) -> String {
 
 /// How well a pair matches, in thousandths: the occurrences of the words against the length of the text,
 /// as BM25 weighs them. FTS5's own bm25() counts the matches in the whole history first.
-fn score(pair: &Exchange, words: &[String]) -> u64 {
+fn score(pair: &Pair, words: &[String]) -> u64 {
     let text = format!("{} {}", pair.question, pair.answer).to_lowercase();
     let length = text.len() as f64 / 500.0;
     let weights = words.iter().map(|word| {
@@ -327,7 +327,7 @@ fn occurrences(text: &str, word: &str) -> usize {
 }
 
 /// The rows as far as they fit in an answer: pairs may be large.
-fn bounded(rows: impl Iterator<Item = rusqlite::Result<Exchange>>) -> rusqlite::Result<Vec<Exchange>> {
+fn bounded(rows: impl Iterator<Item = rusqlite::Result<Pair>>) -> rusqlite::Result<Vec<Pair>> {
     const MOST: usize = 4 << 20;
     let (mut kept, mut bytes) = (Vec::new(), 0);
     for row in rows {
@@ -343,7 +343,7 @@ fn bounded(rows: impl Iterator<Item = rusqlite::Result<Exchange>>) -> rusqlite::
 }
 
 /// A row as a pair. By hand anything can be written, and one row must not cost a page.
-fn exchange(row: &Row) -> rusqlite::Result<Exchange> {
+fn pair(row: &Row) -> rusqlite::Result<Pair> {
     let text = |column| Ok::<_, rusqlite::Error>(row.get_ref(column)?.as_bytes_or_null()?.map(String::from_utf8_lossy));
     let whole = |column| Ok::<_, rusqlite::Error>(text(column)?.unwrap_or_default().into_owned());
     let count = |column| row.get::<_, Option<i64>>(column).map(|n| n.map(|n| n.max(0) as u64));
@@ -353,8 +353,9 @@ fn exchange(row: &Row) -> rusqlite::Result<Exchange> {
         }
         _ => None,
     };
-    Ok(Exchange {
+    Ok(Pair {
         id: row.get(0)?,
+        key: Arc::default(),
         created_at: whole(1)?,
         question: whole(2)?,
         answer: whole(3)?,

@@ -119,7 +119,7 @@ impl Upstream {
     }
 
     /// An attempt that failed without an answer's head.
-    fn unanswered(&self, error: &ureq::Error) -> Failure {
+    fn unanswered(&self, error: &ureq::Error) -> Box<Failure> {
         let (code, text, retry) = match error {
             ureq::Error::HostNotFound => {
                 (Code::UPSTREAM_UNAVAILABLE, "the LLM's host name cannot be resolved; check OPENAI_BASE_URL".to_string(), true)
@@ -130,11 +130,11 @@ impl Upstream {
             }
             e => (Code::UPSTREAM_BAD_ANSWER, format!("the LLM's answer is not HTTP as it should be: {e}"), false),
         };
-        Failure { error: self.failed(code, &text), retry, wait: None, unknown_model: false }
+        Box::new(Failure { error: self.failed(code, &text), retry, wait: None, unknown_model: false })
     }
 
     /// An answer with a status that is not a success.
-    fn refused(&self, mut response: Response<Body>) -> Failure {
+    fn refused(&self, mut response: Response<Body>) -> Box<Failure> {
         let status = response.status().as_u16();
         let mut body = Vec::new();
         // Words that cannot be read are words that are not there.
@@ -166,7 +166,7 @@ impl Upstream {
             error = error.pointless_to_retry();
         }
         let retry = matches!(status, 408 | 429 | 500..=599) && !quota;
-        Failure { error, retry, wait, unknown_model: status == 404 }
+        Box::new(Failure { error, retry, wait, unknown_model: status == 404 })
     }
 }
 
@@ -180,10 +180,10 @@ struct Failure {
     unknown_model: bool,
 }
 
-impl Failure {
+impl From<ApiError> for Box<Failure> {
     /// There is no use in another attempt.
-    fn last(error: ApiError) -> Failure {
-        Failure { error, retry: false, wait: None, unknown_model: false }
+    fn from(error: ApiError) -> Box<Failure> {
+        Box::new(Failure { error, retry: false, wait: None, unknown_model: false })
     }
 }
 
@@ -226,14 +226,11 @@ impl Line {
         Line { upstream: Arc::clone(upstream), agent, watch }
     }
 
-    /// How another thread ends a stream that this client has left.
+    /// What another thread calls to end the stream that this client has left, where it is under way: the worker, which
+    /// waits for the upstream alone, gets `client_gone`.
     pub fn hangup(&self, client: &Arc<TcpStream>) -> Hangup {
-        Hangup { watch: self.watch.clone(), client: Arc::clone(client) }
-    }
-
-    /// Closes the connection kept from the last call.
-    fn close(&mut self) {
-        self.agent = agent(&self.watch);
+        let (watch, client) = (self.watch.clone(), Arc::clone(client));
+        Box::new(move || watch.client_left(&client))
     }
 
     /// Sends a chat request and reads the whole answer, all within the upstream timeout; tries the
@@ -376,9 +373,7 @@ impl Line {
     fn attempts(&mut self, request: &http::request::Parts, body: &[u8]) -> Result<Response<Body>, Box<Failure>> {
         let mut retries = 0;
         // Whoever left while waiting for a worker is not worth a call.
-        if let Err(ended) = self.watch.check() {
-            return Err(Box::new(Failure::last(self.upstream.ended(ended))));
-        }
+        self.think(Duration::ZERO)?;
         loop {
             self.watch.forget_reuse();
             self.upstream.metrics.upstream_attempts.inc();
@@ -393,11 +388,11 @@ impl Line {
                     let ended = self.watch.ended();
                     // A kept connection may have died while nobody looked; that costs nobody an attempt.
                     if ended.is_none() && self.watch.reused() && matches!(e, ureq::Error::Io(_)) {
-                        self.close();
+                        self.agent = agent(&self.watch);
                         continue;
                     }
                     match ended {
-                        Some(ended) => Failure::last(self.upstream.ended(ended)),
+                        Some(ended) => self.upstream.ended(ended).into(),
                         None => self.upstream.unanswered(&e),
                     }
                 }
@@ -411,14 +406,12 @@ impl Line {
                 if retries > 0 || failure.error.code == Code::UPSTREAM_TIMEOUT {
                     failure.error = failure.error.pointless_to_retry();
                 }
-                return Err(Box::new(failure));
+                return Err(failure);
             }
             retries += 1;
             self.upstream.metrics.upstream_retries.inc();
             log::debug!("attempt {retries} failed, next in {wait:?}: {}", failure.error.code.name());
-            if let Err(error) = self.think(wait) {
-                return Err(Box::new(Failure::last(error)));
-            }
+            self.think(wait)?;
         }
     }
 
@@ -439,18 +432,8 @@ impl Line {
     }
 }
 
-/// Ends a client's stream from another thread: its worker waits for the upstream alone.
-pub struct Hangup {
-    watch: Watch,
-    client: Arc<TcpStream>,
-}
-
-impl Hangup {
-    /// Ends it where it is under way: the worker gets `client_gone`.
-    pub fn end(&self) {
-        self.watch.client_left(&self.client);
-    }
-}
+/// Ends a client's stream from another thread.
+pub type Hangup = Box<dyn Fn() + Send>;
 
 fn agent(watch: &Watch) -> Agent {
     let config = ureq::config::Config::builder()

@@ -9,7 +9,7 @@ use super::route::Endpoint;
 use super::{Api, Errand, Exit, Kind, Parting, Request};
 use crate::clock;
 use crate::error::{ApiError, Header};
-use crate::exchange::{Exchange, Pair};
+use crate::exchange::Pair;
 use crate::http::Reply;
 use crate::openai::Chat;
 use crate::store::{Remembered, Unique};
@@ -69,6 +69,7 @@ impl Whole {
             api.metrics.tokens(&self.chat.model, usage.prompt_tokens, usage.completion_tokens);
         }
         let pair = Pair {
+            id: 0,
             key: self.key,
             question: self.chat.question,
             answer: completion.answer,
@@ -123,15 +124,15 @@ impl Answer {
     }
 
     /// Answers, with the pair by `send`.
-    fn give<T>(self, stored: Result<Exchange, ApiError>, send: impl FnOnce(Exit, Reply, Option<String>) -> T) -> Option<T> {
+    fn give<T>(self, stored: Result<Pair, ApiError>, send: impl FnOnce(Exit, Reply, Option<String>) -> T) -> Option<T> {
         // Whoever waited for this request may look now.
         drop(self.turn);
         match stored {
-            Ok(exchange) => {
-                let (body, headers) = self.as_it_came.unwrap_or_else(|| (json(&exchange), Vec::new()));
+            Ok(pair) => {
+                let (body, headers) = self.as_it_came.unwrap_or_else(|| (json(&pair), Vec::new()));
                 let mut reply = Reply::json(200, body);
                 reply.headers = headers;
-                Some(send(self.exit, reply, Some(exchange.model)))
+                Some(send(self.exit, reply, Some(pair.model)))
             }
             Err(e) => {
                 self.exit.refuse(e);
@@ -143,13 +144,13 @@ impl Answer {
 
 /// What was answered before, and by which model.
 fn repetition(remembered: Remembered) -> (Vec<u8>, String) {
-    let body = remembered.response.unwrap_or_else(|| json(&remembered.exchange));
-    (body, remembered.exchange.model)
+    let body = remembered.response.unwrap_or_else(|| json(&remembered.pair));
+    (body, remembered.pair.model)
 }
 
-fn json(exchange: &Exchange) -> Vec<u8> {
-    let mut json = Vec::with_capacity(exchange.question.len() + exchange.answer.len() + 512);
+fn json(pair: &Pair) -> Vec<u8> {
+    let mut json = Vec::with_capacity(pair.question.len() + pair.answer.len() + 512);
     // Writing to a Vec cannot fail.
-    let _ = serde_json::to_writer(&mut json, exchange);
+    let _ = serde_json::to_writer(&mut json, pair);
     json
 }

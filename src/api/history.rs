@@ -4,7 +4,7 @@ use percent_encoding::percent_decode_str;
 
 use super::{Api, Request};
 use crate::error::ApiError;
-use crate::exchange::Exchange;
+use crate::exchange::Pair;
 use crate::http::Reply;
 
 /// The query of the request, checked.
@@ -39,10 +39,10 @@ pub fn history(api: &Api, request: &Request) -> Result<Reply, ApiError> {
     Ok(Reply::json(200, page(&items, next_before)))
 }
 
-fn page(items: &[Exchange], next_before: Option<i64>) -> Vec<u8> {
+fn page(items: &[Pair], next_before: Option<i64>) -> Vec<u8> {
     #[derive(serde::Serialize)]
     struct Page<'a> {
-        items: &'a [Exchange],
+        items: &'a [Pair],
         next_before: Option<i64>,
     }
     serde_json::to_vec(&Page { items, next_before }).unwrap_or_default()

@@ -16,7 +16,7 @@ use rusqlite::{Connection, OpenFlags, params, params_from_iter};
 use super::{Arrival, Order, PROBE_WAIT, State, Then, Unique, connect, reader, unavailable};
 use crate::config::Sync;
 use crate::error::ApiError;
-use crate::exchange::{Exchange, Usage};
+use crate::exchange::{Pair, Usage};
 use crate::handoff::Giver;
 use crate::lines;
 use crate::lock::lock;
@@ -165,7 +165,7 @@ impl Surplus {
 }
 
 /// A panic in what follows costs this one request, not the history.
-fn tell(then: Then, result: Result<Exchange, ApiError>) {
+fn tell(then: Then, result: Result<Pair, ApiError>) {
     let _ = catch_unwind(AssertUnwindSafe(|| then(result)));
 }
 
@@ -448,7 +448,7 @@ impl Writer {
                 let rows = ids.len();
                 lines::together(|| {
                     for (arrival, id) in batch.into_iter().zip(ids) {
-                        tell(arrival.then, Ok(Exchange::new(id, arrival.pair)));
+                        tell(arrival.then, Ok(Pair { id, ..arrival.pair }));
                     }
                 });
                 self.grew(rows, bytes);
@@ -667,7 +667,6 @@ impl Writer {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Pair;
     use super::*;
     use crate::handoff::{Nothing, handoff};
 
@@ -690,16 +689,7 @@ mod tests {
 
     fn append(writer: &mut Writer, pairs: usize, bytes: usize) {
         let arrival = |_| Arrival {
-            pair: Pair {
-                key: "anonymous".into(),
-                question: "w ".repeat(bytes / 2),
-                answer: String::new(),
-                model: String::new(),
-                finish_reason: None,
-                usage: None,
-                latency_ms: 0,
-                created_at: String::new(),
-            },
+            pair: Pair { key: "anonymous".into(), question: "w ".repeat(bytes / 2), ..Pair::default() },
             unique: None,
             then: Box::new(|result| assert!(result.is_ok())),
         };

@@ -121,14 +121,6 @@ impl Watch {
         }
     }
 
-    /// Errs where the client has gone already.
-    pub fn check(&self) -> Result<(), Ended> {
-        match self.wait_until(None, Some(Instant::now())) {
-            Err(Ended::ClientGone) => self.ended_by(Ended::ClientGone),
-            _ => Ok(()),
-        }
-    }
-
     /// Waits until `fd` is ready. Errs when the client goes or the time is over first.
     fn wait(&self, fd: BorrowedFd, flags: PollFlags) -> Result<(), Ended> {
         let (until, silence) = {
