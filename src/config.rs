@@ -81,14 +81,12 @@ pub enum Sync {
 }
 
 /// A client's key: the name that history and log show, and the secret that neither does.
-#[derive(Clone)]
 pub struct ApiKey {
     pub name: Arc<str>,
     pub secret: String,
 }
 
 /// The LLM to ask.
-#[derive(Clone)]
 pub struct UpstreamUrl {
     /// Up to and without `/chat/completions`, without credentials.
     pub base: String,
@@ -107,7 +105,6 @@ pub enum Mode {
 }
 
 /// All settings, checked.
-#[derive(Clone)]
 pub struct Config {
     pub host: IpAddr,
     pub port: u16,
@@ -146,27 +143,26 @@ impl Config {
     /// The settings from the process environment and, where that is silent, from `./.env`. One that is set to nothing
     /// has its default, also where `.env` has another. Errs with one line that names variable, value and rule.
     pub fn load() -> Result<Config, StartError> {
-        let mut file = HashMap::new();
+        let mut given = HashMap::new();
         match dotenvy::from_path_iter(".env") {
             Ok(lines) => {
                 for line in lines {
                     let (name, value) = line.map_err(|e| StartError::usage(env_file_trouble(&e)))?;
-                    file.insert(name, value);
+                    given.insert(name, value);
                 }
             }
             Err(e) if e.not_found() => {}
             Err(e) => return Err(StartError::usage(format!(".env cannot be read: {e}"))),
         }
-        let mut environment = HashMap::new();
         for Setting(name, ..) in SETTINGS {
             if let Some(value) = std::env::var_os(name) {
                 let value = value.into_string();
                 let value =
                     value.map_err(|_| StartError::usage(format!("{name}: the value given is not UTF-8; it must be text")))?;
-                environment.insert(*name, value);
+                given.insert(name.to_string(), value);
             }
         }
-        Config::from_lookup(|name| environment.get(name).or_else(|| file.get(name)).cloned())
+        Config::check(&Given(given))
     }
 
     /// The models of the settings: the default, then the fallbacks.
@@ -175,8 +171,7 @@ impl Config {
         std::iter::once(&self.model).chain(others).cloned().collect()
     }
 
-    fn from_lookup(lookup: impl Fn(&str) -> Option<String>) -> Result<Config, StartError> {
-        let given = Given { lookup: &lookup };
+    fn check(given: &Given) -> Result<Config, StartError> {
         let host: IpAddr = match given.text("HOST").as_str() {
             "localhost" => IpAddr::V4(Ipv4Addr::LOCALHOST),
             text => text
@@ -185,7 +180,7 @@ impl Config {
                 .map_err(|_| given.bad("HOST", "an IP address such as 127.0.0.1, 0.0.0.0 or ::1"))?,
         };
         let auth = given.choice("AUTH", &[("on", true), ("off", false)])?;
-        let api_keys = api_keys(&given)?;
+        let api_keys = api_keys(given)?;
         if !auth && !api_keys.is_empty() {
             return Err(given.bad("AUTH", "on where API_KEYS is set; remove one of the two"));
         }
@@ -219,10 +214,10 @@ impl Config {
         Ok(Config {
             host,
             port: given.number("PORT", 0, 65535)? as u16,
-            database_path: database_path(&given)?,
+            database_path: database_path(given)?,
             api_keys,
             openai_api_key,
-            upstream: upstream_url(&given)?,
+            upstream: upstream_url(given)?,
             model: given.text("OPENAI_MODEL"),
             fallback_models: given
                 .text("OPENAI_FALLBACK_MODELS")
@@ -290,19 +285,13 @@ fn env_file_trouble(e: &dotenvy::Error) -> String {
 }
 
 /// The settings as text, before they are checked.
-struct Given<'a> {
-    lookup: &'a dyn Fn(&str) -> Option<String>,
-}
+struct Given(HashMap<String, String>);
 
-impl Given<'_> {
+impl Given {
     fn text(&self, name: &str) -> String {
-        let given = (self.lookup)(name).unwrap_or_default();
-        let given = given.trim();
-        if !given.is_empty() {
-            return given.to_string();
-        }
-        let known = SETTINGS.iter().find(|setting| setting.0 == name);
-        known.map(|setting| setting.1.to_string()).unwrap_or_default()
+        let given = self.0.get(name).map(|given| given.trim()).filter(|given| !given.is_empty());
+        let default = || SETTINGS.iter().find(|setting| setting.0 == name).map(|setting| setting.1);
+        given.or_else(default).unwrap_or_default().to_string()
     }
 
     fn bad(&self, name: &str, allowed: &str) -> StartError {
@@ -415,7 +404,7 @@ mod tests {
     use super::*;
 
     fn config(pairs: &[(&str, &str)]) -> Result<Config, StartError> {
-        Config::from_lookup(|name| pairs.iter().find(|(n, _)| *n == name).map(|(_, v)| v.to_string()))
+        Config::check(&Given(pairs.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect()))
     }
 
     #[test]

@@ -3,7 +3,6 @@
 //! header fields.
 
 use std::borrow::Cow;
-use std::fmt;
 
 /// The cause of a refused or failed request, as listed in the README's error table: its machine-readable name, which goes
 /// out as `error.code`, and the HTTP status it comes with.
@@ -60,7 +59,7 @@ impl Code {
 }
 
 /// A request's failure before its first byte went out: it can still become a status.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct ApiError {
     pub code: Code,
     /// For people: the cause, and what to do about it.
@@ -134,12 +133,6 @@ pub fn add_headers(headers: &mut Vec<Header>, ours: Vec<Header>) {
 /// A request's id that cannot break a line of the log.
 pub fn is_sane_id(id: &str) -> bool {
     (1..=128).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
-}
-
-impl fmt::Display for ApiError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.code.name(), self.message)
-    }
 }
 
 /// Why the program does not start or has to stop: one line for stderr, and the exit code.

@@ -253,19 +253,9 @@ impl<'de> Visitor<'de> for Words<'de> {
     }
 }
 
-/// A value that only the history wants, so that one of another type than it should have is none. Default: none.
-struct Wish<T>(Option<T>);
-
-impl<T> Default for Wish<T> {
-    fn default() -> Wish<T> {
-        Wish(None)
-    }
-}
-
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Wish<T> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Wish<T>, D::Error> {
-        <&RawValue>::deserialize(deserializer).map(|json| Wish(wished(json.get())))
-    }
+/// A value that only the history wants, so that one of another type than it should have is none.
+fn wish<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
+    <&RawValue>::deserialize(deserializer).map(|json| wished(json.get()))
 }
 
 // Not inlined: what all the wishes of a chunk take of the stack each stream would keep, another page.
@@ -380,7 +370,7 @@ pub fn parse_completion(body: &[u8]) -> Result<Completion, NoAnswer> {
     calls.append_to(&mut text);
     Ok(Completion {
         answer: text,
-        model: answer.model.0.map(|Words(model)| model.into_owned()),
+        model: answer.model.map(|Words(model)| model.into_owned()),
         finish_reason: reason(choice.finish_reason).map(Cow::into_owned),
         usage: usage(answer.usage),
     })
@@ -428,8 +418,8 @@ pub struct Chunk<'a> {
 }
 
 /// An empty finish reason is none: some servers send it in every chunk.
-fn reason(given: Wish<Words>) -> Option<Cow<str>> {
-    given.0.map(|Words(reason)| reason).filter(|reason| !reason.is_empty())
+fn reason(given: Option<Words>) -> Option<Cow<str>> {
+    given.map(|Words(reason)| reason).filter(|reason| !reason.is_empty())
 }
 
 /// Reads the data of one event that is not `[DONE]`. Errs when it is an error or no chunk.
@@ -439,11 +429,11 @@ pub fn parse_chunk(data: &[u8]) -> Result<Chunk<'_>, NoAnswer> {
         return Err(NoAnswer::error("its stream broke off with an error", error));
     }
     let usage = usage(answer.usage);
-    let mut chunk = Chunk { model: answer.model.0.map(|Words(model)| model), usage, ..Chunk::default() };
+    let mut chunk = Chunk { model: answer.model.map(|Words(model)| model), usage, ..Chunk::default() };
     let choices = answer.choices.unwrap_or_default().0;
     chunk.usage_only = choices.is_empty() && usage.is_some();
     // Further choices (`n` > 1) reach the client, and history keeps the first.
-    for choice in choices.into_iter().filter(|choice| choice.index.0.is_none_or(|index| index == 0)) {
+    for choice in choices.into_iter().filter(|choice| choice.index.is_none_or(|index| index == 0)) {
         if let Some(mut delta) = choice.delta {
             chunk.delta += delta.text();
             delta.calls(&mut chunk.tool_calls);
@@ -498,12 +488,12 @@ fn one_line(text: &str) -> String {
 
 #[derive(Deserialize)]
 struct Answer<'a> {
-    #[serde(borrow, default)]
-    model: Wish<Words<'a>>,
+    #[serde(borrow, default, deserialize_with = "wish")]
+    model: Option<Words<'a>>,
     #[serde(borrow, default)]
     choices: Option<Few<Choice<'a>>>,
-    #[serde(default)]
-    usage: Wish<Counts>,
+    #[serde(default, deserialize_with = "wish")]
+    usage: Option<Counts>,
     #[serde(borrow, default)]
     error: Option<&'a RawValue>,
 }
@@ -544,14 +534,14 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for Few<T> {
 
 #[derive(Deserialize)]
 struct Choice<'a> {
-    #[serde(default)]
-    index: Wish<u64>,
+    #[serde(default, deserialize_with = "wish")]
+    index: Option<u64>,
     #[serde(borrow, default)]
     message: Option<Said<'a>>,
     #[serde(borrow, default)]
     delta: Option<Said<'a>>,
-    #[serde(borrow, default)]
-    finish_reason: Wish<Words<'a>>,
+    #[serde(borrow, default, deserialize_with = "wish")]
+    finish_reason: Option<Words<'a>>,
 }
 
 #[derive(Deserialize)]
@@ -560,18 +550,18 @@ struct Said<'a> {
     content: Text<'a>,
     #[serde(borrow, default)]
     refusal: Text<'a>,
-    #[serde(default)]
-    tool_calls: Wish<Few<ToolCall>>,
+    #[serde(default, deserialize_with = "wish")]
+    tool_calls: Option<Few<ToolCall>>,
     /// How a single call looked before there were tools.
-    #[serde(borrow, default)]
-    function_call: Wish<Box<Function<'a>>>,
+    #[serde(borrow, default, deserialize_with = "wish")]
+    function_call: Option<Box<Function<'a>>>,
 }
 
 impl<'a> Said<'a> {
     /// Adds its calls, or pieces of calls, as they are.
     fn calls(&mut self, all: &mut ToolCalls) {
-        let older = self.function_call.0.take().map(|function| function.called(None, None));
-        for call in self.tool_calls.0.take().unwrap_or_default().0.into_iter().chain(older) {
+        let older = self.function_call.take().map(|function| function.called(None, None));
+        for call in self.tool_calls.take().unwrap_or_default().0.into_iter().chain(older) {
             all.size += call.size();
             all.calls.push(call);
         }
@@ -586,8 +576,8 @@ impl<'a> Said<'a> {
 /// What a tool is called by and with, as it stands in an answer; `input` is what the tools without a schema have.
 #[derive(Deserialize)]
 struct Function<'a> {
-    #[serde(borrow, default)]
-    name: Wish<Words<'a>>,
+    #[serde(borrow, default, deserialize_with = "wish")]
+    name: Option<Words<'a>>,
     #[serde(borrow, default)]
     arguments: Option<&'a RawValue>,
     #[serde(borrow, default)]
@@ -606,7 +596,7 @@ impl Function<'_> {
             index,
             arguments: Some(arguments.unwrap_or_default()),
             id,
-            name: self.name.0.map(|Words(name)| name.into_owned()),
+            name: self.name.map(|Words(name)| name.into_owned()),
         }
     }
 }
@@ -626,19 +616,19 @@ impl<'de> Deserialize<'de> for ToolCall {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<ToolCall, D::Error> {
         #[derive(Deserialize)]
         struct Call<'a> {
-            #[serde(default)]
-            index: Wish<usize>,
-            #[serde(borrow, default)]
-            id: Wish<Words<'a>>,
-            #[serde(borrow, default)]
-            function: Wish<Function<'a>>,
+            #[serde(default, deserialize_with = "wish")]
+            index: Option<usize>,
+            #[serde(borrow, default, deserialize_with = "wish")]
+            id: Option<Words<'a>>,
+            #[serde(borrow, default, deserialize_with = "wish")]
+            function: Option<Function<'a>>,
             /// The same of a tool without a schema.
-            #[serde(borrow, default)]
-            custom: Wish<Function<'a>>,
+            #[serde(borrow, default, deserialize_with = "wish")]
+            custom: Option<Function<'a>>,
         }
         let call = Call::deserialize(deserializer)?;
-        let (index, id) = (call.index.0, call.id.0.map(|Words(id)| id.into_owned()));
-        Ok(match call.function.0.or(call.custom.0) {
+        let (index, id) = (call.index, call.id.map(|Words(id)| id.into_owned()));
+        Ok(match call.function.or(call.custom) {
             Some(function) => function.called(index, id),
             None => ToolCall { index, id, ..ToolCall::default() },
         })
@@ -726,19 +716,19 @@ struct KeptCalls<'a> {
 /// Counted in whole numbers, but some servers have only one kind of number.
 #[derive(Deserialize)]
 struct Counts {
-    #[serde(default)]
-    prompt_tokens: Wish<f64>,
-    #[serde(default)]
-    completion_tokens: Wish<f64>,
-    #[serde(default)]
-    total_tokens: Wish<f64>,
+    #[serde(default, deserialize_with = "wish")]
+    prompt_tokens: Option<f64>,
+    #[serde(default, deserialize_with = "wish")]
+    completion_tokens: Option<f64>,
+    #[serde(default, deserialize_with = "wish")]
+    total_tokens: Option<f64>,
 }
 
 /// `None` where nothing was counted.
-fn usage(counts: Wish<Counts>) -> Option<Usage> {
-    let counts = counts.0?;
+fn usage(counts: Option<Counts>) -> Option<Usage> {
+    let counts = counts?;
     // As many as the history can keep; less than none is no number of tokens.
-    let whole = |tokens: Wish<f64>| tokens.0.filter(|tokens| *tokens >= 0.0).map(|tokens| (tokens as u64).min(i64::MAX as u64));
+    let whole = |tokens: Option<f64>| tokens.filter(|tokens| *tokens >= 0.0).map(|tokens| (tokens as u64).min(i64::MAX as u64));
     let (prompt, completion, total) = (whole(counts.prompt_tokens), whole(counts.completion_tokens), whole(counts.total_tokens));
     prompt.or(completion).or(total)?;
     let (prompt_tokens, completion_tokens) = (prompt.unwrap_or(0), completion.unwrap_or(0));
@@ -774,11 +764,11 @@ impl<'de> Visitor<'de> for Text<'de> {
     fn visit_seq<A: SeqAccess<'de>>(mut self, mut parts: A) -> Result<Text<'de>, A::Error> {
         #[derive(Deserialize)]
         struct Part<'a> {
-            #[serde(borrow, default)]
-            text: Wish<Words<'a>>,
+            #[serde(borrow, default, deserialize_with = "wish")]
+            text: Option<Words<'a>>,
         }
-        while let Some(Wish(part)) = parts.next_element::<Wish<Part>>()? {
-            if let Some(Words(more)) = part.and_then(|part| part.text.0) {
+        while let Some(part) = parts.next_element::<&RawValue>()? {
+            if let Some(Words(more)) = wished::<Part>(part.get()).and_then(|part| part.text) {
                 self.0 += more;
             }
         }

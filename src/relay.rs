@@ -426,7 +426,7 @@ fn cut_short(e: ApiError, end: &ClientEnd, store: &Store, mut draft: Box<Draft>)
     draft.pair.finish_reason = Some(reason.name().to_string());
     let streamed = draft.streamed();
     if let Err(e) = store.keep_together(draft.into_pair()) {
-        log::warn!("a stream that was cut short is not in the history: {e}");
+        log::warn!("a stream that was cut short is not in the history: {}", e.message);
     }
     if gone {
         return if end.is_unanswered() { Err(e) } else { Ok(Streamed { bytes: end.abort(), failure: Some(e.code), ..streamed }) };

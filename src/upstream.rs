@@ -302,7 +302,7 @@ impl Line {
         if self.upstream.config.mode != Mode::Upstream {
             self.think(self.upstream.config.mock_delay)?;
             let chunks = mock::chunks(&chat.body).into_iter().chain(["[DONE]".to_string()]);
-            return Ok((Source::Mock { chunks: chunks.collect(), first: true }, Vec::new()));
+            return Ok((Source::Mock(chunks.collect()), Vec::new()));
         }
         let response = self.call(chat)?;
         let headers = self.upstream.passed_on(response.headers());
@@ -496,7 +496,7 @@ enum Kind {
 
 enum Source {
     Upstream { reader: BodyReader<'static>, splitter: Splitter, kind: Kind },
-    Mock { chunks: VecDeque<String>, first: bool },
+    Mock(VecDeque<String>),
     Over,
 }
 
@@ -509,8 +509,8 @@ impl Events<'_> {
         let before = events.len();
         match &mut self.source {
             Source::Over => return Ok(false),
-            Source::Mock { chunks, first } => {
-                if !std::mem::take(first) {
+            Source::Mock(chunks) => {
+                if self.began {
                     // Slow enough that a person sees it stream.
                     let gap = (self.line.upstream.config.mock_delay / 10).min(Duration::from_millis(50));
                     self.line.think(gap)?;

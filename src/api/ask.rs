@@ -24,7 +24,7 @@ pub struct Whole {
     first: Option<(First, Unique)>,
     /// The answer goes out as the upstream gave it, not as `/api/ask` shows it.
     as_it_came: bool,
-    exit: Exit,
+    pub(super) exit: Exit,
 }
 
 /// Keeps a chat request that is to be answered as a whole for a worker; answers where it was answered before.
@@ -59,10 +59,7 @@ impl Whole {
     pub fn run(mut self: Box<Whole>, api: &Api, line: &mut Line) -> Option<Parting> {
         let whole = match line.complete(self.exit.responder.client(), &mut self.chat) {
             Ok(whole) => whole,
-            Err(e) => {
-                self.refuse(e);
-                return None;
-            }
+            Err(e) => return self.exit.refuse(e),
         };
         let completion = whole.completion;
         if let Some(usage) = &completion.usage {
@@ -91,17 +88,12 @@ impl Whole {
         if answer.exit.responder.takes_at_once(answer.size(text)) {
             // No thread sleeps until the commit: that would cost every request two changes of threads more.
             api.store.append(pair, unique, lead, move |stored| {
-                answer.give(stored, Exit::send);
+                answer.give::<()>(stored, Exit::send);
             });
             return None;
         }
         let send = |exit: Exit, reply, model| exit.send_or_part(api, reply, model);
-        answer.give(api.store.keep(pair, unique, lead), send).flatten()
-    }
-
-    /// Answers with an error.
-    pub fn refuse(self, e: ApiError) {
-        self.exit.refuse(e);
+        answer.give(api.store.keep(pair, unique, lead), send)
     }
 }
 
@@ -124,7 +116,7 @@ impl Answer {
     }
 
     /// Answers, with the pair by `send`.
-    fn give<T>(self, stored: Result<Pair, ApiError>, send: impl FnOnce(Exit, Reply, Option<String>) -> T) -> Option<T> {
+    fn give<T>(self, stored: Result<Pair, ApiError>, send: impl FnOnce(Exit, Reply, Option<String>) -> Option<T>) -> Option<T> {
         // Whoever waited for this request may look now.
         drop(self.turn);
         match stored {
@@ -132,12 +124,9 @@ impl Answer {
                 let (body, headers) = self.as_it_came.unwrap_or_else(|| (json(&pair), Vec::new()));
                 let mut reply = Reply::json(200, body);
                 reply.headers = headers;
-                Some(send(self.exit, reply, Some(pair.model)))
+                send(self.exit, reply, Some(pair.model))
             }
-            Err(e) => {
-                self.exit.refuse(e);
-                None
-            }
+            Err(e) => self.exit.refuse(e),
         }
     }
 }

@@ -117,11 +117,11 @@ impl From<Kind> for Errand {
 }
 
 impl Errand {
-    fn refuse(self, e: ApiError) {
+    fn refuse<T>(self, e: ApiError) -> Option<T> {
         match self.kind {
-            Kind::Whole(whole) => whole.refuse(e),
+            Kind::Whole(whole) => whole.exit.refuse(e),
             Kind::Stream(stream) => stream.refuse(e),
-            Kind::Models(models) => models.refuse(e),
+            Kind::Models(models) => models.exit.refuse(e),
         }
     }
 }
@@ -262,8 +262,7 @@ impl Api {
     pub fn run(&self, errand: Errand, line: &mut Line) -> Option<Parting> {
         self.metrics.queue_wait.observe(errand.since.elapsed());
         if self.connections.are_deaf() {
-            errand.refuse(ApiError::shutting_down());
-            return None;
+            return errand.refuse(ApiError::shutting_down());
         }
         match errand.kind {
             Kind::Whole(whole) => whole.run(self, line),
@@ -279,7 +278,7 @@ impl Api {
     pub fn overloaded(&self, errand: Errand) {
         let (workers, queue) = (self.config.workers, self.config.queue_size);
         let text = format!("all {workers} workers are busy and the queue of {queue} is full; try again");
-        errand.refuse(ApiError::new(Code::OVERLOADED, text));
+        errand.refuse::<()>(ApiError::new(Code::OVERLOADED, text));
     }
 
     fn admitted(&self, endpoint: Endpoint, key: Arc<str>) -> Admitted {
@@ -337,12 +336,12 @@ pub struct Parting {
 impl Parting {
     /// Sends it, however long the client takes.
     pub fn send(self) {
-        self.exit.send(self.reply, self.model);
+        self.exit.send::<()>(self.reply, self.model);
     }
 
     /// Says in the log that it did not go out, where its connection is cut.
     pub fn drop_unsent(self) {
-        self.exit.refuse(ApiError::client_gone());
+        self.exit.refuse::<()>(ApiError::client_gone());
     }
 }
 
@@ -357,7 +356,7 @@ pub struct Exit {
 
 impl Exit {
     /// Sends an answer; there is nothing left to do.
-    fn send(self, reply: Reply, model: Option<String>) -> Option<Errand> {
+    fn send<T>(self, reply: Reply, model: Option<String>) -> Option<T> {
         self.send_until(None, reply, model);
         None
     }
@@ -381,8 +380,7 @@ impl Exit {
     /// worker sends it, within the time that a client has for a stream's piece.
     fn send_or_part(self, api: &Api, reply: Reply, model: Option<String>) -> Option<Parting> {
         if self.responder.has_room(reply.body.len()) {
-            self.send(reply, model);
-            return None;
+            return self.send(reply, model);
         }
         match api.leave(&reply) {
             Some(place) => Some(Parting { exit: self, reply, model, _place: place }),
@@ -394,7 +392,7 @@ impl Exit {
     }
 
     /// Sends an error; there is nothing left to do.
-    fn refuse(self, e: ApiError) -> Option<Errand> {
+    fn refuse<T>(self, e: ApiError) -> Option<T> {
         let e = self.responder.reason(e);
         let (status, code) = (e.code.status(), Some(e.code));
         if e.code == Code::CLIENT_GONE {

@@ -1,7 +1,6 @@
 //! `GET /v1/models` and `GET /v1/models/{id}`: the upstream's own answer.
 
 use super::{Api, Exit, Parting, Request};
-use crate::error::ApiError;
 use crate::http::Reply;
 use crate::upstream::Line;
 
@@ -9,7 +8,7 @@ use crate::upstream::Line;
 pub struct Models {
     /// Empty, or `/` and a model's name.
     path: String,
-    exit: Exit,
+    pub(super) exit: Exit,
 }
 
 impl Models {
@@ -23,15 +22,7 @@ impl Models {
     pub fn run(self: Box<Models>, api: &Api, line: &mut Line) -> Option<Parting> {
         match line.models(self.exit.responder.client(), &self.path) {
             Ok(body) => self.exit.send_or_part(api, Reply::json(200, body), None),
-            Err(e) => {
-                self.refuse(e);
-                None
-            }
+            Err(e) => self.exit.refuse(e),
         }
-    }
-
-    /// Answers with an error.
-    pub fn refuse(self, e: ApiError) {
-        self.exit.refuse(e);
     }
 }

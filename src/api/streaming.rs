@@ -56,8 +56,9 @@ impl Stream {
     }
 
     /// Answers with an error.
-    pub fn refuse(self, e: ApiError) {
+    pub fn refuse<T>(self, e: ApiError) -> Option<T> {
         refuse(&self.end, self.headers, self.entry, e);
+        None
     }
 }
 
@@ -65,7 +66,9 @@ impl Stream {
 #[inline(never)]
 fn refuse(end: &ClientEnd, headers: Vec<Header>, entry: Entry, e: ApiError) {
     match end.unanswered() {
-        Some(responder) => drop(Exit { responder, headers, entry }.refuse(e)),
+        Some(responder) => {
+            Exit { responder, headers, entry }.refuse::<()>(e);
+        }
         // A comment was sent while the stream waited, and with it the 200.
         None => entry.log(&Done { status: 200, bytes: end.fail(&e), model: None, code: Some(e.code) }),
     }

@@ -251,21 +251,13 @@ impl Desk {
                 writer.housekeep()
             }));
             match rest {
-                Ok(Rest::For(time)) if !self.has_orders() => thread::park_timeout(time),
-                Ok(Rest::For(_) | Rest::No) => {}
-                Ok(Rest::Forever) => return self.is_closed.store(true, Ordering::Relaxed),
+                Ok(Some(time)) if time.is_zero() || self.has_orders() => {}
+                Ok(Some(time)) => thread::park_timeout(time),
+                Ok(None) => return self.is_closed.store(true, Ordering::Relaxed),
                 Err(_) => thread::park_timeout(QUIET),
             }
         }
     }
-}
-
-/// What the clerk may do after its work.
-enum Rest {
-    For(Duration),
-    /// Not at all: there may be more to do.
-    No,
-    Forever,
 }
 
 struct Open {
@@ -368,10 +360,10 @@ impl Writer {
         true
     }
 
-    /// What waits for a quiet moment.
-    fn housekeep(&mut self) -> Rest {
+    /// What waits for a quiet moment. Says how long the clerk may rest then; `None`: for ever.
+    fn housekeep(&mut self) -> Option<Duration> {
         if self.is_closed {
-            return Rest::Forever;
+            return None;
         }
         let is_quiet = self.last_order.elapsed() >= QUIET;
         let more = match is_quiet || !self.searches.is_empty() {
@@ -387,11 +379,11 @@ impl Writer {
         self.let_searches_go();
         // Who writes meanwhile wakes a clerk who would sleep for long.
         self.is_clerk_asleep = is_quiet && !more;
-        match more {
-            true => Rest::No,
-            false if is_quiet => Rest::For(RETENTION_TICK),
-            false => Rest::For(QUIET),
-        }
+        Some(match (more, is_quiet) {
+            (true, _) => Duration::ZERO,
+            (false, true) => RETENTION_TICK,
+            (false, false) => QUIET,
+        })
     }
 
     fn probe(&mut self, done: Giver<bool>) {

@@ -208,15 +208,14 @@ impl WireConnector {
         }
         // The system's resolver can only be waited for, so a thread of its own does that.
         let (done, lookup) = UnixStream::pair()?;
-        let (sender, found) = crossbeam_channel::bounded(1);
-        std::thread::Builder::new().name("resolve".into()).spawn(move || {
-            let addresses = (host.as_str(), port).to_socket_addrs().map(|a| a.collect::<Vec<_>>());
-            let _ = sender.send(addresses);
-            drop(lookup);
+        let thread = std::thread::Builder::new().name("resolve".into()).spawn(move || {
+            // Goes last, which says that the look-up is over.
+            let _lookup = lookup;
+            (host.as_str(), port).to_socket_addrs().map(Vec::from_iter)
         })?;
         self.0.wait(done.as_fd(), PollFlags::IN)?;
-        let addresses = found.recv().map_err(|_| ureq::Error::HostNotFound)?;
-        addresses.ok().filter(|a| !a.is_empty()).ok_or(ureq::Error::HostNotFound)
+        let addresses = thread.join().ok().and_then(Result::ok);
+        addresses.filter(|a| !a.is_empty()).ok_or(ureq::Error::HostNotFound)
     }
 
     fn open(&self, address: SocketAddr) -> Result<TcpStream, ureq::Error> {
