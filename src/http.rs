@@ -44,8 +44,9 @@ const FIRST_BODY: usize = 64 * 1024;
 pub struct Listener {
     listener: tiny_http::Listener,
     ssl: SslContextWrap,
-    local: SocketAddr,
-    connections: Arc<Connections>,
+    /// What clients connect to.
+    pub local: SocketAddr,
+    pub connections: Arc<Connections>,
     max_connections: usize,
 }
 
@@ -120,16 +121,6 @@ impl Listener {
             connections: Arc::default(),
             max_connections: config.max_connections,
         })
-    }
-
-    /// The address that clients connect to.
-    pub fn local_addr(&self) -> SocketAddr {
-        self.local
-    }
-
-    /// The open connections, for whoever outlives the listener.
-    pub fn connections(&self) -> Arc<Connections> {
-        Arc::clone(&self.connections)
     }
 
     /// Waits for the next client, at most a second, and for room where as many connections are open as

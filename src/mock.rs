@@ -3,14 +3,12 @@
 //! upstream's.
 
 use std::borrow::Cow;
-use std::fmt;
 
 use serde::Deserialize;
-use serde::de::{Deserializer, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-use crate::openai::Text;
+use crate::openai::{Text, each_message};
 
 /// Characters of a question that the answer repeats.
 const REPEATED: usize = 500;
@@ -98,8 +96,8 @@ impl Tool {
 struct Request<'a> {
     #[serde(borrow, default)]
     model: Option<Cow<'a, str>>,
-    #[serde(default)]
-    messages: Messages,
+    #[serde(borrow, default)]
+    messages: Option<&'a RawValue>,
     #[serde(borrow, default)]
     response_format: Option<&'a RawValue>,
     #[serde(borrow, default)]
@@ -108,53 +106,23 @@ struct Request<'a> {
     tool_choice: Option<&'a RawValue>,
 }
 
-#[derive(Deserialize)]
-struct Message<'a> {
-    #[serde(borrow, default)]
-    role: Option<Cow<'a, str>>,
-    #[serde(borrow, default)]
-    content: Option<&'a RawValue>,
-}
-
-#[derive(Default)]
-struct Messages {
-    /// The last message of the user.
-    question: String,
-    words: usize,
-}
-
-impl<'de> Deserialize<'de> for Messages {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Messages, D::Error> {
-        deserializer.deserialize_seq(Messages::default())
-    }
-}
-
-impl<'de> Visitor<'de> for Messages {
-    type Value = Messages;
-
-    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str("a list of messages")
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(mut self, mut list: A) -> Result<Messages, A::Error> {
-        while let Some(message) = list.next_element::<Message>()? {
-            let Text(text) = message.content.and_then(|json| serde_json::from_str(json.get()).ok()).unwrap_or_default();
-            self.words += count(&text);
-            if message.role.as_deref() == Some("user") {
-                self.question = text.into_owned();
-            }
-        }
-        Ok(self)
-    }
-}
-
 fn count(text: &str) -> usize {
     text.split_whitespace().count().max(1)
 }
 
 fn say(request: &[u8]) -> Said {
     let request: Request = serde_json::from_slice(request).unwrap_or_default();
-    let Messages { question, words: prompt } = request.messages;
+    let (mut question, mut prompt) = (String::new(), 0);
+    // Who asks was let in, so it is a list.
+    let _ = request.messages.map(|messages| {
+        each_message(messages, |role, content| {
+            let Text(text) = content.and_then(|json| serde_json::from_str(json.get()).ok()).unwrap_or_default();
+            prompt += count(&text);
+            if role.is_some_and(|role| role.get() == "\"user\"") {
+                question = text.into_owned();
+            }
+        })
+    });
     let tool = demanded_tool(&heard(request.tools), &heard(request.tool_choice));
     let format = heard(request.response_format);
     let answer = match format["type"].as_str() {

@@ -96,14 +96,25 @@ impl Chat {
             parse_json(body)?;
             return Err(ApiError::invalid("body", "the body must be a JSON object"));
         }
-        let messages: Messages = read(messages, "messages", "a list of messages")?.unwrap_or_default();
-        if !messages.any {
+        let (mut any, mut wrong_role, mut question) = (false, false, None);
+        if let Some(messages) = messages.filter(|messages| messages.get() != "null") {
+            let list = each_message(messages, |role, content| {
+                any = true;
+                match read::<Words>(role, "role", "a string") {
+                    Ok(Some(Words(role))) if role == "user" => question = content,
+                    Ok(_) => {}
+                    Err(_) => wrong_role = true,
+                }
+            });
+            list.map_err(|_| ApiError::invalid("messages", "messages must be a list of messages"))?;
+        }
+        if !any {
             return Err(ApiError::invalid("messages", "messages must be a list that is not empty"));
         }
-        if messages.wrong_role {
+        if wrong_role {
             return Err(ApiError::invalid("messages", "a message's role must be a string"));
         }
-        let content: Option<Text> = read(messages.question, "content", "").unwrap_or_default();
+        let content: Option<Text> = read(question, "content", "").unwrap_or_default();
         let question = content.unwrap_or_default().0.into_owned();
         if is_longer(&question, max_chars) {
             return Err(ApiError::invalid("messages", format!("the question is longer than {max_chars} characters")));
@@ -270,29 +281,24 @@ fn read<'a, T: Deserialize<'a>>(json: Option<&'a RawValue>, name: &str, kind: &s
     serde_json::from_str(json.get()).map_err(|_| ApiError::invalid(name, format!("{name} must be {kind}")))
 }
 
-/// What counts of a client's messages.
-#[derive(Default)]
-struct Messages<'a> {
-    any: bool,
-    wrong_role: bool,
-    /// The content of the last one of the user.
-    question: Option<&'a RawValue>,
+/// Shows every message of a list: its role and its content.
+pub fn each_message<'a>(
+    list: &'a RawValue,
+    see: impl FnMut(Option<&'a RawValue>, Option<&'a RawValue>),
+) -> serde_json::Result<()> {
+    serde_json::Deserializer::from_str(list.get()).deserialize_seq(EachMessage(see))
 }
 
-impl<'de> Deserialize<'de> for Messages<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Messages<'de>, D::Error> {
-        deserializer.deserialize_seq(Messages::default())
-    }
-}
+struct EachMessage<F>(F);
 
-impl<'de> Visitor<'de> for Messages<'de> {
-    type Value = Messages<'de>;
+impl<'de, F: FnMut(Option<&'de RawValue>, Option<&'de RawValue>)> Visitor<'de> for EachMessage<F> {
+    type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str("a list of messages")
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(mut self, mut list: A) -> Result<Messages<'de>, A::Error> {
+    fn visit_seq<A: SeqAccess<'de>>(mut self, mut list: A) -> Result<(), A::Error> {
         loop {
             let (mut role, mut content) = (None, None);
             let message = EachField(|name: &str, value: &'de RawValue| match name {
@@ -301,14 +307,9 @@ impl<'de> Visitor<'de> for Messages<'de> {
                 _ => {}
             });
             if list.next_element_seed(message)?.is_none() {
-                return Ok(self);
+                return Ok(());
             }
-            self.any = true;
-            match read::<Words>(role, "role", "a string") {
-                Ok(Some(Words(role))) if role == "user" => self.question = content,
-                Ok(_) => {}
-                Err(_) => self.wrong_role = true,
-            }
+            (self.0)(role, content);
         }
     }
 }

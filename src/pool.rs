@@ -115,7 +115,7 @@ impl<W: 'static> Pool<W> {
         };
         drop(state);
         // A thread that is promised a job waits for it.
-        drop(thread.give(job(task)));
+        thread.give(job(task));
         self.shared.spare();
         Ok(())
     }

@@ -250,9 +250,9 @@ pub struct Draft {
 
 impl Draft {
     /// A pair without an answer yet; `started` is when the request came.
-    pub fn new(key: Arc<str>, chat: &Chat, wants_usage: bool, started: Instant) -> Draft {
+    pub fn new(key: Arc<str>, chat: &Chat, started: Instant) -> Draft {
         let pair = Pair { key, question: chat.question.clone(), model: chat.model.clone(), ..Pair::default() };
-        Draft { pair, started, wants_usage, tool_calls: ToolCalls::default(), first_event: None }
+        Draft { pair, started, wants_usage: !chat.added_usage, tool_calls: ToolCalls::default(), first_event: None }
     }
 
     /// What there is to say of the stream, but for its end.

@@ -51,7 +51,7 @@ pub fn serve(config: Config) -> Result<(), StartError> {
         Mode::MockAsked => "mocks the LLM (MOCK_MODE)".to_string(),
         Mode::MockNoKey => "mocks the LLM (no OPENAI_API_KEY)".to_string(),
     };
-    log::info!("listening on http://{}", listener.local_addr());
+    log::info!("listening on http://{}", listener.local);
     log::info!("mode: {mode}");
     log::info!("history: {}", config.database_path.display());
     let keys: Vec<&str> = config.api_keys.iter().map(|key| &*key.name).collect();
@@ -61,7 +61,7 @@ pub fn serve(config: Config) -> Result<(), StartError> {
     let workers = Pool::new("worker", config.workers, config.queue_size, config::UPSTREAM_KEEP_ALIVE, make_line);
     let readers = Pool::new("reader", config.max_connections, config.max_connections, READER_PATIENCE, || ());
     let (workers, grace) = (Arc::new(workers), config.shutdown_grace);
-    let connections = listener.connections();
+    let connections = Arc::clone(&listener.connections);
     let api = Api::new(config, Arc::clone(&store), Arc::clone(&workers), Arc::clone(&connections), metrics)?;
     let staff = Arc::new(Staff { api, readers, workers });
     accept(&listener, &staff, &stop);

@@ -258,7 +258,7 @@ impl Store {
 /// An order to keep a pair, and the way to what becomes of it.
 fn awaited(pair: Pair, unique: Option<Unique>) -> (Order, Taker<Result<Pair, ApiError>>) {
     let (done, committed) = handoff();
-    let then = Box::new(move |stored| drop(done.give(stored)));
+    let then = Box::new(move |stored| done.give(stored));
     (Order::Append(Box::new(Arrival { pair, unique, then })), committed)
 }
 

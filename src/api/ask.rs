@@ -12,7 +12,7 @@ use crate::error::{ApiError, Header};
 use crate::exchange::Pair;
 use crate::http::Reply;
 use crate::openai::Chat;
-use crate::store::{Remembered, Unique};
+use crate::store::Unique;
 use crate::upstream::Line;
 
 /// A question on its way to the LLM, and what becomes of the answer.
@@ -34,14 +34,11 @@ pub fn prepare(api: &Api, request: &Request, exit: Exit, chat: Chat) -> Option<E
     let path = if as_it_came { "/v1/chat/completions" } else { "/api/ask" };
     let first = match api.once.turn(api, request, path, || exit.responder.is_client_gone()) {
         Ok(None) => None,
-        Ok(Some(Turn::First(first))) => {
-            let unique = first.unique(path, request.body);
-            Some((first, unique))
-        }
+        Ok(Some(Turn::First(first, unique))) => Some((first, unique)),
         Ok(Some(Turn::Again(remembered, place))) => {
-            let (body, model) = repetition(*remembered);
+            let body = remembered.response.unwrap_or_else(|| json(&remembered.pair));
             drop(place);
-            return api.give(exit, Reply::json(200, body), Some(model));
+            return api.give(exit, Reply::json(200, body), Some(remembered.pair.model));
         }
         Err(e) => return exit.refuse(e),
     };
@@ -129,12 +126,6 @@ impl Answer {
             Err(e) => self.exit.refuse(e),
         }
     }
-}
-
-/// What was answered before, and by which model.
-fn repetition(remembered: Remembered) -> (Vec<u8>, String) {
-    let body = remembered.response.unwrap_or_else(|| json(&remembered.pair));
-    (body, remembered.pair.model)
 }
 
 fn json(pair: &Pair) -> Vec<u8> {

@@ -17,7 +17,7 @@ struct Wanted {
 /// The page or the matches that the query string asks for.
 pub fn history(api: &Api, request: &Request) -> Result<Reply, ApiError> {
     let key = request.key;
-    let wanted = parse(request.query, api.config.history_limit)?;
+    let wanted = parse(request.head.query(), api.config.history_limit)?;
     let is_page = wanted.words.trim().is_empty();
     if !is_page {
         // Before the place is taken: others need not wait for this.

@@ -94,9 +94,7 @@ enum Kind {
 pub struct Request<'a> {
     endpoint: Endpoint,
     key: &'a Arc<str>,
-    path: &'a str,
-    query: &'a str,
-    idempotency_key: Option<&'a str>,
+    head: &'a Head,
     body: &'a [u8],
     started: Instant,
 }
@@ -189,15 +187,7 @@ impl Api {
             (_, _, Err(e)) => return exit.refuse(e),
             _ => return exit.refuse(ApiError::new(Code::INTERNAL, "a request was let in without a head")),
         };
-        let request = Request {
-            endpoint: admitted.endpoint,
-            key: &admitted.key,
-            path: head.path(),
-            query: head.query(),
-            idempotency_key: head.field(IDEMPOTENCY_KEY),
-            body: &body,
-            started: call.started,
-        };
+        let request = Request { endpoint: admitted.endpoint, key: &admitted.key, head, body: &body, started: call.started };
         if admitted.endpoint.asks() {
             match self.rate_limit.take(&admitted.key, Instant::now()) {
                 Ok(headers) => exit.headers = headers,

@@ -14,7 +14,7 @@ pub struct Models {
 impl Models {
     /// The list, or the one that the request's path names.
     pub fn new(request: &Request, exit: Exit) -> Models {
-        Models { path: request.path.strip_prefix("/v1/models").unwrap_or_default().to_string(), exit }
+        Models { path: request.head.path().strip_prefix("/v1/models").unwrap_or_default().to_string(), exit }
     }
 
     /// Asks and answers; returns the answer where the client may be slow to take it.

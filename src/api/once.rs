@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use super::places::Taken;
-use super::{Api, Request};
+use super::{Api, IDEMPOTENCY_KEY, Request};
 use crate::error::{ApiError, Code};
 use crate::lock::{lock, wait_within};
 use crate::store::{Remembered, Unique};
@@ -34,8 +34,8 @@ struct Running {
 
 /// What a request with an `Idempotency-Key` is to do.
 pub enum Turn {
-    /// Ask; others with the same key wait until this is dropped.
-    First(First),
+    /// Ask; others with the same key wait until the first is dropped. The history is to note the second beside the answer.
+    First(First, Unique),
     /// Repeat what was answered, and then leave the place among what is put together.
     Again(Box<Remembered>, Taken),
 }
@@ -67,7 +67,7 @@ impl Once {
         path: &'static str,
         is_gone: impl Fn() -> bool,
     ) -> Result<Option<Turn>, ApiError> {
-        let Some(given) = request.idempotency_key else { return Ok(None) };
+        let Some(given) = request.head.field(IDEMPOTENCY_KEY) else { return Ok(None) };
         if !(1..=255).contains(&given.len()) || !given.bytes().all(|b| matches!(b, b' '..=b'~')) {
             return Err(ApiError::invalid("Idempotency-Key", "Idempotency-Key must have 1 to 255 printable ASCII characters"));
         }
@@ -98,19 +98,15 @@ impl Once {
         let first = First { once: Arc::clone(self), name };
         let place = api.make()?;
         match api.store.remembered(request.key, given)? {
-            None => Ok(Some(Turn::First(first))),
+            None => {
+                let unique = Unique { key: given.to_string(), path, request: request.body.to_vec(), response: None };
+                Ok(Some(Turn::First(first, unique)))
+            }
             Some(remembered) if remembered.path == path && remembered.request == request.body => {
                 Ok(Some(Turn::Again(Box::new(remembered), place)))
             }
             Some(_) => Err(another()),
         }
-    }
-}
-
-impl First {
-    /// What the history is to note beside the answer.
-    pub fn unique(&self, path: &'static str, request: &[u8]) -> Unique {
-        Unique { key: self.name.1.clone(), path, request: request.to_vec(), response: None }
     }
 }
 

@@ -25,7 +25,7 @@ pub fn prepare(api: &Api, request: &Request, exit: Exit, chat: Chat) -> Option<E
     if let Err(e) = api.store.check() {
         return exit.refuse(e);
     }
-    let draft = Box::new(Draft::new(Arc::clone(request.key), &chat, !chat.added_usage, request.started));
+    let draft = Box::new(Draft::new(Arc::clone(request.key), &chat, request.started));
     let Exit { responder, headers, entry } = exit;
     let client = responder.client();
     let upstream_head = (request.endpoint == Endpoint::ChatCompletions).then_some(entry.own_id);

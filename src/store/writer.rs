@@ -390,7 +390,7 @@ impl Writer {
         let fresh = !self.state.failing.load(Ordering::Relaxed) && self.last_write.elapsed() < PROBE_WAIT;
         let fine = fresh && self.is_in_place() || self.attempt("probed", |connection| connection.execute_batch(PROBE)).is_some();
         self.state.probing.store(false, Ordering::Relaxed);
-        let _ = done.give(fine);
+        done.give(fine);
     }
 
     /// Commits the pairs together, then does what follows for each.

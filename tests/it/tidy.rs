@@ -23,7 +23,7 @@ const HOUSE: &[Room] = &[
     room("api", 4, &["log", "rustix", "utoipa_swagger_ui", "serde", "serde_json", "subtle", "percent_encoding"]),
     room("relay", 3, &["log"]),
     room("http", 2, &["log", "tiny_http", "rustix", "httpdate"]),
-    room("upstream", 2, &["log", "ureq", "rustix", "httpdate", "crossbeam_channel"]),
+    room("upstream", 2, &["log", "ureq", "rustix", "httpdate"]),
     room("store", 2, &["log", "rusqlite", "crossbeam_channel"]),
     room("pool", 1, &["log"]),
     room("lines", 1, &["log", "simplelog", "rustix"]),
