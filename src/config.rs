@@ -341,10 +341,8 @@ fn database_path(given: &Given) -> Result<PathBuf, StartError> {
 
 fn api_keys(given: &Given) -> Result<Vec<ApiKey>, StartError> {
     let mut keys: Vec<ApiKey> = Vec::new();
-    for entry in given.text("API_KEYS").split(',').map(str::trim) {
-        if entry.is_empty() {
-            continue;
-        }
+    let text = given.text("API_KEYS");
+    for entry in text.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
         let (name, secret) = entry.split_once(':').unwrap_or(("default", entry));
         let named_well = (1..=64).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
         let secret_well = (1..=ApiKey::MAX_SECRET).contains(&secret.len()) && secret.bytes().all(|b| (0x21..0x7f).contains(&b));
@@ -357,6 +355,10 @@ fn api_keys(given: &Given) -> Result<Vec<ApiKey>, StartError> {
             ));
         }
         keys.push(ApiKey { name: name.into(), secret: secret.to_string() });
+    }
+    // `$A,$B` of two that are not set: nobody meant to let everybody in.
+    if keys.is_empty() && !text.is_empty() {
+        return Err(given.bad("API_KEYS", "at least one NAME:SECRET, or nothing at all"));
     }
     Ok(keys)
 }
@@ -431,6 +433,7 @@ mod tests {
             ("HOST", "0.0.0.0"),
             ("OPENAI_BASE_URL", "ftp://x"),
             ("HISTORY_SYNC", "off"),
+            ("API_KEYS", ","),
             ("DATABASE_PATH", ":memory:"),
             ("DATABASE_PATH", "file:a%20b.db"),
         ] {

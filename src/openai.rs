@@ -92,7 +92,8 @@ impl Chat {
             "stream_options" => options = Some(value),
             _ => {}
         });
-        if fields.is_err() {
+        // What nobody reads of it goes on to the upstream.
+        if fields.is_err() || std::str::from_utf8(body).is_err() {
             parse_json(body)?;
             return Err(ApiError::invalid("body", "the body must be a JSON object"));
         }
@@ -265,8 +266,12 @@ impl<'de> Visitor<'de> for Words<'de> {
 }
 
 /// A value that only the history wants, so that one of another type than it should have is none.
-fn wish<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
-    <&RawValue>::deserialize(deserializer).map(|json| wished(json.get()))
+struct Wish<T>(Option<T>);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Wish<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Wish<T>, D::Error> {
+        <&RawValue>::deserialize(deserializer).map(|json| Wish(wished(json.get())))
+    }
 }
 
 // Not inlined: what all the wishes of a chunk take of the stack each stream would keep, another page.
@@ -348,7 +353,7 @@ impl NoAnswer {
         let error = &readable(error.get());
         let code = &error["code"];
         let code = code.as_u64().or_else(|| code.as_str()?.parse().ok());
-        NoAnswer { why: format!("{what}: {}", error_words(error)), passing: matches!(code, Some(408 | 429 | 500..=599)) }
+        NoAnswer { why: format!("{what}: {}", error_words(error)), passing: matches!(code, Some(404 | 408 | 429 | 500..=599)) }
     }
 }
 
@@ -448,7 +453,8 @@ pub fn parse_chunk(data: &[u8]) -> Result<Chunk<'_>, NoAnswer> {
 /// shapes, or whatever text it is.
 pub fn error_text(body: &[u8]) -> String {
     match serde_json::from_slice::<Value>(body) {
-        Ok(value) => error_words(value.get("error").filter(|e| !e.is_null()).unwrap_or(&value)),
+        // Google's come in a list of one.
+        Ok(value) => error_words(value.get(0).unwrap_or(&value).get("error").filter(|e| !e.is_null()).unwrap_or(&value)),
         Err(_) => one_line(String::from_utf8_lossy(body).trim()),
     }
 }
@@ -487,17 +493,47 @@ fn one_line(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
-#[derive(Deserialize)]
+/// Reads JSON objects into a struct whose fields have their names, the `wishes` as values that only the history wants. Other
+/// fields are passed over, of doubled ones the last counts, and a list is no object: what serde derives would take its
+/// elements for the fields.
+macro_rules! object {
+    ($name:ty { $($field:ident),* } wishes { $($wish:ident),* }) => {
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<$name, D::Error> {
+                deserializer.deserialize_map(<$name>::default())
+            }
+        }
+
+        impl<'de> Visitor<'de> for $name {
+            type Value = $name;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<$name, A::Error> {
+                while let Some(Words(name)) = map.next_key()? {
+                    match &*name {
+                        $(stringify!($field) => self.$field = map.next_value()?,)*
+                        $(stringify!($wish) => self.$wish = map.next_value::<Wish<_>>()?.0,)*
+                        _ => drop(map.next_value::<IgnoredAny>()?),
+                    }
+                }
+                Ok(self)
+            }
+        }
+    };
+}
+
+#[derive(Default)]
 struct Answer<'a> {
-    #[serde(borrow, default, deserialize_with = "wish")]
     model: Option<Words<'a>>,
-    #[serde(borrow, default)]
     choices: Option<Few<Choice<'a>>>,
-    #[serde(default, deserialize_with = "wish")]
     usage: Option<Counts>,
-    #[serde(borrow, default)]
     error: Option<&'a RawValue>,
 }
+
+object!(Answer<'de> { choices, error } wishes { model, usage });
 
 /// The first `MOST_PARTS` of a list. The others are read and not kept: an empty one takes a hundred times its bytes.
 struct Few<T>(Vec<T>);
@@ -533,36 +569,33 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for Few<T> {
     }
 }
 
-#[derive(Deserialize)]
+#[derive(Default)]
 struct Choice<'a> {
-    #[serde(default, deserialize_with = "wish")]
     index: Option<u64>,
-    #[serde(borrow, default)]
     message: Option<Said<'a>>,
-    #[serde(borrow, default)]
     delta: Option<Said<'a>>,
-    #[serde(borrow, default, deserialize_with = "wish")]
     finish_reason: Option<Words<'a>>,
 }
 
-#[derive(Deserialize)]
+object!(Choice<'de> { message, delta } wishes { index, finish_reason });
+
+#[derive(Default)]
 struct Said<'a> {
-    #[serde(borrow, default)]
     content: Text<'a>,
-    #[serde(borrow, default)]
     refusal: Text<'a>,
-    #[serde(default, deserialize_with = "wish")]
-    tool_calls: Option<Few<ToolCall>>,
+    tool_calls: Option<Few<Wish<ToolCall>>>,
     /// How a single call looked before there were tools.
-    #[serde(borrow, default, deserialize_with = "wish")]
     function_call: Option<Box<Function<'a>>>,
 }
+
+object!(Said<'de> { content, refusal } wishes { tool_calls, function_call });
 
 impl<'a> Said<'a> {
     /// Adds its calls, or pieces of calls, as they are.
     fn calls(&mut self, all: &mut ToolCalls) {
         let older = self.function_call.take().map(|function| function.called(None, None));
-        for call in self.tool_calls.take().unwrap_or_default().0.into_iter().chain(older) {
+        let calls = self.tool_calls.take().unwrap_or_default().0.into_iter().filter_map(|Wish(call)| call);
+        for call in calls.chain(older) {
             all.size += call.size();
             all.calls.push(call);
         }
@@ -575,15 +608,14 @@ impl<'a> Said<'a> {
 }
 
 /// What a tool is called by and with, as it stands in an answer; `input` is what the tools without a schema have.
-#[derive(Deserialize)]
+#[derive(Default)]
 struct Function<'a> {
-    #[serde(borrow, default, deserialize_with = "wish")]
     name: Option<Words<'a>>,
-    #[serde(borrow, default)]
     arguments: Option<&'a RawValue>,
-    #[serde(borrow, default)]
     input: Option<&'a RawValue>,
 }
+
+object!(Function<'de> { arguments, input } wishes { name });
 
 impl Function<'_> {
     fn called(self, index: Option<usize>, id: Option<String>) -> ToolCall {
@@ -613,23 +645,23 @@ struct ToolCall {
     name: Option<String>,
 }
 
+/// A tool call as it stands in an answer.
+#[derive(Default)]
+struct Call<'a> {
+    index: Option<usize>,
+    id: Option<Words<'a>>,
+    function: Option<Function<'a>>,
+    /// The same of a tool without a schema.
+    custom: Option<Function<'a>>,
+}
+
+object!(Call<'de> {} wishes { index, id, function, custom });
+
 impl<'de> Deserialize<'de> for ToolCall {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<ToolCall, D::Error> {
-        #[derive(Deserialize)]
-        struct Call<'a> {
-            #[serde(default, deserialize_with = "wish")]
-            index: Option<usize>,
-            #[serde(borrow, default, deserialize_with = "wish")]
-            id: Option<Words<'a>>,
-            #[serde(borrow, default, deserialize_with = "wish")]
-            function: Option<Function<'a>>,
-            /// The same of a tool without a schema.
-            #[serde(borrow, default, deserialize_with = "wish")]
-            custom: Option<Function<'a>>,
-        }
-        let call = Call::deserialize(deserializer)?;
-        let (index, id) = (call.index, call.id.map(|Words(id)| id.into_owned()));
-        Ok(match call.function.or(call.custom) {
+        let Call { index, id, function, custom } = Call::deserialize(deserializer)?;
+        let id = id.map(|Words(id)| id.into_owned());
+        Ok(match function.or(custom) {
             Some(function) => function.called(index, id),
             None => ToolCall { index, id, ..ToolCall::default() },
         })
@@ -715,15 +747,14 @@ struct KeptCalls<'a> {
 }
 
 /// Counted in whole numbers, but some servers have only one kind of number.
-#[derive(Deserialize)]
+#[derive(Default)]
 struct Counts {
-    #[serde(default, deserialize_with = "wish")]
     prompt_tokens: Option<f64>,
-    #[serde(default, deserialize_with = "wish")]
     completion_tokens: Option<f64>,
-    #[serde(default, deserialize_with = "wish")]
     total_tokens: Option<f64>,
 }
+
+object!(Counts {} wishes { prompt_tokens, completion_tokens, total_tokens });
 
 /// `None` where nothing was counted.
 fn usage(counts: Option<Counts>) -> Option<Usage> {
@@ -755,6 +786,14 @@ impl<'de: 'a, 'a> Deserialize<'de> for Text<'a> {
     }
 }
 
+/// A part of a content that is a list.
+#[derive(Default)]
+struct Part<'a> {
+    text: Option<Words<'a>>,
+}
+
+object!(Part<'de> {} wishes { text });
+
 impl<'de> Visitor<'de> for Text<'de> {
     type Value = Text<'de>;
 
@@ -763,11 +802,6 @@ impl<'de> Visitor<'de> for Text<'de> {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(mut self, mut parts: A) -> Result<Text<'de>, A::Error> {
-        #[derive(Deserialize)]
-        struct Part<'a> {
-            #[serde(borrow, default, deserialize_with = "wish")]
-            text: Option<Words<'a>>,
-        }
         while let Some(part) = parts.next_element::<&RawValue>()? {
             if let Some(Words(more)) = wished::<Part>(part.get()).and_then(|part| part.text) {
                 self.0 += more;
@@ -820,6 +854,7 @@ mod tests {
         for (body, status) in [
             ("{", 400),
             ("[]", 422),
+            (r#"[[{"role":"user","content":"a"}],"m"]"#, 422),
             ("{}", 422),
             (r#"{"messages":[]}"#, 422),
             (r#"{"messages":[{"role":"user"}],"stream":"yes"}"#, 422),
@@ -827,6 +862,40 @@ mod tests {
         ] {
             assert_eq!(Chat::from_body(body.as_bytes(), "m", 10).expect_err("refused").code.status(), status, "{body}");
         }
+    }
+
+    #[test]
+    fn what_is_not_utf8_is_no_chat_request_also_in_a_name() {
+        let body = b"{\"messages\":[{\"role\":\"user\",\"content\":\"a\"}],\"\xff\":1}";
+        assert_eq!(Chat::from_body(body, "m", 10).expect_err("refused").code, crate::error::Code::INVALID_JSON);
+        assert!(Chat::from_body(&body.map(|b| if b == 0xff { b'x' } else { b }), "m", 10).is_ok());
+    }
+
+    #[test]
+    fn a_list_is_no_object_and_of_doubled_fields_the_last_counts() {
+        for list in [
+            r#"[]"#,
+            r#"["m",[]]"#,
+            r#"["m",[[0,["hello"],null,"stop"]]]"#,
+            r#"[{"error":{"code":401,"message":"bad key"}}]"#,
+            r#"{"choices":[[0,["hello"],["hello"],"stop"]]}"#,
+            r#"{"choices":[{"message":["hello"],"delta":["hello"]}]}"#,
+        ] {
+            assert!(parse_completion(list.as_bytes()).is_err(), "{list}");
+            assert!(parse_chunk(list.as_bytes()).is_err(), "{list}");
+        }
+        let body = r#"{"model":"a","choices":[],"usage":{"total_tokens":3},"model":"b","usage":null,
+            "choices":[{"message":{"content":"x","content":"y"},"finish_reason":"stop","finish_reason":null}]}"#;
+        let completion = parse_completion(body.as_bytes()).expect("an answer");
+        assert_eq!((&*completion.answer, completion.model.as_deref()), ("y", Some("b")));
+        assert_eq!((completion.finish_reason, completion.usage), (None, None));
+    }
+
+    #[test]
+    fn one_call_that_is_none_costs_the_others_nothing() {
+        let body = r#"{"choices":[{"message":{"tool_calls":[null,{"id":"c","function":{"name":"f"}},7,["d"]]}}]}"#;
+        let answer = parse_completion(body.as_bytes()).expect("an answer").answer;
+        assert_eq!(answer, r#"{"tool_calls":[{"arguments":"","id":"c","name":"f"}]}"#);
     }
 
     #[test]
@@ -959,6 +1028,7 @@ mod tests {
         for (body, text) in [
             (&br#"{"error":{"message":"a","code":"x"}}"#[..], "a"),
             (br#"{"error":"b"}"#, "b"),
+            (br#"[{"error":{"message":"l"}}]"#, "l"),
             (br#"{"detail":"c"}"#, "c"),
             (b"bad gateway\n", "bad gateway"),
             (br#"{"error":{"code":7}}"#, r#"{"code":7}"#),

@@ -299,6 +299,8 @@ pub fn run(
             Err(e) => return cut_short(e, end, store, draft),
         };
         draft.pair.model.clone_from(&chat.model);
+        // What a model before it had said.
+        (draft.pair.usage, draft.pair.finish_reason) = (None, None);
         end.head(std::mem::take(&mut events.headers));
         match pump(&mut events, end, &mut draft) {
             Ok(done) => {
@@ -311,7 +313,7 @@ pub fn run(
             Err(broken) => {
                 events.count_failure(broken.error.code);
                 drop(events);
-                if !(broken.passing && end.is_unanswered() && line.fall_back(chat)) {
+                if !(broken.passing && draft.first_event.is_none() && line.fall_back(chat)) {
                     return cut_short(broken.error, end, store, draft);
                 }
             }
@@ -347,9 +349,7 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
                 }
                 Ok(false) => {}
                 Err(no) => {
-                    let code =
-                        if end.is_unanswered() && out.is_empty() { Code::UPSTREAM_BAD_ANSWER } else { Code::UPSTREAM_ERROR };
-                    failure = Some(events.no_answer(code, "failed", &no));
+                    failure = Some(events.no_answer(broken_by(began), "failed", &no));
                     break;
                 }
             }
@@ -374,11 +374,16 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
                 Some(_) if began => Ok(b"data: [DONE]\n\n".to_vec()),
                 _ => {
                     let text = "the LLM's stream ended before its answer was complete";
-                    Err(events.failed(Code::UPSTREAM_BAD_ANSWER, text).into())
+                    Err(events.failed(broken_by(began), text).into())
                 }
             };
         }
     }
+}
+
+/// What a stream that fails by what came of it is: one that broke off, where it had begun, or no answer.
+fn broken_by(began: bool) -> Code {
+    if began { Code::UPSTREAM_ERROR } else { Code::UPSTREAM_BAD_ANSWER }
 }
 
 /// Adds what an event says to the draft; true when the event goes on to the client.

@@ -38,10 +38,13 @@ fn no_model() -> ApiError {
     ApiError::new(Code::NOT_FOUND, "there is no model of this name; GET /v1/models lists them")
 }
 
-/// Whether a key is what servers are given that want none: `none`, `ollama`, `x`. It is no secret, and in other words
+/// What is shorter stands in too many words to be taken out of them.
+const SHORTEST_SECRET: usize = 4;
+
+/// Whether a key is what servers are given that want none: `none`, `ollama`. It is no secret, and in other words
 /// (`latest` for `test`) it would be missed.
 fn is_only_a_word(key: &str) -> bool {
-    key.len() < 4 || key.len() < 8 && key.bytes().all(|b| b.is_ascii_alphabetic())
+    key.len() < 8 && key.bytes().all(|b| b.is_ascii_alphabetic())
 }
 
 /// How the LLM is reached; shared by all workers.
@@ -78,7 +81,7 @@ impl Upstream {
             secrets.push(credentials.clone());
             secrets.extend(credentials.split_once(':').map(|(_, password)| password.to_string()));
         }
-        secrets.retain(|secret| !secret.is_empty());
+        secrets.retain(|secret| secret.len() >= SHORTEST_SECRET);
         Ok(Upstream { config, request, secrets, metrics })
     }
 

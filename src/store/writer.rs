@@ -262,12 +262,14 @@ impl Desk {
 
 struct Open {
     connection: Connection,
-    inode: u64,
+    /// The inodes of its file and of its journal.
+    files: [Option<u64>; 2],
 }
 
 /// The one connection that writes.
 pub struct Writer {
     path: PathBuf,
+    journal: PathBuf,
     sync: Sync,
     /// What retention leaves; 0: all.
     pub max_rows: u64,
@@ -301,8 +303,11 @@ pub struct Writer {
 impl Writer {
     /// A writer that keeps everything and has not opened its database yet.
     pub fn new(path: PathBuf, sync: Sync, state: Arc<State>, metrics: Arc<Metrics>) -> Writer {
+        let mut journal = path.clone().into_os_string();
+        journal.push("-wal");
         Writer {
             path,
+            journal: journal.into(),
             sync,
             max_rows: 0,
             max_days: 0,
@@ -352,7 +357,10 @@ impl Writer {
         }
         match other {
             Some(Order::Probe(done)) => self.probe(done),
-            Some(Order::Index(done)) => self.searches.push((self.last_id, done)),
+            Some(Order::Index(done)) => {
+                self.look_again();
+                self.searches.push((self.last_id, done));
+            }
             Some(Order::Close) => self.close(),
             Some(Order::Append(_)) | None => {}
         }
@@ -368,6 +376,7 @@ impl Writer {
         let is_quiet = self.last_order.elapsed() >= QUIET;
         let more = match is_quiet || !self.searches.is_empty() {
             true => {
+                self.look_again();
                 self.forget_remembered();
                 self.index() | self.retain()
             }
@@ -506,19 +515,10 @@ impl Writer {
         self.searches.retain(|(up_to, search)| *up_to > self.indexed && !failing && search.is_awaited());
     }
 
-    /// What has to go when so many pairs come. Rows are counted before any goes where another connection wrote, as who
-    /// deletes by hand does.
+    /// What has to go when so many pairs come.
     fn surplus(&mut self, coming: usize) -> Surplus {
-        if let (true, Some(open)) = (self.max_rows > 0 && self.rows + coming as u64 > self.max_rows, &self.open) {
-            let counted = data_version(&open.connection).and_then(|version| {
-                let rows = if version == self.data_version { self.rows } else { count(&open.connection)? };
-                Ok((version, rows))
-            });
-            match counted {
-                Ok(counted) => (self.data_version, self.rows) = counted,
-                // The write that follows says why.
-                Err(_) => return Surplus { rows: 0, days: 0 },
-            }
+        if self.max_rows > 0 && self.rows + coming as u64 > self.max_rows {
+            self.look_again();
         }
         let rows = if self.max_rows > 0 { (self.rows + coming as u64).saturating_sub(self.max_rows) } else { 0 };
         Surplus { rows, days: if Instant::now() >= self.next_retention { self.max_days } else { 0 } }
@@ -556,7 +556,7 @@ impl Writer {
     /// opened anew for the next.
     fn attempt<T>(&mut self, what: &str, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Option<T> {
         if !self.is_in_place() {
-            self.open = None;
+            self.let_go();
         }
         let result = self.ready().and_then(|()| self.write(work).map_err(Trouble::Sql));
         let failing = result.is_err();
@@ -587,10 +587,21 @@ impl Writer {
         result
     }
 
-    /// The open database is still the file at its path. What is written to a deleted file is lost.
+    /// The open database is still the one at its path. What is written to a deleted file is lost.
     fn is_in_place(&self) -> bool {
-        let inode = fs::metadata(&self.path).map(|file| file.ino()).ok();
-        self.open.as_ref().is_some_and(|open| Some(open.inode) == inode)
+        self.open.as_ref().is_some_and(|open| open.files == self.files())
+    }
+
+    fn files(&self) -> [Option<u64>; 2] {
+        [&self.path, &self.journal].map(|path| fs::metadata(path).map(|file| file.ino()).ok())
+    }
+
+    /// Lets go of a database that is not in its place any more. What only its journal has, which may be deleted, goes over
+    /// first; a journal that is left must not be taken for that of another database.
+    fn let_go(&mut self) {
+        if let Some(open) = self.open.take() {
+            log_unmoved(open.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())));
+        }
     }
 
     /// Opens and migrates the database where it is not open.
@@ -627,15 +638,31 @@ impl Writer {
         if self.sync == Sync::Full {
             connection.execute_batch("PRAGMA synchronous = FULL")?;
         }
-        if self.max_rows > 0 {
-            (self.data_version, self.rows) = (data_version(&connection)?, count(&connection)?);
-        }
-        let progress = include_str!("../../sql/queries/progress.sql");
-        (self.last_id, self.indexed) = connection.query_row(progress, [], |row| Ok((row.get(0)?, row.get(1)?)))?;
-        let inode = fs::metadata(&self.path).map(|file| file.ino()).unwrap_or(0);
-        self.open = Some(Open { connection, inode });
+        self.last_id = 0;
+        self.learn(&connection)?;
+        self.open = Some(Open { connection, files: self.files() });
         self.state.opening.fetch_add(1, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// What is known of the rows; an id that was given is not given again.
+    fn learn(&mut self, connection: &Connection) -> rusqlite::Result<()> {
+        let version = data_version(connection)?;
+        let rows = if self.max_rows > 0 { count(connection)? } else { 0 };
+        let progress = include_str!("../../sql/queries/progress.sql");
+        let (last_id, indexed) = connection.query_row(progress, [], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        (self.data_version, self.rows, self.last_id, self.indexed) = (version, rows, self.last_id.max(last_id), indexed);
+        Ok(())
+    }
+
+    /// Learns it anew where another connection wrote, as who deletes or restores by hand does.
+    fn look_again(&mut self) {
+        let Some(open) = self.open.take() else { return };
+        if data_version(&open.connection).is_ok_and(|version| version != self.data_version) {
+            // The next write says what is wrong.
+            let _ = self.learn(&open.connection);
+        }
+        self.open = Some(open);
     }
 
     fn close(&mut self) {

@@ -466,6 +466,41 @@ fn a_damaged_database_is_refused_or_served_around_and_never_a_crash() {
     assert_eq!(setup.start().history().len(), 120, "the backup is as good as ever");
 }
 
+/// Its pairs are in the open file alone, and the disk forgets that with its last descriptor.
+#[test]
+fn a_journal_deleted_while_it_runs_takes_no_pair_along() {
+    let mut proxy = Proxy::start();
+    let mut told = Told::default();
+    told.note(&ask(&proxy, "Before?"));
+    for number in 0..2 {
+        fs::remove_file(proxy.database_path().with_file_name("history.db-wal")).expect("a journal");
+        told.note(&ask(&proxy, &format!("After {number}?")));
+        assert_eq!(proxy.history().len(), number + 2);
+    }
+    proxy.kill();
+    let proxy = proxy.setup().start();
+    told.expect_kept(&proxy);
+    assert_eq!(proxy.count_rows(), 3);
+    let check: String = proxy.database().query_row("PRAGMA integrity_check", [], |row| row.get(0)).expect("a check");
+    assert_eq!(check, "ok");
+}
+
+/// What the journal has is the other database's.
+#[test]
+fn a_database_that_another_one_takes_the_place_of_leaves_nothing_behind_in_it() {
+    let proxy = Proxy::start();
+    proxy.answer("Before?");
+    let (path, backup) = (proxy.database_path(), proxy.database_path().with_file_name("backup.db"));
+    proxy.database().execute("VACUUM INTO ?1", [backup.to_str().expect("a path")]).expect("a backup");
+    (0..30).for_each(|number| drop(proxy.answer(&format!("Since {number}?"))));
+    fs::rename(&backup, &path).expect("a file in its place");
+    proxy.answer("After?");
+    let questions: Vec<Value> = proxy.history().iter().map(|pair| pair["question"].clone()).collect();
+    assert_eq!(questions, ["After?", "Before?"]);
+    let check: String = proxy.database().query_row("PRAGMA integrity_check", [], |row| row.get(0)).expect("a check");
+    assert_eq!(check, "ok");
+}
+
 #[test]
 fn a_database_overwritten_while_it_runs_is_503_and_heals_when_the_backup_is_back() {
     let proxy = Proxy::start();

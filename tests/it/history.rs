@@ -521,6 +521,25 @@ fn nothing_older_than_history_max_days_is_kept() {
     assert_eq!(questions(&page(&proxy, "?q=ancient")).len(), 0);
 }
 
+/// What another program writes is noticed: retention counts it, and a search finds it.
+#[test]
+fn what_others_write_is_counted_and_found() {
+    let limited = Proxy::with(&[("HISTORY_MAX_ROWS", "5")]).start();
+    let searched = Proxy::start();
+    for proxy in [&limited, &searched] {
+        ask_all(proxy, &["first"]);
+        assert_eq!(questions(&page(proxy, "?q=first")), ["first"]);
+        let many = "WITH RECURSIVE n(i) AS (SELECT 2 UNION ALL SELECT i + 1 FROM n WHERE i < 60)
+                    INSERT INTO history SELECT i, created_at, key_name, 'kiwi', answer, model, NULL, NULL, NULL, NULL, 0
+                    FROM n, history WHERE id = 1";
+        assert_eq!(proxy.database().execute(many, []).expect("rows"), 59);
+    }
+    assert_eq!(questions(&page(&searched, "?q=kiwi&limit=100")).len(), 59);
+    ask_all(&limited, &["last"]);
+    eventually("the oldest are gone", || limited.count_rows() == 5);
+    assert_eq!(questions(&page(&limited, "?limit=2")), ["last", "kiwi"]);
+}
+
 /// A clock that was wrong leaves rows of the past and of the future behind.
 #[test]
 fn a_wrong_clock_neither_takes_recent_pairs_along_nor_keeps_old_ones() {

@@ -150,6 +150,10 @@ fn a_word_that_is_no_key_is_not_taken_out_of_others() {
         let proxy = Proxy::facing(&upstream).set("OPENAI_API_KEY", key).start();
         assert_eq!(proxy.answer("Which?")["model"], model, "{key}");
     }
+    let upstream = FakeUpstream::always(reply(200, &[("Content-Type", "application/json")], &body.to_string()));
+    let url = upstream.url().replace("://", "://user:x1@");
+    let proxy = Proxy::facing(&upstream).set("OPENAI_BASE_URL", url).start();
+    assert_eq!(proxy.answer("Which?")["model"], "llama:latest-x1", "a short password");
 }
 
 #[test]

@@ -961,8 +961,8 @@ fn a_stream_that_has_begun_is_not_taken_over_by_another_model() {
 
 #[test]
 fn an_error_of_a_retryable_kind_inside_a_200_is_worth_a_fallback_too() {
-    for streams_it in [true, false] {
-        let error = json!({"error": {"code": 503, "message": "No provider available"}});
+    for (streams_it, code) in [(true, 503), (false, 503), (true, 404), (false, 404)] {
+        let error = json!({"error": {"code": code, "message": "No provider available"}});
         let first_event = error.to_string();
         let upstream = FakeUpstream::answering(move |request| match request.json()["model"] == "good" {
             true => either(request, "Yes"),
@@ -974,6 +974,40 @@ fn an_error_of_a_retryable_kind_inside_a_200_is_worth_a_fallback_too() {
             let response = proxy.call(&request);
             assert_eq!(response.status, 200, "nothing had reached the client: {response:?}");
         }
+    }
+}
+
+/// Neither what it counted nor why it ended: another one answers.
+#[test]
+fn what_a_model_said_that_failed_is_not_booked_to_its_fallback() {
+    let counted = r#"{"choices":[],"usage":{"prompt_tokens":1000,"completion_tokens":1000,"total_tokens":2000}}"#;
+    let upstream = FakeUpstream::answering(move |request| match request.json()["model"] == "good" {
+        true => streamed(&["Yes"]),
+        false => stream_of(&[counted, r#"{"error":{"code":503,"message":"Gone"}}"#]),
+    });
+    let proxy = Proxy::facing(&upstream).set("OPENAI_FALLBACK_MODELS", "good").start();
+    let question = json!({"question": "What is it?", "model": "bad"});
+    assert_eq!(proxy.call(&post("/api/streaming", &question)).status, 200);
+    let pair = proxy.newest_of(1);
+    assert_eq!((&pair["answer"], &pair["usage"], &pair["finish_reason"]), (&json!("Yes"), &Value::Null, &json!("stop")));
+}
+
+/// A heartbeat is nothing of an answer.
+#[test]
+fn a_fallback_is_tried_after_heartbeats_too() {
+    for failure in [reply(500, &[], "no"), stream_of(&[r#"{"error":{"code":503,"message":"Gone"}}"#])] {
+        let gate = Gate::new();
+        let (late, open) = (gate.clone(), failure);
+        let upstream = FakeUpstream::answering(move |request| match request.json()["model"] == "good" {
+            true => streamed(&["Yes"]),
+            false => [vec![Step::Wait(late.clone())], open.clone()].concat(),
+        });
+        let setup = Proxy::facing(&upstream).set("OPENAI_FALLBACK_MODELS", "good");
+        let proxy = setup.set("STREAM_HEARTBEAT_SECS", "1").start();
+        let mut stream = proxy.connect().stream(&chat(json!({"model": "bad", "stream": true})));
+        stream.expect_heartbeat();
+        gate.open();
+        assert_eq!(stream.events(), [delta("Yes"), finish("stop"), "[DONE]".to_owned()]);
     }
 }
 
