@@ -12,7 +12,7 @@ use crate::error::{ApiError, Header};
 use crate::exchange::Pair;
 use crate::http::Reply;
 use crate::openai::Chat;
-use crate::store::Unique;
+use crate::store::{Remembered, Unique};
 use crate::upstream::Line;
 
 /// A question on its way to the LLM, and what becomes of the answer.
@@ -36,9 +36,9 @@ pub fn prepare(api: &Api, request: &Request, exit: Exit, chat: Chat) -> Option<E
         Ok(None) => None,
         Ok(Some(Turn::First(first, unique))) => Some((first, unique)),
         Ok(Some(Turn::Again(remembered, place))) => {
-            let body = remembered.response.unwrap_or_else(|| json(&remembered.pair));
+            let (body, model) = repetition(*remembered);
             drop(place);
-            return api.give(exit, Reply::json(200, body), Some(remembered.pair.model));
+            return api.give(exit, Reply::json(200, body), Some(model));
         }
         Err(e) => return exit.refuse(e),
     };
@@ -126,6 +126,12 @@ impl Answer {
             Err(e) => self.exit.refuse(e),
         }
     }
+}
+
+/// What was answered before, and by which model. The rest goes before a client takes it, who may be slow.
+fn repetition(remembered: Remembered) -> (Vec<u8>, String) {
+    let body = remembered.response.unwrap_or_else(|| json(&remembered.pair));
+    (body, remembered.pair.model)
 }
 
 fn json(pair: &Pair) -> Vec<u8> {
