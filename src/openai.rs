@@ -92,8 +92,7 @@ impl Chat {
             "stream_options" => options = Some(value),
             _ => {}
         });
-        // What nobody reads of it goes on to the upstream.
-        if fields.is_err() || std::str::from_utf8(body).is_err() {
+        if fields.is_err() {
             parse_json(body)?;
             return Err(ApiError::invalid("body", "the body must be a JSON object"));
         }
@@ -230,12 +229,16 @@ impl<'de, F: FnMut(&str, &'de RawValue)> Visitor<'de> for EachField<F> {
     }
 
     fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
-        while let Some((Words(name), value)) = map.next_entry()? {
+        while let Some((Name(name), value)) = map.next_entry()? {
             (self.0)(&name, value);
         }
         Ok(())
     }
 }
+
+/// A field's name.
+#[derive(Deserialize)]
+struct Name<'a>(#[serde(borrow)] Cow<'a, str>);
 
 /// A string, borrowed where it stands in the JSON as it is. Of halves of characters (`"\ud83d"`), which servers write
 /// that cut a text into UTF-16 units, replacement characters are left.
@@ -257,7 +260,8 @@ impl<'de> Visitor<'de> for Words<'de> {
     }
 
     fn visit_borrowed_bytes<E>(self, text: &'de [u8]) -> Result<Words<'de>, E> {
-        Ok(Words(String::from_utf8_lossy(text)))
+        // Whole texts are checked several times faster so.
+        Ok(Words(std::str::from_utf8(text).map_or_else(|_| String::from_utf8_lossy(text), Cow::Borrowed)))
     }
 
     fn visit_bytes<E>(self, text: &[u8]) -> Result<Words<'de>, E> {
@@ -270,7 +274,9 @@ struct Wish<T>(Option<T>);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Wish<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Wish<T>, D::Error> {
-        <&RawValue>::deserialize(deserializer).map(|json| Wish(wished(json.get())))
+        let json = <&RawValue>::deserialize(deserializer)?.get();
+        // In most chunks most are null, and an error would be made of each.
+        Ok(Wish(if json == "null" { None } else { wished(json) }))
     }
 }
 
@@ -500,26 +506,28 @@ macro_rules! object {
     ($name:ty { $($field:ident),* } wishes { $($wish:ident),* }) => {
         impl<'de> Deserialize<'de> for $name {
             fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<$name, D::Error> {
-                deserializer.deserialize_map(<$name>::default())
-            }
-        }
+                struct Fields;
 
-        impl<'de> Visitor<'de> for $name {
-            type Value = $name;
+                impl<'de> Visitor<'de> for Fields {
+                    type Value = $name;
 
-            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("an object")
-            }
+                    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                        f.write_str("an object")
+                    }
 
-            fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<$name, A::Error> {
-                while let Some(Words(name)) = map.next_key()? {
-                    match &*name {
-                        $(stringify!($field) => self.$field = map.next_value()?,)*
-                        $(stringify!($wish) => self.$wish = map.next_value::<Wish<_>>()?.0,)*
-                        _ => drop(map.next_value::<IgnoredAny>()?),
+                    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<$name, A::Error> {
+                        let mut object = <$name>::default();
+                        while let Some(Name(name)) = map.next_key()? {
+                            match &*name {
+                                $(stringify!($field) => object.$field = map.next_value()?,)*
+                                $(stringify!($wish) => object.$wish = map.next_value::<Wish<_>>()?.0,)*
+                                _ => drop(map.next_value::<IgnoredAny>()?),
+                            }
+                        }
+                        Ok(object)
                     }
                 }
-                Ok(self)
+                deserializer.deserialize_map(Fields)
             }
         }
     };
