@@ -75,7 +75,7 @@ const SECRETS: &[&str] = &["API_KEYS", "OPENAI_API_KEY"];
 
 /// How a commit is made durable (<https://sqlite.org/pragma.html#pragma_synchronous>).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sync {
+pub enum Durability {
     Full,
     Normal,
 }
@@ -128,7 +128,7 @@ pub struct Config {
     /// 0: no limit.
     pub rate_limit_per_minute: u32,
     pub history_limit: u32,
-    pub history_sync: Sync,
+    pub history_sync: Durability,
     pub history_max_rows: u64,
     pub history_max_days: u64,
     pub upstream_timeout: Duration,
@@ -238,7 +238,7 @@ impl Config {
             max_question_chars: given.number("MAX_QUESTION_CHARS", 1, 1_000_000_000)? as usize,
             rate_limit_per_minute: given.number("RATE_LIMIT_PER_MINUTE", 0, 1_000_000)? as u32,
             history_limit: given.number("HISTORY_LIMIT", 1, 1000)? as u32,
-            history_sync: given.choice("HISTORY_SYNC", &[("full", Sync::Full), ("normal", Sync::Normal)])?,
+            history_sync: given.choice("HISTORY_SYNC", &[("full", Durability::Full), ("normal", Durability::Normal)])?,
             history_max_rows: given.number("HISTORY_MAX_ROWS", 0, i64::MAX as u64)?,
             history_max_days: given.number("HISTORY_MAX_DAYS", 0, 36_500)?,
             upstream_timeout: given.seconds("UPSTREAM_TIMEOUT_SECS", 1, 86_400)?,

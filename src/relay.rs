@@ -66,7 +66,7 @@ impl ClientEnd {
     }
 
     /// Takes fields of the upstream's head for ours, where that is not out yet, in place of those of a model before.
-    fn head(&self, mut upstream: Vec<Header>) {
+    fn pass_on(&self, mut upstream: Vec<Header>) {
         let mut state = lock(&self.state);
         let (Phase::Unanswered(_), Some(own_id)) = (&state.phase, state.upstream_head) else { return };
         upstream.retain(|(name, _)| !own_id || name != "x-request-id");
@@ -109,7 +109,7 @@ impl ClientEnd {
         }
     }
 
-    /// Ends the connection where the stream is still open.
+    /// Ends the connection where the stream is still open; returns the bytes of body sent in all.
     fn abort(&self) -> u64 {
         match std::mem::replace(&mut lock(&self.state).phase, Phase::Over) {
             Phase::Open(writer) => {
@@ -301,7 +301,7 @@ pub fn run(
         draft.pair.model.clone_from(&chat.model);
         // What a model before it had said.
         (draft.pair.usage, draft.pair.finish_reason) = (None, None);
-        end.head(std::mem::take(&mut events.headers));
+        end.pass_on(std::mem::take(&mut events.headers));
         match pump(&mut events, end, &mut draft) {
             Ok(done) => {
                 let streamed = complete(&done, end, store, is_alone(), draft);

@@ -22,9 +22,9 @@ use crate::upstream::{Line, Upstream};
 
 /// A worker that is done with a question waits so long for the connection's next, before it gives the
 /// connection back: a client that asks again at once, as one under load does, costs no change of threads.
-const LINGER: Duration = Duration::from_millis(20);
+const STAY: Duration = Duration::from_millis(20);
 /// The same where there is no other worker for who comes meanwhile.
-const SHORT_LINGER: Duration = Duration::from_millis(2);
+const SHORT_STAY: Duration = Duration::from_millis(2);
 /// After that the answer itself waits for a slow disk, and the worker looks now and then whether it is wanted.
 const SLOW_COMMIT: Duration = Duration::from_millis(100);
 /// A reader without a connection ends after this: it keeps nothing that is worth more.
@@ -191,8 +191,8 @@ impl Staff {
         }
         while !self.workers.is_wanted() {
             let answered = connection.is_answered();
-            let linger = if self.workers.is_exhausted() { SHORT_LINGER } else { LINGER };
-            match connection.next_call(|head| self.api.admit(head), linger, true) {
+            let stay = if self.workers.is_exhausted() { SHORT_STAY } else { STAY };
+            match connection.next_call(|head| self.api.admit(head), stay, true) {
                 Turn::Call(call) if Api::suits_worker(&call) => {
                     if let Some(errand) = self.api.prepare(*call) {
                         return Some((connection, errand));

@@ -34,24 +34,24 @@ pub struct TooLong;
 /// Splits a byte stream into events, holding at most one unfinished event.
 pub struct Splitter {
     /// Bytes of one event.
-    limit: usize,
+    most_event: usize,
     /// Bytes between two events.
-    noise: usize,
+    most_noise: usize,
     /// The beginning of an unfinished line.
     line: Vec<u8>,
     /// The data lines of the unfinished event.
     lines: Vec<u8>,
     /// Bytes since the last event that are not data: comments and other fields.
-    idle: usize,
+    noise: usize,
     /// The last byte was a CR, whose LF may still follow.
     after_cr: bool,
     at_start: bool,
 }
 
 impl Splitter {
-    /// A splitter that refuses more than `limit` bytes in one event and `noise` bytes between two.
-    pub fn new(limit: usize, noise: usize) -> Splitter {
-        Splitter { limit, noise, line: Vec::new(), lines: Vec::new(), idle: 0, after_cr: false, at_start: true }
+    /// A splitter that refuses more than `most_event` bytes in one event and `most_noise` bytes between two.
+    pub fn new(most_event: usize, most_noise: usize) -> Splitter {
+        Splitter { most_event, most_noise, line: Vec::new(), lines: Vec::new(), noise: 0, after_cr: false, at_start: true }
     }
 
     /// Takes the next piece of the stream and appends the events that it completes to `events`.
@@ -86,7 +86,7 @@ impl Splitter {
 
     fn check(&self) -> Result<(), TooLong> {
         let held = self.line.len() + self.lines.len();
-        if held > self.limit || self.idle > self.noise { Err(TooLong) } else { Ok(()) }
+        if held > self.most_event || self.noise > self.most_noise { Err(TooLong) } else { Ok(()) }
     }
 
     /// A line is at its end, of which `rest` is what was not there before.
@@ -103,9 +103,9 @@ impl Splitter {
             false => whole,
         };
         if whole.is_empty() {
-            self.idle += 1;
+            self.noise += 1;
             if !self.lines.is_empty() {
-                self.idle = 0;
+                self.noise = 0;
                 events.push(Event { lines: std::mem::take(&mut self.lines) });
             }
         } else if whole.starts_with(b"data:") || whole == b"data" {
@@ -114,7 +114,7 @@ impl Splitter {
             self.lines.extend_from_slice(whole);
             self.lines.push(b'\n');
         } else {
-            self.idle += whole.len() + 1;
+            self.noise += whole.len() + 1;
         }
         line.clear();
         self.line = line;

@@ -191,7 +191,7 @@ impl From<ApiError> for Box<Failure> {
 }
 
 /// A whole answer.
-pub struct Whole {
+pub struct Answered {
     /// The answer's bytes as they came.
     pub body: Vec<u8>,
     pub completion: Completion,
@@ -239,14 +239,14 @@ impl Line {
     /// Sends a chat request and reads the whole answer, all within the upstream timeout; tries the
     /// fallback models where that may help, and then `chat` says so. `client` is watched: when it goes, so
     /// does the call, with `client_gone`.
-    pub fn complete(&mut self, client: Arc<TcpStream>, chat: &mut Chat) -> Result<Whole, ApiError> {
+    pub fn complete(&mut self, client: Arc<TcpStream>, chat: &mut Chat) -> Result<Answered, ApiError> {
         self.watch.begin(client, self.deadline());
         let result = self.completion(chat);
         self.watch.end();
         result.inspect_err(|e| self.upstream.metrics.upstream_error(e.code))
     }
 
-    fn completion(&mut self, chat: &mut Chat) -> Result<Whole, ApiError> {
+    fn completion(&mut self, chat: &mut Chat) -> Result<Answered, ApiError> {
         loop {
             let (body, headers) = match self.upstream.config.mode {
                 Mode::Upstream => {
@@ -263,7 +263,7 @@ impl Line {
                 Ok(mut completion) => {
                     completion.model = completion.model.map(|model| self.upstream.redact(&model));
                     completion.finish_reason = completion.finish_reason.map(|reason| self.upstream.redact(&reason));
-                    return Ok(Whole { body, completion, headers });
+                    return Ok(Answered { body, completion, headers });
                 }
                 Err(no) if no.passing && self.fall_back(chat) => {}
                 Err(no) => {
@@ -288,7 +288,7 @@ impl Line {
         self.watch.begin(client, deadline);
         match self.source(chat) {
             Ok((source, headers)) => {
-                if !matches!(source, Source::Upstream { kind: Kind::Json, .. }) {
+                if !matches!(source, Source::Upstream { shape: Shape::Json, .. }) {
                     self.watch.only_silence(self.upstream.config.upstream_idle);
                 }
                 Ok(Events { line: self, source, began: false, headers })
@@ -311,9 +311,9 @@ impl Line {
         let headers = self.upstream.passed_on(response.headers());
         let content_type = response.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
         let media_type = content_type.and_then(|value| value.split(';').next()).unwrap_or_default().trim().to_ascii_lowercase();
-        let kind = if media_type.ends_with("json") { Kind::Json } else { Kind::Unknown };
+        let shape = if media_type.ends_with("json") { Shape::Json } else { Shape::Unknown };
         let splitter = Splitter::new(config::MAX_ANSWER, MAX_NOISE);
-        Ok((Source::Upstream { reader: response.into_body().into_reader(), splitter, kind }, headers))
+        Ok((Source::Upstream { reader: response.into_body().into_reader(), splitter, shape }, headers))
     }
 
     /// The list of models, or the one whose name stands in `path` (`/NAME`), as JSON.
@@ -490,7 +490,7 @@ pub struct Events<'a> {
 
 /// What an answer to a request for a stream is.
 #[derive(Clone, Copy, PartialEq)]
-enum Kind {
+enum Shape {
     /// So it says; until it turns out otherwise, it has to be whole before the deadline.
     Json,
     Unknown,
@@ -498,7 +498,7 @@ enum Kind {
 }
 
 enum Source {
-    Upstream { reader: BodyReader<'static>, splitter: Splitter, kind: Kind },
+    Upstream { reader: BodyReader<'static>, splitter: Splitter, shape: Shape },
     Mock(VecDeque<String>),
     Over,
 }
@@ -521,7 +521,7 @@ impl Events<'_> {
                 let Some(data) = chunks.pop_front() else { return Ok(false) };
                 events.push(Event { lines: format!("data: {data}\n").into_bytes() });
             }
-            Source::Upstream { reader, splitter, kind } => {
+            Source::Upstream { reader, splitter, shape } => {
                 let mut buffer = [0; 1024];
                 while events.len() == before {
                     let read = match reader.read(&mut buffer) {
@@ -531,13 +531,13 @@ impl Events<'_> {
                         Err(e) => return Err(self.broke_off(&e)),
                     };
                     // Whatever it calls itself: no line of a stream begins as JSON does.
-                    if *kind != Kind::Stream
+                    if *shape != Shape::Stream
                         && let Some(first) = read.trim_ascii_start().first()
                     {
                         if matches!(first, b'{' | b'[') {
                             return Err(self.no_stream(read));
                         }
-                        *kind = Kind::Stream;
+                        *shape = Shape::Stream;
                         self.line.watch.only_silence(self.line.upstream.config.upstream_idle);
                     }
                     if splitter.push(read, events).is_err() {
@@ -566,7 +566,7 @@ impl Events<'_> {
     #[inline(never)]
     fn broke_off(&self, e: &io::Error) -> Box<Broken> {
         let upstream = &self.line.upstream;
-        let is_json = matches!(self.source, Source::Upstream { kind: Kind::Json, .. });
+        let is_json = matches!(self.source, Source::Upstream { shape: Shape::Json, .. });
         let error = match self.line.watch.ended() {
             Some(Ended::TimedOut) if !is_json => {
                 let idle = upstream.config.upstream_idle.as_secs();
@@ -584,10 +584,10 @@ impl Events<'_> {
     /// What came in place of a stream and began so.
     #[inline(never)]
     fn no_stream(&mut self, start: &[u8]) -> Box<Broken> {
-        let Source::Upstream { reader, kind, .. } = std::mem::replace(&mut self.source, Source::Over) else {
+        let Source::Upstream { reader, shape, .. } = std::mem::replace(&mut self.source, Source::Over) else {
             return self.failed(Code::UPSTREAM_BAD_ANSWER, "the LLM did not stream").into();
         };
-        if kind != Kind::Json {
+        if shape != Shape::Json {
             self.line.watch.within(self.line.upstream.config.upstream_timeout);
         }
         let no = match self.line.whole(reader, start.to_vec()).map(|body| openai::parse_completion(&body)) {

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::once::{First, Turn};
+use super::once::{First, Part};
 use super::route::Endpoint;
 use super::{Api, Errand, Exit, Kind, Parting, Request};
 use crate::clock;
@@ -34,8 +34,8 @@ pub fn prepare(api: &Api, request: &Request, exit: Exit, chat: Chat) -> Option<E
     let path = if as_it_came { "/v1/chat/completions" } else { "/api/ask" };
     let first = match api.once.turn(api, request, path, || exit.responder.is_client_gone()) {
         Ok(None) => None,
-        Ok(Some(Turn::First(first, unique))) => Some((first, unique)),
-        Ok(Some(Turn::Again(remembered, place))) => {
+        Ok(Some(Part::First(first, unique))) => Some((first, unique)),
+        Ok(Some(Part::Again(remembered, place))) => {
             let (body, model) = repetition(*remembered);
             drop(place);
             return api.give(exit, Reply::json(200, body), Some(model));

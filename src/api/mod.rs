@@ -174,7 +174,7 @@ impl Api {
     /// This request may go to a worker without a reader between: it is for the LLM, has to wait for no other
     /// request, and its client takes what it is given.
     pub fn suits_worker(call: &Call<Admitted>) -> bool {
-        let asks = call.admitted.as_ref().is_some_and(|admitted| admitted.endpoint.asks()) && call.body.is_ok();
+        let asks = call.admitted.as_ref().is_some_and(|admitted| admitted.endpoint.takes_question()) && call.body.is_ok();
         asks && call.head.as_ref().is_some_and(|head| head.field(IDEMPOTENCY_KEY).is_none()) && call.responder.is_idle()
     }
 
@@ -188,7 +188,7 @@ impl Api {
             _ => return exit.refuse(ApiError::new(Code::INTERNAL, "a request was let in without a head")),
         };
         let request = Request { endpoint: admitted.endpoint, key: &admitted.key, head, body: &body, started: call.started };
-        if admitted.endpoint.asks() {
+        if admitted.endpoint.takes_question() {
             match self.rate_limit.take(&admitted.key, Instant::now()) {
                 Ok(headers) => exit.headers = headers,
                 Err(e) => return exit.refuse(e),
@@ -223,7 +223,7 @@ impl Api {
 
     /// Answers with what can be asked for again: with 503 where too much is on its way to slow clients already.
     fn give(&self, exit: Exit, reply: Reply, model: Option<String>) -> Option<Errand> {
-        match self.leave(&reply) {
+        match self.room_for(&reply) {
             Some(_place) => exit.send(reply, model),
             None => {
                 let text = format!("{MOST_LEAVING} bytes of large answers are on their way to slow clients; try again");
@@ -233,7 +233,7 @@ impl Api {
     }
 
     /// A place among the answers on their way, until this one is out; `None`: there is no room.
-    fn leave(&self, reply: &Reply) -> Option<Taken> {
+    fn room_for(&self, reply: &Reply) -> Option<Taken> {
         let count = if reply.body.len() > LARGE_ANSWER { reply.body.len() } else { 0 };
         self.leaving.take(count, Duration::ZERO)
     }
@@ -306,10 +306,10 @@ impl Api {
         let admitted = self.admitted(endpoint, key);
         let verdict = if self.draining.load(Ordering::SeqCst) {
             Err(ApiError::shutting_down())
-        } else if admitted.endpoint.asks() && !head.field("content-type").is_none_or(is_json) {
+        } else if admitted.endpoint.takes_question() && !head.field("content-type").is_none_or(is_json) {
             Err(ApiError::new(Code::UNSUPPORTED_MEDIA_TYPE, "the body must be JSON: send Content-Type: application/json"))
         } else {
-            Ok(if admitted.endpoint.asks() { self.config.max_body_bytes } else { NEEDLESS_BODY })
+            Ok(if admitted.endpoint.takes_question() { self.config.max_body_bytes } else { NEEDLESS_BODY })
         };
         (Some(admitted), verdict)
     }
@@ -372,7 +372,7 @@ impl Exit {
         if self.responder.has_room(reply.body.len()) {
             return self.send(reply, model);
         }
-        match api.leave(&reply) {
+        match api.room_for(&reply) {
             Some(place) => Some(Parting { exit: self, reply, model, _place: place }),
             None => {
                 self.send_until(Some(Instant::now() + config::CLIENT_STALL), reply, model);

@@ -33,7 +33,7 @@ struct Running {
 }
 
 /// What a request with an `Idempotency-Key` is to do.
-pub enum Turn {
+pub enum Part {
     /// Ask; others with the same key wait until the first is dropped. The history is to note the second beside the answer.
     First(First, Unique),
     /// Repeat what was answered, and then leave the place among what is put together.
@@ -66,7 +66,7 @@ impl Once {
         request: &Request,
         path: &'static str,
         is_gone: impl Fn() -> bool,
-    ) -> Result<Option<Turn>, ApiError> {
+    ) -> Result<Option<Part>, ApiError> {
         let Some(given) = request.head.field(IDEMPOTENCY_KEY) else { return Ok(None) };
         if !(1..=255).contains(&given.len()) || !given.bytes().all(|b| matches!(b, b' '..=b'~')) {
             return Err(ApiError::invalid("Idempotency-Key", "Idempotency-Key must have 1 to 255 printable ASCII characters"));
@@ -100,10 +100,10 @@ impl Once {
         match api.store.remembered(request.key, given)? {
             None => {
                 let unique = Unique { key: given.to_string(), path, request: request.body.to_vec(), response: None };
-                Ok(Some(Turn::First(first, unique)))
+                Ok(Some(Part::First(first, unique)))
             }
             Some(remembered) if remembered.path == path && remembered.request == request.body => {
-                Ok(Some(Turn::Again(Box::new(remembered), place)))
+                Ok(Some(Part::Again(Box::new(remembered), place)))
             }
             Some(_) => Err(another()),
         }

@@ -46,7 +46,7 @@ impl Endpoint {
     }
 
     /// Asks the LLM a question, in a JSON body.
-    pub fn asks(self) -> bool {
+    pub fn takes_question(self) -> bool {
         matches!(self, Endpoint::Ask | Endpoint::Streaming | Endpoint::ChatCompletions)
     }
 }

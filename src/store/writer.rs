@@ -14,7 +14,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use rusqlite::{Connection, OpenFlags, params, params_from_iter};
 
 use super::{Arrival, Order, PROBE_WAIT, State, Then, Unique, connect, reader, unavailable};
-use crate::config::Sync;
+use crate::config::Durability;
 use crate::error::ApiError;
 use crate::exchange::{Pair, Usage};
 use crate::handoff::Giver;
@@ -270,7 +270,7 @@ struct Open {
 pub struct Writer {
     path: PathBuf,
     journal: PathBuf,
-    sync: Sync,
+    sync: Durability,
     /// What retention leaves; 0: all.
     pub max_rows: u64,
     pub max_days: u64,
@@ -302,7 +302,7 @@ pub struct Writer {
 
 impl Writer {
     /// A writer that keeps everything and has not opened its database yet.
-    pub fn new(path: PathBuf, sync: Sync, state: Arc<State>, metrics: Arc<Metrics>) -> Writer {
+    pub fn new(path: PathBuf, sync: Durability, state: Arc<State>, metrics: Arc<Metrics>) -> Writer {
         let mut journal = path.clone().into_os_string();
         journal.push("-wal");
         Writer {
@@ -635,7 +635,7 @@ impl Writer {
             transaction.pragma_update(None, "user_version", number)?;
             transaction.commit()?;
         }
-        if self.sync == Sync::Full {
+        if self.sync == Durability::Full {
             connection.execute_batch("PRAGMA synchronous = FULL")?;
         }
         self.last_id = 0;
@@ -695,7 +695,7 @@ mod tests {
     }
 
     fn reopened(path: PathBuf) -> Writer {
-        let mut writer = Writer::new(path, Sync::Normal, Arc::default(), Arc::new(Metrics::new(&[], &[])));
+        let mut writer = Writer::new(path, Durability::Normal, Arc::default(), Arc::new(Metrics::new(&[], &[])));
         assert!(writer.ready().is_ok());
         writer
     }
@@ -843,7 +843,7 @@ mod tests {
 
     #[test]
     fn commits_wait_for_the_disk_as_they_are_told_to() {
-        for (sync, name, level) in [(Sync::Full, "full", 2), (Sync::Normal, "normal", 1)] {
+        for (sync, name, level) in [(Durability::Full, "full", 2), (Durability::Normal, "normal", 1)] {
             let mut writer = writer(name);
             (writer.sync, writer.open) = (sync, None);
             assert!(writer.ready().is_ok());
