@@ -117,11 +117,14 @@ impl Answer {
         // Whoever waited for this request may look now.
         drop(self.turn);
         match stored {
-            Ok(pair) => {
+            Ok(mut pair) => {
                 let (body, headers) = self.as_it_came.unwrap_or_else(|| (json(&pair), Vec::new()));
                 let mut reply = Reply::json(200, body);
                 reply.headers = headers;
-                send(self.exit, reply, Some(pair.model))
+                let model = std::mem::take(&mut pair.model);
+                // The client may be slow to take what it says.
+                drop(pair);
+                send(self.exit, reply, Some(model))
             }
             Err(e) => self.exit.refuse(e),
         }
