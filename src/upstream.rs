@@ -252,7 +252,7 @@ impl Line {
                 Mode::Upstream => {
                     let response = self.call(chat)?;
                     let headers = self.upstream.passed_on(response.headers());
-                    (self.whole(response.into_body().into_reader(), Vec::new())?, headers)
+                    (self.body(response)?, headers)
                 }
                 _ => {
                     self.think(self.upstream.config.mock_delay)?;
@@ -339,7 +339,7 @@ impl Line {
         request.uri = url.parse().map_err(|_| no_model())?;
         let answer = self.attempts(&request, b"");
         let answer = answer.map_err(|failure| if failure.unknown_model { no_model() } else { failure.error })?;
-        let body = self.whole(answer.into_body().into_reader(), Vec::new())?;
+        let body = self.body(answer)?;
         if !openai::is_model_answer(&body) {
             return Err(self.upstream.failed(Code::UPSTREAM_BAD_ANSWER, "the LLM answered with something else than models"));
         }
@@ -416,6 +416,12 @@ impl Line {
             log::debug!("attempt {retries} failed, next in {wait:?}: {}", failure.error.code.name());
             self.think(wait)?;
         }
+    }
+
+    fn body(&self, response: Response<Body>) -> Result<Vec<u8>, ApiError> {
+        // As much as it says: a guess would keep 8 KiB a worker.
+        let length = response.body().content_length().unwrap_or(0).min(64 * 1024);
+        self.whole(response.into_body().into_reader(), Vec::with_capacity(length as usize + 1))
     }
 
     /// A body to its end, which may have begun.

@@ -2,7 +2,7 @@
 //! index of words, retention, moving the journal. Knows rows and files, not who asks for them.
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
@@ -18,6 +18,7 @@ use crate::config::Durability;
 use crate::error::ApiError;
 use crate::exchange::{Pair, Usage};
 use crate::handoff::Giver;
+use crate::kernel;
 use crate::lines;
 use crate::lock::lock;
 use crate::metrics::Metrics;
@@ -593,7 +594,7 @@ impl Writer {
     }
 
     fn files(&self) -> [Option<u64>; 2] {
-        [&self.path, &self.journal].map(|path| fs::metadata(path).map(|file| file.ino()).ok())
+        [&self.path, &self.journal].map(|path| kernel::inode(path))
     }
 
     /// Lets go of a database that is not in its place any more. What only its journal has, which may be deleted, goes over
