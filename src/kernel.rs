@@ -27,9 +27,9 @@ pub fn poll(fds: &mut [PollFd], until: Option<Instant>) -> io::Result<bool> {
     }
 }
 
-/// The inode of the file at a path, and nothing else of it: since Linux 6.13 a file whose times are asked for, as std does,
-/// has them written anew by its next write, a change of threads and 60 us
-/// more for a question on one connection.
+/// The inode of the file at a path, and nothing else of it; `None` where there is none. Since Linux 6.13 a file whose times
+/// are asked for, as std does, has them written anew by its next write: a change of threads and up to 60 us more for a
+/// question on one connection.
 pub fn inode(path: &Path) -> Option<u64> {
     rustix::fs::statx(rustix::fs::CWD, path, AtFlags::empty(), StatxFlags::INO).map(|file| file.stx_ino).ok()
 }
