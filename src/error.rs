@@ -135,6 +135,11 @@ pub fn is_sane_id(id: &str) -> bool {
     (1..=128).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
 }
 
+/// The media type in the value of a `Content-Type`, in lower case and without its parameters (RFC 9110, section 8.3.1).
+pub fn media_type(content_type: &str) -> String {
+    content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase()
+}
+
 /// Why the program does not start or has to stop: one line for stderr, and the exit code.
 #[derive(Debug)]
 pub struct StartError {

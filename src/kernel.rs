@@ -1,6 +1,6 @@
 //! What only the kernel and the C library know or do, and neither std nor rustix offers: the descriptor of a socket
-//! that the HTTP library keeps to itself, whether a peer has taken what was sent, which file stands at a path, memory that
-//! is not in use; and a wait with an end.
+//! that the HTTP library keeps to itself, whether a peer has taken what was sent, memory that is not in use. And what std
+//! does not do as it is needed here: a wait with an end, and which file stands at a path.
 //! The only `unsafe` code of the program; knows no HTTP.
 //!
 //! Why the sockets: the library's parser has no limits, and its connection type does not let go of the

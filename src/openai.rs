@@ -114,8 +114,8 @@ impl Chat {
         if wrong_role {
             return Err(ApiError::invalid("messages", "a message's role must be a string"));
         }
-        let content: Option<Text> = read(question, "content", "").unwrap_or_default();
-        let question = content.unwrap_or_default().0.into_owned();
+        let Text(question) = question.and_then(|content| wished(content.get())).unwrap_or_default();
+        let question = question.into_owned();
         if is_longer(&question, max_chars) {
             return Err(ApiError::invalid("messages", format!("the question is longer than {max_chars} characters")));
         }
@@ -339,7 +339,7 @@ pub struct Completion {
 pub struct NoAnswer {
     /// For people.
     pub why: String,
-    /// An error that may not be there the next time, by the code in it.
+    /// An error that may not be there the next time, or with another model, by the code in it.
     pub passing: bool,
 }
 
@@ -628,11 +628,8 @@ object!(Function<'de> { arguments, input } wishes { name });
 impl Function<'_> {
     fn called(self, index: Option<usize>, id: Option<String>) -> ToolCall {
         // Some servers give the arguments as the object that they are.
-        let text = |json: &RawValue| {
-            read::<Words>(Some(json), "", "")
-                .map_or_else(|_| Some(json.get().into()), |words| words.map(|Words(text)| text.into_owned()))
-        };
-        let arguments = self.arguments.and_then(text).or(self.input.and_then(text));
+        let text = |json: &str| wished(json).map_or_else(|| json.to_string(), |Words(text)| text.into_owned());
+        let arguments = self.arguments.or(self.input).map(|json| text(json.get()));
         ToolCall {
             index,
             arguments: Some(arguments.unwrap_or_default()),

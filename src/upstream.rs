@@ -18,7 +18,7 @@ use ureq::unversioned::transport::{Connector, RustlsConnector};
 use ureq::{Agent, Body, BodyReader};
 
 use crate::config::{self, Config, Mode};
-use crate::error::{ApiError, Code, Header, StartError, is_sane_id};
+use crate::error::{ApiError, Code, Header, StartError, is_sane_id, media_type};
 use crate::metrics::Metrics;
 use crate::mock;
 use crate::openai::{self, Chat, Completion, NoAnswer};
@@ -310,8 +310,8 @@ impl Line {
         let response = self.call(chat)?;
         let headers = self.upstream.passed_on(response.headers());
         let content_type = response.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-        let media_type = content_type.and_then(|value| value.split(';').next()).unwrap_or_default().trim().to_ascii_lowercase();
-        let shape = if media_type.ends_with("json") { Shape::Json } else { Shape::Unknown };
+        let says_json = content_type.is_some_and(|value| media_type(value).ends_with("json"));
+        let shape = if says_json { Shape::Json } else { Shape::Unknown };
         let splitter = Splitter::new(config::MAX_ANSWER, MAX_NOISE);
         Ok((Source::Upstream { reader: response.into_body().into_reader(), splitter, shape }, headers))
     }

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use subtle::ConstantTimeEq;
 
 use crate::config::{self, ApiKey, Config};
-use crate::error::{ApiError, Code, Header, StartError, add_headers};
+use crate::error::{ApiError, Code, Header, StartError, add_headers, media_type};
 use crate::exchange::Question;
 use crate::http::{Call, Connections, Head, Reply, Responder};
 use crate::metrics::Metrics;
@@ -497,8 +497,8 @@ fn find_key(keys: &[ApiKey], secret: &str) -> Option<Arc<str>> {
 }
 
 fn is_json(content_type: &str) -> bool {
-    let essence = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
-    essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
+    let media_type = media_type(content_type);
+    media_type == "application/json" || (media_type.starts_with("application/") && media_type.ends_with("+json"))
 }
 
 /// A model's name as one word of a log line.

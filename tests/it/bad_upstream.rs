@@ -845,15 +845,12 @@ const ODD: &[Odd] = &[
 fn what_only_the_history_wants_breaks_no_answer_where_it_is_odd() {
     let fields = |first: &str, more: &str| if more.is_empty() { first.to_owned() } else { format!("{first},{more}") };
     for (top, choice, said, kept, usage) in ODD {
-        let whole = fields(
-            &format!("\"choices\":[{{{}}}]", fields(&format!("\"message\":{{{}}}", fields(r#""content":"Yes""#, said)), choice)),
-            top,
-        );
-        let begun = fields(
-            &format!("\"choices\":[{{{}}}]", fields(&format!("\"delta\":{{{}}}", fields(r#""content":"Yes""#, said)), choice)),
-            top,
-        );
-        let (whole, begun) = (format!("{{{whole}}}"), format!("{{{begun}}}"));
+        let answer_with = |name: &str| {
+            let said = fields(r#""content":"Yes""#, said);
+            let choice = fields(&format!("\"{name}\":{{{said}}}"), choice);
+            format!("{{{}}}", fields(&format!("\"choices\":[{{{choice}}}]"), top))
+        };
+        let (whole, begun) = (answer_with("message"), answer_with("delta"));
         let stream = vec![stream_head(), event(&begun), event("[DONE]"), end()];
         let upstream = FakeUpstream::script(vec![reply(200, &[("Content-Type", "application/json")], &whole), stream]);
         let proxy = Proxy::facing(&upstream).start();

@@ -93,8 +93,7 @@ fn every_acknowledged_pair_survives_kill_9_under_load() {
         }
         acknowledged.extend(told.iter());
         let database = proxy.database();
-        let check: String = database.query_row("PRAGMA integrity_check", [], |row| row.get(0)).expect("the database opens");
-        assert_eq!(check, "ok");
+        proxy.expect_intact();
         let mut find = database.prepare("SELECT id FROM history WHERE question = ?1").expect("the table");
         for pair in &acknowledged {
             let found = find.query_row([&pair.question], |row| row.get::<_, i64>(0));

@@ -61,8 +61,7 @@ impl Told {
             let kept = database.query_row("SELECT question FROM history WHERE id = ?1", [id], |row| row.get::<_, String>(0));
             assert_eq!(kept.as_ref(), Ok(question), "pair {id}");
         }
-        let check: String = database.query_row("PRAGMA integrity_check", [], |row| row.get(0)).expect("a check");
-        assert_eq!(check, "ok");
+        proxy.expect_intact();
     }
 }
 
@@ -481,8 +480,7 @@ fn a_journal_deleted_while_it_runs_takes_no_pair_along() {
     let proxy = proxy.setup().start();
     told.expect_kept(&proxy);
     assert_eq!(proxy.count_rows(), 3);
-    let check: String = proxy.database().query_row("PRAGMA integrity_check", [], |row| row.get(0)).expect("a check");
-    assert_eq!(check, "ok");
+    proxy.expect_intact();
 }
 
 /// What the journal has is the other database's.
@@ -497,8 +495,7 @@ fn a_database_that_another_one_takes_the_place_of_leaves_nothing_behind_in_it() 
     proxy.answer("After?");
     let questions: Vec<Value> = proxy.history().iter().map(|pair| pair["question"].clone()).collect();
     assert_eq!(questions, ["After?", "Before?"]);
-    let check: String = proxy.database().query_row("PRAGMA integrity_check", [], |row| row.get(0)).expect("a check");
-    assert_eq!(check, "ok");
+    proxy.expect_intact();
 }
 
 #[test]

@@ -204,6 +204,13 @@ impl Proxy {
         rusqlite::Connection::open(self.database_path()).expect("the database opens")
     }
 
+    /// The database is whole, as SQLite sees it.
+    #[track_caller]
+    pub fn expect_intact(&self) {
+        let check: String = self.database().query_row("PRAGMA integrity_check", [], |row| row.get(0)).expect("a check");
+        assert_eq!(check, "ok");
+    }
+
     pub fn count_rows(&self) -> i64 {
         let count = self.database().query_row("SELECT count(*) FROM history", [], |row| row.get(0));
         count.expect("the rows can be counted")
