@@ -1,5 +1,5 @@
 //! What only the kernel and the C library know or do, and neither std nor rustix offers: the descriptor of a socket
-//! that the HTTP library keeps to itself, whether a peer has taken what was sent, memory that is not in use. And what std
+//! that the HTTP library keeps to itself, whether a peer has taken what was sent, memory that is not in use, which thread goes first. And what std
 //! does not do as it is needed here: a wait with an end, and which file stands at a path.
 //! The only `unsafe` code of the program; knows no HTTP.
 //!
@@ -98,6 +98,19 @@ pub fn is_idle(stream: &TcpStream) -> bool {
     result == 0 && unsent == 0
 }
 
+/// Whether this thread, when it is woken, lets who runs go on first (`SCHED_BATCH`, sched(7)). Where that cannot be had,
+/// nothing changes.
+pub fn make_way(makes_way: bool) {
+    let policy = if makes_way { libc::SCHED_BATCH } else { libc::SCHED_OTHER };
+    let priority = libc::sched_param { sched_priority: 0 };
+    // SAFETY: 0 is this thread, and the kernel only reads the given place.
+    unsafe {
+        if libc::sched_getscheduler(0) != policy {
+            libc::sched_setscheduler(0, policy, &raw const priority);
+        }
+    }
+}
+
 /// Gives the memory of this thread's stack below its present depth back to the system, but for a little.
 /// A call of the LLM begins 24 KiB deep in ureq and then, as a stream, waits in shallow water for
 /// minutes: 2,000 streams would take 107 MiB instead of 63.
@@ -167,6 +180,20 @@ mod tests {
         while !is_idle(&server) {
             std::thread::yield_now();
         }
+    }
+
+    #[test]
+    fn who_makes_way_does_so_until_it_is_told_not_to() {
+        // The 41st field (proc_pid_stat(5)), the 39th behind the name.
+        let policy = || {
+            let stat = std::fs::read_to_string("/proc/thread-self/stat").expect("stat");
+            let (_, fields) = stat.rsplit_once(')').expect("a name");
+            fields.split_whitespace().nth(38).and_then(|policy| policy.parse().ok())
+        };
+        make_way(true);
+        assert_eq!(policy(), Some(libc::SCHED_BATCH));
+        make_way(false);
+        assert_eq!(policy(), Some(libc::SCHED_OTHER));
     }
 
     #[test]

