@@ -4,6 +4,8 @@
 
 use std::borrow::Cow;
 
+use memchr::{memchr_iter, memchr2};
+
 /// One event: its data lines as they came.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Event {
@@ -14,7 +16,9 @@ pub struct Event {
 impl Event {
     /// The values of the data lines, joined by LF.
     pub fn data(&self) -> Cow<'_, [u8]> {
-        let mut values = self.lines.strip_suffix(b"\n").unwrap_or(&self.lines).split(|b| *b == b'\n').map(|line| {
+        let mut begin = 0;
+        let mut values = memchr_iter(b'\n', &self.lines).map(|end| {
+            let line = &self.lines[std::mem::replace(&mut begin, end + 1)..end];
             let value = line.strip_prefix(b"data:").unwrap_or_default();
             value.strip_prefix(b" ").unwrap_or(value)
         });
@@ -61,7 +65,7 @@ impl Splitter {
                 piece = &piece[1..];
                 continue;
             }
-            let Some(end) = piece.iter().position(|b| matches!(b, b'\n' | b'\r')) else {
+            let Some(end) = memchr2(b'\n', b'\r', piece) else {
                 self.line.extend_from_slice(piece);
                 return self.check();
             };
