@@ -1,5 +1,7 @@
 //! The head of a request, held against RFC 9112 and our limits. Pure: bytes in, verdict out.
 
+use memchr::memchr2;
+
 use crate::error::{ApiError, Code};
 
 /// The largest head, from the request line to the empty line, in bytes.
@@ -47,7 +49,7 @@ impl Head {
         let mut start = 0;
         let len = loop {
             let window = &bytes[start..bytes.len().min(MAX_HEAD)];
-            match window.iter().position(|b| matches!(b, b'\r' | b'\n')) {
+            match memchr2(b'\r', b'\n', window) {
                 Some(at) if window[at] == b'\n' => return Err(bad("a line ends with a bare LF; lines end with CRLF")),
                 Some(at) => match window.get(at + 1) {
                     Some(b'\n') if at == 0 && lines.is_empty() => return Err(bad("the request line is empty")),
