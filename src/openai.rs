@@ -370,8 +370,14 @@ pub fn parse_completion(body: &[u8]) -> Result<Completion, NoAnswer> {
     if let Some(error) = answer.error.filter(|error| is_error(error)) {
         return Err(NoAnswer::error("it answered with an error", error));
     }
-    let choice =
-        answer.choices.unwrap_or_default().0.into_iter().next().ok_or_else(|| "its answer has no choices".to_string())?;
+    let mut choices = answer.choices.unwrap_or_default().0;
+    if choices.is_empty() {
+        return Err("its answer has no choices".to_string().into());
+    }
+    let choice = choices.swap_remove(choices.iter().position(Choice::is_first).unwrap_or(0));
+    if let Some(error) = choice.error.filter(|error| is_error(error)) {
+        return Err(NoAnswer::error("it answered with an error", error));
+    }
     let mut message = choice.message.ok_or_else(|| "its answer's first choice has no message".to_string())?;
     let mut text = message.text().into_owned();
     let mut calls = ToolCalls::default();
@@ -425,8 +431,8 @@ pub struct Chunk<'a> {
     pub model: Option<Cow<'a, str>>,
     pub finish_reason: Option<Cow<'a, str>>,
     pub usage: Option<Usage>,
-    /// The chunk has no choice and brings only the usage.
-    pub usage_only: bool,
+    /// Without one it is a frame around the answer: the usage, what a filter says, or nothing we know.
+    pub has_choice: bool,
 }
 
 /// An empty finish reason is none: some servers send it in every chunk.
@@ -443,9 +449,12 @@ pub fn parse_chunk(data: &[u8]) -> Result<Chunk<'_>, NoAnswer> {
     let usage = usage(answer.usage);
     let mut chunk = Chunk { model: answer.model.map(|Words(model)| model), usage, ..Chunk::default() };
     let choices = answer.choices.unwrap_or_default().0;
-    chunk.usage_only = choices.is_empty() && usage.is_some();
+    chunk.has_choice = !choices.is_empty();
     // Further choices (`n` > 1) reach the client, and history keeps the first.
-    for choice in choices.into_iter().filter(|choice| choice.index.is_none_or(|index| index == 0)) {
+    for choice in choices.into_iter().filter(Choice::is_first) {
+        if let Some(error) = choice.error.filter(|error| is_error(error)) {
+            return Err(NoAnswer::error("its stream broke off with an error", error));
+        }
         if let Some(mut delta) = choice.delta {
             chunk.delta += delta.text();
             delta.calls(&mut chunk.tool_calls);
@@ -460,7 +469,10 @@ pub fn parse_chunk(data: &[u8]) -> Result<Chunk<'_>, NoAnswer> {
 pub fn error_text(body: &[u8]) -> String {
     match serde_json::from_slice::<Value>(body) {
         // Google's come in a list of one.
-        Ok(value) => error_words(value.get(0).unwrap_or(&value).get("error").filter(|e| !e.is_null()).unwrap_or(&value)),
+        Ok(value) => {
+            let value = value.get(0).unwrap_or(&value);
+            error_words(value.get("error").filter(|error| !error.is_null() && **error != "").unwrap_or(value))
+        }
         Err(_) => one_line(String::from_utf8_lossy(body).trim()),
     }
 }
@@ -583,9 +595,17 @@ struct Choice<'a> {
     message: Option<Said<'a>>,
     delta: Option<Said<'a>>,
     finish_reason: Option<Words<'a>>,
+    /// OpenRouter's, of a provider that failed.
+    error: Option<&'a RawValue>,
 }
 
-object!(Choice<'de> { message, delta } wishes { index, finish_reason });
+object!(Choice<'de> { message, delta, error } wishes { index, finish_reason });
+
+impl Choice<'_> {
+    fn is_first(&self) -> bool {
+        self.index.is_none_or(|index| index == 0)
+    }
+}
 
 #[derive(Default)]
 struct Said<'a> {
@@ -764,8 +784,8 @@ object!(Counts {} wishes { prompt_tokens, completion_tokens, total_tokens });
 /// `None` where nothing was counted.
 fn usage(counts: Option<Counts>) -> Option<Usage> {
     let counts = counts?;
-    // As many as the history can keep; less than none is no number of tokens.
-    let whole = |tokens: Option<f64>| tokens.filter(|tokens| *tokens >= 0.0).map(|tokens| (tokens as u64).min(i64::MAX as u64));
+    // Less than none is no number of tokens, nor is what nobody could have said: sums of it would overflow.
+    let whole = |tokens: Option<f64>| tokens.filter(|tokens| (0.0..1e15).contains(tokens)).map(|tokens| tokens as u64);
     let (prompt, completion, total) = (whole(counts.prompt_tokens), whole(counts.completion_tokens), whole(counts.total_tokens));
     prompt.or(completion).or(total)?;
     let (prompt_tokens, completion_tokens) = (prompt.unwrap_or(0), completion.unwrap_or(0));
@@ -991,6 +1011,8 @@ mod tests {
         let answer: Value = serde_json::from_str(&parse_completion(body.as_bytes()).expect("an answer").answer).expect("JSON");
         assert_eq!(answer["tool_calls"].as_array().map(Vec::len), Some(MOST_PARTS));
         assert!(parse_completion(br#"{"choices":[{"message":{"content":""}},0]}"#).is_err());
+        let body = br#"{"choices":[{"index":1,"message":{"content":"b"}},{"index":0,"message":{"content":"a"}}]}"#;
+        assert_eq!(parse_completion(body).expect("an answer").answer, "a", "whatever their order");
     }
 
     #[test]
@@ -1020,8 +1042,10 @@ mod tests {
         let chunk = parse_chunk(br#"{"choices":[{"delta":{"content":"a"},"finish_reason":""}]}"#).expect("a chunk");
         assert_eq!(chunk.finish_reason, None);
         let chunk = parse_chunk(br#"{"choices":[],"usage":{"prompt_tokens":2,"completion_tokens":3}}"#).expect("a chunk");
-        assert!(chunk.usage_only);
+        assert!(!chunk.has_choice);
         assert_eq!(chunk.usage.map(|u| u.total_tokens), Some(5));
+        let chunk = parse_chunk(br#"{"choices":[],"usage":{"prompt_tokens":2,"total_tokens":1e30}}"#).expect("a chunk");
+        assert_eq!(chunk.usage.map(|u| u.total_tokens), Some(2), "nobody counts so far");
         assert_eq!(parse_chunk(br#"{"id":"x"}"#), Ok(Chunk::default()));
         let e = parse_chunk(br#"{"error":{"code":429,"message":"slow down"},"choices":[{"finish_reason":"error"}]}"#);
         let e = e.expect_err("an error");

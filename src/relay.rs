@@ -245,6 +245,8 @@ pub struct Draft {
     /// The client asked for the usage chunk.
     wants_usage: bool,
     tool_calls: ToolCalls,
+    /// There was something of an answer.
+    answered: bool,
     first_event: Option<Duration>,
 }
 
@@ -252,7 +254,14 @@ impl Draft {
     /// A pair without an answer yet; `started` is when the request came.
     pub fn new(key: Arc<str>, chat: &Chat, started: Instant) -> Draft {
         let pair = Pair { key, question: chat.question.clone(), model: chat.model.clone(), ..Pair::default() };
-        Draft { pair, started, wants_usage: !chat.added_usage, tool_calls: ToolCalls::default(), first_event: None }
+        Draft {
+            pair,
+            started,
+            wants_usage: !chat.added_usage,
+            tool_calls: ToolCalls::default(),
+            answered: false,
+            first_event: None,
+        }
     }
 
     /// What there is to say of the stream, but for its end.
@@ -291,7 +300,7 @@ pub fn run(
     is_alone: impl Fn() -> bool,
     mut draft: Box<Draft>,
 ) -> Result<Streamed, ApiError> {
-    let deadline = line.deadline();
+    let deadline = line.begin();
     lock(&end.state).hangup = Some(line.hangup(&client));
     loop {
         let mut events = match line.stream(Arc::clone(&client), chat, deadline) {
@@ -300,7 +309,7 @@ pub fn run(
         };
         draft.pair.model.clone_from(&chat.model);
         // What a model before it had said.
-        (draft.pair.usage, draft.pair.finish_reason) = (None, None);
+        (draft.pair.usage, draft.pair.finish_reason, draft.answered) = (None, None, false);
         end.pass_on(std::mem::take(&mut events.headers));
         match pump(&mut events, end, &mut draft) {
             Ok(done) => {
@@ -311,10 +320,10 @@ pub fn run(
                 return Ok(streamed);
             }
             Err(broken) => {
-                events.count_failure(broken.error.code);
                 drop(events);
-                if !(broken.passing && draft.first_event.is_none() && line.fall_back(chat)) {
-                    return cut_short(broken.error, end, store, draft);
+                let may_fall_back = broken.passing && draft.first_event.is_none() && Instant::now() < deadline;
+                if !(may_fall_back && line.fall_back(chat)) {
+                    return cut_short(line.give_up(broken.error), end, store, draft);
                 }
             }
         }
@@ -366,7 +375,7 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
             return Err(failure);
         }
         let over = !more || done.is_some();
-        if let Some(done) = done.filter(|_| began) {
+        if let Some(done) = done.filter(|_| draft.answered) {
             return Ok(done);
         }
         if over {
@@ -399,7 +408,8 @@ fn take_in(data: &[u8], draft: &mut Draft, events: &Events) -> Result<bool, NoAn
     }
     draft.pair.finish_reason = chunk.finish_reason.map(|reason| events.redact(&reason)).or(draft.pair.finish_reason.take());
     draft.pair.usage = chunk.usage.or(draft.pair.usage);
-    Ok(draft.wants_usage || !chunk.usage_only)
+    draft.answered |= chunk.has_choice;
+    Ok(draft.wants_usage || chunk.has_choice || chunk.usage.is_none())
 }
 
 // What comes after the last event is not inlined: each stream waits with every page of stack that was used.

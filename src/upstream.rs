@@ -97,8 +97,10 @@ impl Upstream {
 
     /// The fields of the upstream's head that mean something to its clients, where their values are sane.
     fn passed_on(&self, headers: &HeaderMap) -> Vec<Header> {
-        let fields = headers.iter().filter_map(|(name, value)| {
-            let value = value.to_str().ok().filter(|value| !self.secrets.iter().any(|secret| value.contains(secret)))?;
+        // Of one that is there twice, the first.
+        let fields = headers.keys().filter_map(|name| {
+            let value = headers.get(name)?.to_str().ok();
+            let value = value.filter(|value| !self.secrets.iter().any(|secret| value.contains(secret)))?;
             let wanted = match name.as_str() {
                 "x-request-id" => is_sane_id(value),
                 "openai-processing-ms" => value.len() <= 64,
@@ -133,7 +135,8 @@ impl Upstream {
             }
             e => (Code::UPSTREAM_BAD_ANSWER, format!("the LLM's answer is not HTTP as it should be: {e}"), false),
         };
-        Box::new(Failure { error: self.failed(code, &text), retry, wait: None, unknown_model: false })
+        let error = self.failed(code, &text);
+        Box::new(Failure { error, retry, wait: None, unknown_model: false, refuses_usage: false })
     }
 
     /// An answer with a status that is not a success.
@@ -169,7 +172,8 @@ impl Upstream {
             error = error.pointless_to_retry();
         }
         let retry = matches!(status, 408 | 429 | 500..=599) && !quota;
-        Box::new(Failure { error, retry, wait, unknown_model: status == 404 })
+        let refuses_usage = code == Code::UPSTREAM_REJECTED && words.contains("stream_options");
+        Box::new(Failure { error, retry, wait, unknown_model: status == 404, refuses_usage })
     }
 }
 
@@ -181,12 +185,14 @@ struct Failure {
     wait: Option<Duration>,
     /// A 404: another model may be there.
     unknown_model: bool,
+    /// The server does not know the option by which a stream tells its usage.
+    refuses_usage: bool,
 }
 
 impl From<ApiError> for Box<Failure> {
     /// There is no use in another attempt.
     fn from(error: ApiError) -> Box<Failure> {
-        Box::new(Failure { error, retry: false, wait: None, unknown_model: false })
+        Box::new(Failure { error, retry: false, wait: None, unknown_model: false, refuses_usage: false })
     }
 }
 
@@ -219,6 +225,8 @@ pub struct Line {
     upstream: Arc<Upstream>,
     agent: Agent,
     watch: Watch,
+    /// The question under way was sent again after a failure.
+    has_retried: bool,
 }
 
 impl Line {
@@ -226,7 +234,7 @@ impl Line {
     pub fn new(upstream: &Arc<Upstream>) -> Line {
         let watch = Watch::default();
         let agent = agent(&watch);
-        Line { upstream: Arc::clone(upstream), agent, watch }
+        Line { upstream: Arc::clone(upstream), agent, watch, has_retried: false }
     }
 
     /// What another thread calls to end the stream that this client has left, where it is under way: the worker, which
@@ -240,10 +248,11 @@ impl Line {
     /// fallback models where that may help, and then `chat` says so. `client` is watched: when it goes, so
     /// does the call, with `client_gone`.
     pub fn complete(&mut self, client: Arc<TcpStream>, chat: &mut Chat) -> Result<Answered, ApiError> {
-        self.watch.begin(client, self.deadline());
+        let deadline = self.begin();
+        self.watch.begin(client, deadline);
         let result = self.completion(chat);
         self.watch.end();
-        result.inspect_err(|e| self.upstream.metrics.upstream_error(e.code))
+        result.map_err(|e| self.give_up(e))
     }
 
     fn completion(&mut self, chat: &mut Chat) -> Result<Answered, ApiError> {
@@ -265,7 +274,7 @@ impl Line {
                     completion.finish_reason = completion.finish_reason.map(|reason| self.upstream.redact(&reason));
                     return Ok(Answered { body, completion, headers });
                 }
-                Err(no) if no.passing && self.fall_back(chat) => {}
+                Err(no) if no.passing && self.has_time() && self.fall_back(chat) => {}
                 Err(no) => {
                     return Err(self.upstream.failed(Code::UPSTREAM_BAD_ANSWER, &format!("the LLM gave no answer: {}", no.why)));
                 }
@@ -273,9 +282,21 @@ impl Line {
         }
     }
 
-    /// When a call that begins now has to have its answer.
-    pub fn deadline(&self) -> Instant {
+    /// Begins with a new question; says when it has to have its answer.
+    pub fn begin(&mut self) -> Instant {
+        self.has_retried = false;
         Instant::now() + self.upstream.config.upstream_timeout
+    }
+
+    /// Counts a question as failed. Returns its error, which tells clients not to try again where that would multiply our
+    /// own attempts or take as long once more.
+    pub fn give_up(&self, e: ApiError) -> ApiError {
+        self.upstream.metrics.upstream_error(e.code);
+        if self.has_retried || e.code == Code::UPSTREAM_TIMEOUT { e.pointless_to_retry() } else { e }
+    }
+
+    fn has_time(&self) -> bool {
+        self.watch.until().is_none_or(|until| Instant::now() < until)
     }
 
     /// Turns to the next fallback model, where there is one.
@@ -295,8 +316,7 @@ impl Line {
             }
             Err(e) => {
                 self.watch.end();
-                self.upstream.metrics.upstream_error(e.code);
-                Err(e)
+                Err(self.give_up(e))
             }
         }
     }
@@ -316,34 +336,39 @@ impl Line {
         Ok((Source::Upstream { reader: response.into_body().into_reader(), splitter, shape }, headers))
     }
 
-    /// The list of models, or the one whose name stands in `path` (`/NAME`), as JSON.
-    pub fn models(&mut self, client: Arc<TcpStream>, path: &str) -> Result<Vec<u8>, ApiError> {
+    /// The list of models, or the one whose name stands in `path` (`/NAME`), as JSON, and the fields of its head that
+    /// clients understand.
+    pub fn models(&mut self, client: Arc<TcpStream>, path: &str) -> Result<(Vec<u8>, Vec<Header>), ApiError> {
         if self.upstream.config.mode != Mode::Upstream {
             let names = self.upstream.config.models();
             let Some(name) = path.strip_prefix('/').map(openai::model_in_path) else {
-                return Ok(mock::models(&names).into_bytes());
+                return Ok((mock::models(&names).into_bytes(), Vec::new()));
             };
-            return if names.contains(&name) { Ok(mock::model(&name).to_string().into_bytes()) } else { Err(no_model()) };
+            let model = names.contains(&name).then(|| mock::model(&name).to_string().into_bytes());
+            return Ok((model.ok_or_else(no_model)?, Vec::new()));
         }
-        self.watch.begin(client, self.deadline());
+        let deadline = self.begin();
+        self.watch.begin(client, deadline);
         let result = self.ask_for_models(path);
         self.watch.end();
-        result.inspect_err(|e| self.upstream.metrics.upstream_error(e.code))
+        result.map_err(|e| self.give_up(e))
     }
 
-    fn ask_for_models(&mut self, path: &str) -> Result<Vec<u8>, ApiError> {
+    fn ask_for_models(&mut self, path: &str) -> Result<(Vec<u8>, Vec<Header>), ApiError> {
         let mut request = self.upstream.request.clone();
         request.method = Method::GET;
         request.headers.remove(header::CONTENT_TYPE);
         let url = format!("{}/models{path}", self.upstream.config.upstream.base);
         request.uri = url.parse().map_err(|_| no_model())?;
         let answer = self.attempts(&request, b"");
-        let answer = answer.map_err(|failure| if failure.unknown_model { no_model() } else { failure.error })?;
+        let is_unknown = |failure: &Failure| failure.unknown_model && !path.is_empty();
+        let answer = answer.map_err(|failure| if is_unknown(&failure) { no_model() } else { failure.error })?;
+        let headers = self.upstream.passed_on(answer.headers());
         let body = self.body(answer)?;
         if !openai::is_model_answer(&body) {
             return Err(self.upstream.failed(Code::UPSTREAM_BAD_ANSWER, "the LLM answered with something else than models"));
         }
-        Ok(body)
+        Ok((body, headers))
     }
 
     fn think(&self, time: Duration) -> Result<(), ApiError> {
@@ -358,11 +383,7 @@ impl Line {
                 Ok(response) => return Ok(response),
                 Err(failure) => failure,
             };
-            // Some servers do not know the option by which a stream tells its usage.
-            if failure.error.code == Code::UPSTREAM_REJECTED
-                && failure.error.message.contains("stream_options")
-                && chat.drop_usage()
-            {
+            if failure.refuses_usage && chat.drop_usage() {
                 continue;
             }
             if !(failure.retry || failure.unknown_model) || !self.fall_back(chat) {
@@ -384,7 +405,7 @@ impl Line {
                 Method::GET => self.agent.run(Request::from_parts(request.clone(), ())),
                 _ => self.agent.run(Request::from_parts(request.clone(), body)),
             };
-            let mut failure = match attempt {
+            let failure = match attempt {
                 Ok(response) if response.status().is_success() => return Ok(response),
                 Ok(response) => self.upstream.refused(response),
                 Err(e) => {
@@ -405,13 +426,10 @@ impl Line {
             let then = Instant::now().checked_add(wait);
             let too_late = self.watch.until().is_some_and(|until| then.is_none_or(|then| then >= until));
             if !failure.retry || too_late || retries == self.upstream.config.upstream_retries {
-                // A client that also tries again multiplies our attempts.
-                if retries > 0 || failure.error.code == Code::UPSTREAM_TIMEOUT {
-                    failure.error = failure.error.pointless_to_retry();
-                }
                 return Err(failure);
             }
             retries += 1;
+            self.has_retried = true;
             self.upstream.metrics.upstream_retries.inc();
             log::debug!("attempt {retries} failed, next in {wait:?}: {}", failure.error.code.name());
             self.think(wait)?;
@@ -620,11 +638,6 @@ impl Events<'_> {
     /// A word of the upstream's that goes into log and history.
     pub fn redact(&self, word: &str) -> String {
         self.line.upstream.redact(word)
-    }
-
-    /// The stream came to no good end.
-    pub fn count_failure(&self, code: Code) {
-        self.line.upstream.metrics.upstream_error(code);
     }
 
     /// A failure by what came, without secrets; `what` the LLM did.

@@ -21,7 +21,11 @@ impl Models {
     #[inline(never)]
     pub fn run(self: Box<Models>, api: &Api, line: &mut Line) -> Option<Parting> {
         match line.models(self.exit.responder.client(), &self.path) {
-            Ok(body) => self.exit.send_or_part(api, Reply::json(200, body), None),
+            Ok((body, headers)) => {
+                let mut reply = Reply::json(200, body);
+                reply.headers = headers;
+                self.exit.send_or_part(api, reply, None)
+            }
             Err(e) => self.exit.refuse(e),
         }
     }

@@ -53,8 +53,11 @@ const MOST_UNINDEXED: i64 = 200_000;
 const MOST_UNINDEXED_BYTES: i64 = 64 << 20;
 /// Retention takes so many in a quiet moment: their words are in the index, and a new pair waits about a millisecond.
 const RETAIN_ROWS: u64 = 50;
-/// How often retention looks at the clock.
+/// How often retention looks at the clock, and how long the index rests where it failed.
 const RETENTION_TICK: Duration = Duration::from_secs(60);
+/// What the index calls its work in the log.
+const INDEXED: &str = "indexed";
+
 /// Why the database is not ready.
 enum Trouble {
     Sql(rusqlite::Error),
@@ -93,7 +96,9 @@ fn advice(trouble: &Trouble) -> String {
         Some(DiskFull | SystemIoFailure) => "the disk is full or failing; make room",
         _ => "it cannot be used",
     };
-    format!("{what} ({e})")
+    // rusqlite's own text goes on with the statement, which may have many lines.
+    let said = if let rusqlite::Error::SqlInputError { msg, .. } = e { msg.clone() } else { e.to_string() };
+    format!("{what} ({said})")
 }
 
 /// The last of the rows that are indexed next, and the bytes of their texts; `None` where there are no rows.
@@ -299,6 +304,8 @@ pub struct Writer {
     searches: Vec<(i64, Giver<()>)>,
     next_retention: Instant,
     next_forgetting: Instant,
+    /// The index rests after a failure.
+    next_indexing: Instant,
 }
 
 impl Writer {
@@ -329,6 +336,7 @@ impl Writer {
             searches: Vec::new(),
             next_retention: Instant::now(),
             next_forgetting: Instant::now(),
+            next_indexing: Instant::now(),
         }
     }
 
@@ -488,11 +496,11 @@ impl Writer {
 
     /// Indexes the words of some rows, one bite; true when there may be more to do.
     fn index(&mut self) -> bool {
-        if self.indexed >= self.last_id || self.state.failing.load(Ordering::Relaxed) {
+        if self.indexed >= self.last_id || self.is_index_failing() {
             return false;
         }
         let last_id = self.last_id;
-        let done = self.attempt("indexed", |connection| {
+        let done = self.attempt(INDEXED, |connection| {
             let Some((up_to, bytes)) = bite(connection)? else { return Ok(None) };
             connection.prepare_cached(include_str!("../../sql/queries/index_words.sql"))?.execute([up_to])?;
             connection.prepare_cached(include_str!("../../sql/queries/indexed_up_to.sql"))?.execute([up_to, last_id])?;
@@ -504,14 +512,20 @@ impl Writer {
             self.grew(0, 2 * bytes as usize);
             self.indexed = up_to;
             self.unindexed_bytes = if up_to < self.last_id { (self.unindexed_bytes - bytes).max(0) } else { 0 };
+        } else {
+            self.next_indexing = Instant::now() + RETENTION_TICK;
         }
         done.is_some()
+    }
+
+    fn is_index_failing(&self) -> bool {
+        self.state.failing.load(Ordering::Relaxed) || Instant::now() < self.next_indexing
     }
 
     /// Tells the searches that miss nothing any more, and all of them where indexing fails. Who gave up waiting is
     /// forgotten.
     fn let_searches_go(&mut self) {
-        let failing = self.state.failing.load(Ordering::Relaxed);
+        let failing = self.is_index_failing();
         // A giver that is dropped wakes who waits.
         self.searches.retain(|(up_to, search)| *up_to > self.indexed && !failing && search.is_awaited());
     }
@@ -565,7 +579,8 @@ impl Writer {
             log::error!("history cannot be {what}: {}", advice(trouble));
             self.open = None;
         }
-        if self.state.failing.swap(failing, Ordering::Relaxed) && !failing {
+        // Trouble with the index keeps nobody from asking; that of the disk the next pair meets, too.
+        if what != INDEXED && self.state.failing.swap(failing, Ordering::Relaxed) && !failing {
             log::info!("history can be written again");
         }
         result.ok()
@@ -636,6 +651,8 @@ impl Writer {
             transaction.pragma_update(None, "user_version", number)?;
             transaction.commit()?;
         }
+        // A migration may sort what is large; what the index puts by is small, and must not need a folder somewhere else.
+        connection.execute_batch("PRAGMA temp_store = MEMORY")?;
         if self.sync == Durability::Full {
             connection.execute_batch("PRAGMA synchronous = FULL")?;
         }

@@ -191,7 +191,7 @@ impl Connector<()> for WireConnector {
                 Ok(stream) => {
                     let buffers = SmallBuffers::default();
                     let (stream, watch) = (Arc::new(stream), self.0.clone());
-                    return Ok(Some(Wire { stream, buffers, just_read: false, is_patient: false, watch }));
+                    return Ok(Some(Wire { stream, buffers, just_read: false, is_patient: false, is_cut: false, watch }));
                 }
                 Err(e) if self.0.ended().is_some() => return Err(e),
                 Err(e) => failure = e,
@@ -323,6 +323,8 @@ pub struct Wire {
     just_read: bool,
     /// The socket waits for as long as a stream may be silent.
     is_patient: bool,
+    /// The upstream takes no more of the request.
+    is_cut: bool,
     watch: Watch,
 }
 
@@ -375,11 +377,13 @@ impl Wire {
 
     fn send(&mut self) -> Result<(), ureq::Error> {
         let mut unsent = &self.buffers.output[..std::mem::take(&mut self.buffers.unsent)];
-        while !unsent.is_empty() {
+        while !unsent.is_empty() && !self.is_cut {
             match rustix::net::send(&self.stream, unsent, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
                 Ok(written) => unsent = &unsent[written..],
                 Err(Errno::AGAIN) => self.watch.wait(self.stream.as_fd(), PollFlags::OUT)?,
                 Err(Errno::INTR) => {}
+                // Who closes before it has read all may have answered: a body that is too large, say.
+                Err(Errno::PIPE | Errno::CONNRESET) => self.is_cut = true,
                 Err(e) => return Err(io::Error::from(e).into()),
             }
         }

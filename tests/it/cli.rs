@@ -48,6 +48,23 @@ fn line_about<'a>(lines: &'a [String], name: &str) -> Option<&'a str> {
 }
 
 #[test]
+fn what_is_no_text_is_no_command() {
+    let ended = Setup::new().after("set -- \"$(printf '\\377')\"").run(&[]);
+    assert_eq!(ended.status.code(), Some(2), "{ended:?}");
+    assert!(ended.stderr[0].contains("unknown command"), "{ended:?}");
+}
+
+#[test]
+fn the_database_of_another_program_is_refused_in_one_line() {
+    let setup = Setup::new();
+    let database = rusqlite::Connection::open(setup.folder().join("history.db")).expect("it opens");
+    database.execute_batch("CREATE TABLE history (visits)").expect("made");
+    let ended = setup.run(&[]);
+    assert_eq!((ended.status.code(), ended.stderr.len()), (Some(1), 1), "{ended:?}");
+    assert!(ended.stderr[0].contains("table history already exists"), "{ended:?}");
+}
+
+#[test]
 fn help_lists_every_setting_with_its_default() {
     let ended = Setup::new().run(&["--help"]);
     assert_eq!(ended.status.code(), Some(0), "{ended:?}");

@@ -139,13 +139,33 @@ fn q_finds_words_in_questions_and_in_answers() {
 }
 
 #[test]
+fn who_asks_is_answered_whatever_became_of_the_index() {
+    let (_upstream, proxy) = echoing();
+    proxy.answer("whale");
+    assert_eq!(questions(&page(&proxy, "?q=whale")), ["whale"]);
+    let database = rusqlite::Connection::open(proxy.database_path()).expect("it opens");
+    assert_eq!(database.execute("UPDATE history_words_data SET block = x'00'", []).expect("damaged"), 3);
+    for number in 0..30 {
+        let question = format!("question {number}");
+        proxy.answer(&question);
+        let found = proxy.get("/api/history?q=whale").status;
+        assert!(matches!(found, 200 | 503), "{found}");
+        assert_eq!(questions(&page(&proxy, "?limit=1")), [&*question]);
+    }
+    let complaints = proxy.log().iter().filter(|line| line.contains("cannot be indexed")).count();
+    assert_eq!(complaints, 1, "{:#?}", proxy.log());
+}
+
+#[test]
 fn q_gives_the_best_match_first() {
     let (_upstream, proxy) = echoing();
     let best = "whale whale whale";
     let weak = format!("whale {}", "and many other words ".repeat(50));
     let other_words = "whale whales whaler narwhale";
     ask_all(&proxy, &["nothing", best, other_words, &weak, "nothing again"]);
-    assert_eq!(questions(&page(&proxy, "?q=whale")), [best, other_words, &weak]);
+    for words in ["whale", "whale?", "(Whale),", "\"whale\"", "whale whale!"] {
+        assert_eq!(questions(&page(&proxy, &format!("?q={}", encoded(words)))), [best, other_words, &weak], "{words}");
+    }
     assert_eq!(questions(&page(&proxy, "?q=whale&limit=1")), [best]);
 }
 

@@ -22,7 +22,7 @@ const HOUSE: &[Room] = &[
     room("server", 5, &["log", "signal_hook", "rustix"]),
     room("api", 4, &["log", "rustix", "utoipa_swagger_ui", "serde", "serde_json", "subtle", "percent_encoding"]),
     room("relay", 3, &["log"]),
-    room("http", 2, &["log", "tiny_http", "rustix", "httpdate"]),
+    room("http", 2, &["log", "tiny_http", "rustix", "httpdate", "memchr"]),
     room("upstream", 2, &["log", "ureq", "rustix", "httpdate"]),
     room("store", 2, &["log", "rusqlite", "crossbeam_channel"]),
     room("pool", 1, &["log"]),

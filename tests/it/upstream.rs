@@ -7,7 +7,11 @@ use crate::support::upstream::{
     FakeUpstream, RefusingPort, Step, answer, completion, delta, event, piece, refusal, reply, reply_json, send, stream_head,
     streamed,
 };
+use rustix::net::sockopt;
 use serde_json::{Value, json};
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// The same question to both endpoints.
@@ -36,6 +40,13 @@ fn expect_both_with(settings: &[(&str, &str)], steps: Vec<Step>, status: u16, co
     });
     assert_eq!(upstream.calls(), 2, "once each");
     assert_eq!(proxy.count_rows(), 0, "a failure before the answer is not a pair");
+}
+
+/// OpenRouter's form of an answer whose provider failed.
+pub fn choice_that_failed(code: u16) -> Value {
+    let said = json!({"role": "assistant", "content": ""});
+    let error = json!({"code": code, "message": "Provider died"});
+    json!({"choices": [{"index": 0, "message": said, "delta": said, "finish_reason": "error", "error": error}]})
 }
 
 fn answer_either(request_is_streaming: bool) -> Vec<Step> {
@@ -84,6 +95,7 @@ fn the_upstreams_words_reach_the_client_in_whatever_shape_they_came() {
         reply_json(400, &json!({"error": "the words"})),
         reply_json(400, &json!({"object": "error", "message": "the words", "code": 400})),
         reply_json(400, &json!({"detail": "the words"})),
+        reply_json(400, &json!({"error": "", "message": "the words"})),
         reply(400, &[("Content-Type", "text/plain")], "the words"),
     ];
     for steps in shapes {
@@ -328,6 +340,7 @@ fn an_answer_that_is_none_is_502_upstream_bad_answer_on_both_endpoints() {
         reply_json(200, &json!({"error": {"message": "no credits", "code": 402}})),
         reply_json(200, &json!({"error": {"message": "no credits", "code": "x"}, "choices": []})),
         reply_json(200, &json!({"error": "no credits"})),
+        reply_json(200, &choice_that_failed(402)),
         reply(204, &[], ""),
     ] {
         expect_both(steps, 502, "upstream_bad_answer");
@@ -353,6 +366,39 @@ fn the_words_of_an_error_inside_a_200_reach_the_client() {
         let error = response.expect_error(502, "upstream_bad_answer");
         assert!(error["message"].as_str().unwrap().contains("the words"), "{error}");
     });
+}
+
+/// Who sees by the head that it will not take the body need not read it.
+#[test]
+fn an_answer_that_comes_before_the_whole_request_was_taken_is_read() {
+    let upstream = TcpListener::bind("127.0.0.1:0").unwrap();
+    let base = format!("http://{}/v1", upstream.local_addr().unwrap());
+    let calls = thread::spawn(move || {
+        for call in 1.. {
+            let (mut client, _) = upstream.accept().unwrap();
+            // The sender is to find its end closed before all is sent.
+            sockopt::set_socket_recv_buffer_size(&client, 4096).unwrap();
+            let mut head = [0; 2048];
+            let read = client.read(&mut head).unwrap();
+            if head[..read].starts_with(b"GET /v1/models") {
+                return call - 1;
+            }
+            client.write_all(b"HTTP/1.1 413 Too Large\r\nContent-Length: 9\r\nConnection: close\r\n\r\ntoo large").unwrap();
+        }
+        0
+    });
+    let proxy = Setup::new()
+        .set("OPENAI_BASE_URL", &base)
+        .set("OPENAI_API_KEY", "k")
+        .set("MAX_QUESTION_CHARS", "3000000")
+        .set("MAX_BODY_BYTES", "4000000")
+        .start();
+    for _ in 0..4 {
+        let error = proxy.ask(&"long ".repeat(400_000)).expect_error(400, "upstream_rejected");
+        assert!(error["message"].as_str().unwrap().contains("too large"), "{error}");
+    }
+    proxy.get("/v1/models");
+    assert_eq!(calls.join().unwrap(), 4, "once each");
 }
 
 #[test]

@@ -7,7 +7,9 @@ use crate::support::upstream::{
     FakeUpstream, Received, RefusingPort, Step, answer, completion, delta, end, event, finish, piece, refusal, reply, reply_json,
     send, stream_head, streamed, usage,
 };
+use crate::upstream::choice_that_failed;
 use serde_json::{Value, json};
+use std::time::Duration;
 
 const CHAT: &str = "/v1/chat/completions";
 
@@ -140,7 +142,7 @@ fn other_stream_options_stay_beside_ours() {
 #[test]
 fn a_server_that_refuses_stream_options_is_asked_again_without() {
     let upstream = FakeUpstream::answering(|request| match request.json().get("stream_options") {
-        Some(_) => refusal(400, "Unrecognized request argument supplied: stream_options"),
+        Some(_) => refusal(400, &format!("{}Unrecognized request argument supplied: stream_options", "Oh. ".repeat(500))),
         None => streamed(&["Yes"]),
     });
     let proxy = Proxy::facing(&upstream).start();
@@ -283,10 +285,13 @@ fn the_upstreams_own_headers_are_passed_on() {
     let mut head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n".to_owned();
     theirs.iter().for_each(|(name, value)| head.push_str(&format!("{name}: {value}\r\n")));
     let streamed = [vec![Step::Send(format!("{head}\r\n").into_bytes())], streamed(&["Yes"])[1..].to_vec()].concat();
-    let whole = reply(200, &theirs, &body);
-    let upstream = FakeUpstream::answering(move |request| if request.is_streaming() { streamed.clone() } else { whole.clone() });
+    // Some doubled, as proxies on the way do it.
+    let whole = reply(200, &[&theirs[..], &theirs[..3]].concat(), &body);
+    let upstream = FakeUpstream::answering(move |request| {
+        if request.method == "POST" && request.is_streaming() { streamed.clone() } else { whole.clone() }
+    });
     let proxy = Proxy::facing(&upstream).start();
-    for request in [chat(json!({})), chat_stream()] {
+    for request in [chat(json!({})), chat_stream(), get("/v1/models")] {
         let response = proxy.call(&request);
         assert_eq!(response.status, 200);
         for (name, value) in &theirs[..5] {
@@ -372,6 +377,35 @@ fn what_we_have_retried_ourselves_the_client_need_not_multiply() {
         // What was asked but once may be asked again.
         let said = should_retry("0", vec![refusal(429, "no")], &request);
         assert_eq!(said, (429, vec![], 1));
+    }
+}
+
+#[test]
+fn nor_where_the_last_of_our_attempts_failed_in_another_way() {
+    let broken = json!({"error": {"message": "no", "code": 402}});
+    for request in [chat(json!({})), chat_stream()] {
+        let said = should_retry("2", vec![refusal(500, "no"), refusal(500, "no"), reply_json(200, &broken)], &request);
+        assert_eq!(said, (502, vec![NEVER.into()], 3));
+        let upstream = FakeUpstream::answering(|request| match request.json()["model"] == "good" {
+            true => reply_json(200, &json!({"error": {"message": "no", "code": 402}})),
+            false => refusal(500, "no"),
+        });
+        let setup = Proxy::facing(&upstream).set("OPENAI_FALLBACK_MODELS", "good");
+        let proxy = setup.set("UPSTREAM_RETRIES", "1").start();
+        let response = proxy.call(&request);
+        assert_eq!(values_of(&response.head, "x-should-retry"), [NEVER], "{response:?}");
+        assert_eq!(upstream.calls(), 3);
+    }
+}
+
+#[test]
+fn an_answer_that_took_all_the_time_is_not_to_be_asked_for_again() {
+    let begun = send("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{");
+    let upstream = FakeUpstream::always(vec![begun, Step::Silence]);
+    let proxy = Proxy::facing(&upstream).set("UPSTREAM_TIMEOUT_SECS", "1").start();
+    for request in [chat(json!({})), chat_stream()] {
+        let response = proxy.call(&request);
+        assert_eq!((response.status, values_of(&response.head, "x-should-retry")), (503, vec![NEVER]));
     }
 }
 
@@ -977,6 +1011,52 @@ fn an_error_of_a_retryable_kind_inside_a_200_is_worth_a_fallback_too() {
     }
 }
 
+#[test]
+fn an_error_inside_a_choice_is_an_error() {
+    for streams_it in [true, false] {
+        let upstream = FakeUpstream::answering(move |request| match request.json()["model"] == "good" {
+            true => either(request, "Yes"),
+            false if request.is_streaming() && streams_it => stream_of(&[&choice_that_failed(502).to_string()]),
+            false => reply_json(200, &choice_that_failed(502)),
+        });
+        for (fallback, status) in [("good", 200), ("", 502)] {
+            let proxy = Proxy::facing(&upstream).set("OPENAI_FALLBACK_MODELS", fallback).start();
+            for request in all_ways("bad") {
+                let response = proxy.call(&request);
+                assert_eq!(response.status, status, "{response:?}");
+            }
+            let counted = r#"ai_proxy_upstream_errors_total{code="upstream_bad_answer"}"#;
+            let failed = if status == 200 { "0" } else { "4" };
+            let metrics = String::from_utf8_lossy(&proxy.get("/metrics").body).into_owned();
+            assert!(metrics.contains(&format!("{counted} {failed}\n")), "who was answered did not fail: {metrics}");
+        }
+    }
+}
+
+#[test]
+fn what_fails_when_the_time_is_over_is_told_as_it_is() {
+    let upstream = FakeUpstream::answering(|_| {
+        let error = event(r#"{"error":{"code":429,"message":"Overrun"}}"#);
+        vec![stream_head(), Step::Pause(Duration::from_millis(1200)), error, end()]
+    });
+    let setup = Proxy::facing(&upstream).set("OPENAI_FALLBACK_MODELS", "good");
+    let proxy = setup.set("UPSTREAM_TIMEOUT_SECS", "1").start();
+    let error = proxy.call(&chat_stream()).expect_error(502, "upstream_bad_answer");
+    assert!(error["message"].as_str().unwrap().contains("Overrun"), "{error}");
+    assert_eq!(upstream.calls(), 1);
+}
+
+#[test]
+fn a_stream_without_any_choice_is_no_answer() {
+    for data in ["{}", r#"{"message":"boom","code":500}"#, r#"{"choices":[]}"#] {
+        let upstream = FakeUpstream::always(stream_of(&[data]));
+        let proxy = Proxy::facing(&upstream).start();
+        let mut stream = proxy.connect().stream(&chat_stream());
+        stream.expect_event(data);
+        stream.expect_failure("upstream_error");
+    }
+}
+
 /// Neither what it counted nor why it ended: another one answers.
 #[test]
 fn what_a_model_said_that_failed_is_not_booked_to_its_fallback() {
@@ -1110,6 +1190,9 @@ fn failures_at_the_models_are_those_of_the_table() {
         let proxy = Proxy::facing(&upstream).start();
         proxy.get("/v1/models/gpt-4o").expect_error(ours, code);
     }
+    // Who has no list has no list: the address may be wrong.
+    let upstream = FakeUpstream::always(refusal(404, "no"));
+    Proxy::facing(&upstream).start().get("/v1/models").expect_error(502, "upstream_error");
     let nobody = RefusingPort::new();
     let setup = Proxy::with(&[("OPENAI_API_KEY", UPSTREAM_KEY), ("UPSTREAM_RETRIES", "0")]);
     let proxy = setup.set("OPENAI_BASE_URL", nobody.url()).start();
