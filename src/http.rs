@@ -30,7 +30,7 @@ use crate::error::{ApiError, Code, StartError, is_sane_id};
 use crate::kernel;
 use crate::lock::{lock, wait_while};
 use answer::{Answers, Form};
-pub use answer::{Reply, Responder, StreamWriter};
+pub use answer::{Reply, Responder, StreamWriter, is_gone};
 use chunked::{Decoder, too_large};
 pub use head::Head;
 use head::{Framing, MAX_HEAD};

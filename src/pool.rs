@@ -16,12 +16,19 @@ use crate::lock::{lock, wait_within};
 /// What a thread, with its own `W`, is to do.
 pub type Job<W> = Box<dyn FnOnce(&mut W) + Send>;
 
+/// Tells of a job that waits whether nobody wants it any more, so that it is done in no time.
+pub type IsVain = Box<dyn Fn() -> bool + Send>;
+
 /// A thread uses little of its stack, but JSON 128 levels deep takes this much in a debug build. Only
 /// what is used of it takes memory.
 const STACK: usize = 512 * 1024;
 
 /// A thread whose last answer is out needs a moment until it is idle; nobody is refused for that.
 const MOMENT: Duration = Duration::from_millis(5);
+
+/// How often a full queue is looked through for jobs that are vain, and how many of them are looked at.
+const SWEEP: Duration = Duration::from_millis(100);
+const SWEPT: usize = 1000;
 
 /// A thread that had nothing to do for this long gives back what it does not use of its stack.
 const REST: Duration = Duration::from_secs(1);
@@ -52,7 +59,8 @@ struct Shared<W> {
 struct State<W> {
     /// Ways to idle threads, the last one to become idle at the end.
     idle: Vec<(u64, Giver<Job<W>>)>,
-    queue: VecDeque<Job<W>>,
+    queue: VecDeque<(Job<W>, IsVain)>,
+    next_sweep: Instant,
     threads: usize,
     /// One of them was started ahead and is not idle yet.
     is_spare_coming: bool,
@@ -72,8 +80,15 @@ impl<W: 'static> Pool<W> {
         patience: Duration,
         make: impl Fn() -> W + Send + Sync + 'static,
     ) -> Pool<W> {
-        let state =
-            State { idle: Vec::new(), queue: VecDeque::new(), threads: 0, is_spare_coming: false, waiting: 0, numbers: 0 };
+        let state = State {
+            idle: Vec::new(),
+            queue: VecDeque::new(),
+            next_sweep: Instant::now(),
+            threads: 0,
+            is_spare_coming: false,
+            waiting: 0,
+            numbers: 0,
+        };
         Pool {
             shared: Arc::new(Shared {
                 state: Mutex::new(state),
@@ -88,8 +103,9 @@ impl<W: 'static> Pool<W> {
     }
 
     /// Has the job that `job` makes of `task` done: by an idle thread, a new one, or whichever is free first. Gives the task
-    /// back where all are at work and the queue is full, and stayed so for a moment.
-    pub fn give<T>(&self, task: T, job: impl FnOnce(T) -> Job<W>) -> Result<(), T> {
+    /// back where all are at work and the queue is full of what is wanted, and stayed so for a moment. What is not wanted any
+    /// more, by `is_vain`, makes room and is done by the caller.
+    pub fn give<T>(&self, task: T, is_vain: impl FnOnce(&T) -> IsVain, job: impl FnOnce(T) -> Job<W>) -> Result<(), T> {
         let mut state = lock(&self.shared.state);
         let until = Instant::now() + MOMENT;
         let thread = loop {
@@ -102,8 +118,16 @@ impl<W: 'static> Pool<W> {
             }
             // Where there is no thread at all, nobody would come for what is in the queue.
             if state.queue.len() < self.shared.queue_size && state.threads > 0 {
-                state.queue.push_back(job(task));
+                let is_vain = is_vain(&task);
+                state.queue.push_back((job(task), is_vain));
                 return Ok(());
+            }
+            let vain = state.sweep();
+            if !vain.is_empty() {
+                drop(state);
+                self.shared.be_done_with(vain);
+                state = lock(&self.shared.state);
+                continue;
             }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -163,7 +187,37 @@ impl<W: 'static> Shared<W> {
     }
 }
 
+impl<W> State<W> {
+    /// Takes the vain jobs out of the queue.
+    fn sweep(&mut self) -> Vec<Job<W>> {
+        let (mut vain, now) = (Vec::new(), Instant::now());
+        if now < self.next_sweep {
+            return vain;
+        }
+        self.next_sweep = now + SWEEP;
+        let mut kept = 0;
+        for _ in 0..self.queue.len().min(SWEPT) {
+            let Some((job, is_vain)) = self.queue.pop_front() else { break };
+            if is_vain() {
+                vain.push(job);
+            } else {
+                self.queue.push_back((job, is_vain));
+                kept += 1;
+            }
+        }
+        // They were the first.
+        self.queue.rotate_right(kept);
+        vain
+    }
+}
+
 impl<W> Shared<W> {
+    fn be_done_with(&self, vain: Vec<Job<W>>) {
+        for job in vain {
+            let _ = catch_unwind(AssertUnwindSafe(|| job(&mut (self.make)())));
+        }
+    }
+
     fn work(&self, first: Option<Taker<Job<W>>>) {
         // Its starter may do so, and a thread begins as its starter is.
         kernel::make_way(false);
@@ -191,7 +245,7 @@ impl<W> Shared<W> {
                 if state.waiting > 0 {
                     self.freed.notify_one();
                 }
-                if let Some(job) = state.queue.pop_front() {
+                if let Some((job, _)) = state.queue.pop_front() {
                     return Some(job);
                 }
                 state.numbers += 1;
@@ -248,7 +302,7 @@ mod tests {
     }
 
     fn give(pool: &Pool<()>, job: impl FnOnce() + Send + 'static) {
-        assert!(pool.give((), |()| Box::new(|()| job())).is_ok(), "there is room");
+        assert!(pool.give((), |()| Box::new(|| false), |()| Box::new(|()| job())).is_ok(), "there is room");
     }
 
     fn is_done(pool: &Pool<()>) -> mpsc::Receiver<()> {
@@ -261,7 +315,7 @@ mod tests {
     fn what_waits_in_the_queue_is_done_and_what_finds_no_room_comes_back() {
         let (pool, busy) = one_busy(1);
         let told = is_done(&pool);
-        assert_eq!(pool.give(7, |_| Box::new(|()| ())), Err(7));
+        assert_eq!(pool.give(7, |_| Box::new(|| false), |_| Box::new(|()| ())), Err(7));
         drop(busy);
         assert_eq!(told.recv_timeout(LONG), Ok(()));
         assert_eq!(is_done(&pool).recv_timeout(LONG), Ok(()));

@@ -14,9 +14,9 @@ use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 use crate::api::{Admitted, Api, Errand, Parting};
 use crate::config::{self, Config, Mode};
 use crate::error::StartError;
-use crate::http::{Call, Connection, Listener, Turn};
+use crate::http::{self, Call, Connection, Listener, Turn};
 use crate::kernel;
-use crate::pool::{Job, Pool};
+use crate::pool::{IsVain, Job, Pool};
 use crate::store::Store;
 use crate::upstream::{Line, Upstream};
 
@@ -126,7 +126,11 @@ impl Staff {
     fn hand_over(self: &Arc<Staff>, connection: Box<Connection>, errand: Errand) -> Option<Box<Connection>> {
         let staff = Arc::clone(self);
         let work = |(connection, errand)| -> Job<Line> { Box::new(move |line| staff.work(connection, errand, line)) };
-        let (connection, errand) = self.workers.give((connection, errand), work).err()?;
+        let is_vain = |(_, errand): &(Box<Connection>, Errand)| -> IsVain {
+            let client = errand.client();
+            Box::new(move || http::is_gone(&client))
+        };
+        let (connection, errand) = self.workers.give((connection, errand), is_vain, work).err()?;
         self.api.overloaded(errand);
         Some(connection)
     }
@@ -136,7 +140,7 @@ impl Staff {
         let staff = Arc::clone(self);
         let read = |(connection, begin)| -> Job<()> { Box::new(move |()| staff.read(connection, begin)) };
         // There are as many readers as connections may be open, so only a lack of threads refuses.
-        if let Err((connection, begin)) = self.readers.give((connection, begin), read) {
+        if let Err((connection, begin)) = self.readers.give((connection, begin), |_| Box::new(|| false), read) {
             connection.cut();
             if let Begin::Part(parting) = begin {
                 parting.drop_unsent();

@@ -396,7 +396,7 @@ impl Line {
     /// The head of a successful answer, after as many attempts as are allowed and fit the time.
     fn attempts(&mut self, request: &http::request::Parts, body: &[u8]) -> Result<Response<Body>, Box<Failure>> {
         let mut retries = 0;
-        // Whoever left while waiting for a worker is not worth a call.
+        // Whoever has left by now, or waited for too long, is not worth a call.
         self.think(Duration::ZERO)?;
         loop {
             self.watch.forget_reuse();

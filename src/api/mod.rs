@@ -15,7 +15,7 @@ mod streaming;
 mod system;
 
 use std::borrow::Cow;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -25,7 +25,7 @@ use subtle::ConstantTimeEq;
 use crate::config::{self, ApiKey, Config};
 use crate::error::{ApiError, Code, Header, StartError, add_headers, media_type};
 use crate::exchange::Question;
-use crate::http::{Call, Connections, Head, Reply, Responder};
+use crate::http::{self, Call, Connections, Head, Reply, Responder};
 use crate::kernel;
 use crate::metrics::Metrics;
 use crate::openai::Chat;
@@ -120,6 +120,15 @@ impl From<Kind> for Errand {
 }
 
 impl Errand {
+    /// The socket of who waits for it.
+    pub fn client(&self) -> Arc<TcpStream> {
+        match &self.kind {
+            Kind::Whole(whole) => whole.exit.responder.client(),
+            Kind::Stream(stream) => stream.client(),
+            Kind::Models(models) => models.exit.responder.client(),
+        }
+    }
+
     fn refuse<T>(self, e: ApiError) -> Option<T> {
         match self.kind {
             Kind::Whole(whole) => whole.exit.refuse(e),
@@ -258,6 +267,10 @@ impl Api {
         self.metrics.queue_wait.observe(errand.since.elapsed());
         if self.connections.are_deaf() {
             return errand.refuse(ApiError::shutting_down());
+        }
+        // Whoever left while waiting for a worker is not worth a call, nor a pair.
+        if http::is_gone(&errand.client()) {
+            return errand.refuse(ApiError::client_gone());
         }
         match errand.kind {
             Kind::Whole(whole) => {

@@ -35,6 +35,11 @@ pub fn prepare(api: &Api, request: &Request, exit: Exit, chat: Chat) -> Option<E
 }
 
 impl Stream {
+    /// The socket of who waits for it.
+    pub fn client(&self) -> Arc<TcpStream> {
+        Arc::clone(&self.client)
+    }
+
     /// Relays the upstream's events to their end.
     // Not inlined, and not moved out of its box: each stream waits with every page of stack that was used.
     #[inline(never)]

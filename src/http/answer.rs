@@ -94,6 +94,11 @@ pub struct Form {
     pub keep: bool,
 }
 
+/// The client at the other end of this socket has hung up, as far as one can tell.
+pub fn is_gone(client: &TcpStream) -> bool {
+    wait(client, PollFlags::RDHUP, Instant::now()).unwrap_or(true)
+}
+
 /// The right to answer one request, once.
 pub struct Responder {
     stream: Arc<TcpStream>,
@@ -148,7 +153,7 @@ impl Responder {
 
     /// The client has hung up, as far as one can tell.
     pub fn is_client_gone(&self) -> bool {
-        wait(&self.stream, PollFlags::RDHUP, Instant::now()).unwrap_or(true)
+        is_gone(&self.stream)
     }
 
     /// The client's socket has room for an answer of so many bytes, as far as one can tell.

@@ -1325,7 +1325,7 @@ fn whoever_leaves_the_queue_costs_no_upstream_call() {
         steps.extend(if request.is_streaming() { streamed(&["Yes"]) } else { answer("Yes") });
         steps
     });
-    let proxy = Proxy::facing(&upstream).set("WORKERS", "1").set("QUEUE_SIZE", "10").start();
+    let proxy = Proxy::facing(&upstream).set("WORKERS", "1").set("QUEUE_SIZE", "4").start();
     let mut holding = proxy.connect();
     holding.send(&post("/api/ask", &json!({"question": "hold"})));
     upstream.wait_for_calls(1);
@@ -1345,11 +1345,18 @@ fn whoever_leaves_the_queue_costs_no_upstream_call() {
     }
     let mut last = proxy.connect();
     last.send(&post("/api/ask", &json!({"question": "stays"})));
+    // The queue was full of them.
+    let gone = |line: &&String| line.contains("status=499") && line.contains("code=client_gone");
+    eventually("done with", || proxy.log().iter().filter(gone).count() == 4);
+    eventually("in their place", || probe.exchange(&get("/readyz")).json()["queue_length"] == 1);
     gate.open();
     assert_eq!(holding.read_response().status, 200);
     assert_eq!(last.read_response().status, 200);
     let asked: Vec<String> = upstream.requests().iter().map(|request| request.question()).collect();
     assert_eq!(asked, ["hold", "stays"], "an answer that nobody reads is not paid for");
+    assert_eq!(proxy.count_rows(), 2, "nor is it a pair");
+    let metrics = String::from_utf8_lossy(&proxy.get("/metrics").body).into_owned();
+    assert!(metrics.contains("ai_proxy_upstream_cancelled_total 0\n"), "no call was left: {metrics}");
 }
 
 #[test]
