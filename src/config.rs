@@ -275,9 +275,18 @@ fn env_file_trouble(e: &dotenvy::Error) -> String {
     match e {
         dotenvy::Error::LineParse(line, _) => {
             let text = std::fs::read_to_string(".env").unwrap_or_default();
-            let start = line.lines().next().unwrap_or_default();
-            let number = text.lines().position(|line| line == start).map_or(String::new(), |at| format!(" {}", at + 1));
-            format!(".env: line{number} cannot be read; a line is NAME=VALUE, and quotes are closed")
+            let end = line.lines().next().unwrap_or_default();
+            // Of a line with a name there is only the value.
+            let found = text.lines().zip(1..).find(|(line, _)| !end.is_empty() && line.trim_end().ends_with(end));
+            let name = |line: &str| {
+                let name = line.split_once('=').map(|(name, _)| name.trim().to_string());
+                name.filter(|name| SETTINGS.iter().any(|setting| setting.0 == name))
+            };
+            let which = found.map_or(String::new(), |(line, at)| match name(line) {
+                Some(name) => format!(" {at} ({name})"),
+                None => format!(" {at}"),
+            });
+            format!(".env: line{which} cannot be read; a line is NAME=VALUE, and a value with blanks, # or \\ stands in quotes")
         }
         dotenvy::Error::Io(e) => format!(".env cannot be read: {e}"),
         _ => ".env cannot be read; each line is NAME=VALUE".to_string(),
@@ -335,6 +344,9 @@ fn database_path(given: &Given) -> Result<PathBuf, StartError> {
     let path = given.text("DATABASE_PATH");
     if path == ":memory:" || path.starts_with("file:") {
         return Err(given.bad("DATABASE_PATH", "the path of a file; one with such a name is ./NAME"));
+    }
+    if path.ends_with('/') {
+        return Err(given.bad("DATABASE_PATH", "the path of a file, such as data/history.db"));
     }
     Ok(PathBuf::from(path))
 }

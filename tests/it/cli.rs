@@ -343,6 +343,18 @@ fn an_env_file_that_cannot_be_read_is_refused_without_showing_it() {
     let ended = Setup::new().file(".env", "OPENAI_API_KEY='hunter2\nnot a setting hunter2\n").run(&[]);
     let line = ended.expect_refusal(2);
     assert!(line.contains(".env") && !line.contains("hunter2"), "{line}");
+    for (secret, which) in [("PORT=0\nAPI_KEYS=alice:hunter2 x\n", "line 2 (API_KEYS)"), ("hunter2= x y\n", "line 1 cannot")] {
+        let ended = Setup::new().file(".env", secret).run(&[]);
+        let line = ended.expect_refusal(2);
+        assert!(line.contains(which) && !line.contains("hunter2"), "{line}");
+    }
+}
+
+#[test]
+fn a_folder_is_no_database() {
+    let ended = Setup::new().set("DATABASE_PATH", "data/").run(&[]);
+    let line = ended.expect_refusal(2);
+    assert!(line.contains("DATABASE_PATH") && line.contains("\"data/\""), "{line}");
 }
 
 #[test]
