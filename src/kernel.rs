@@ -1,6 +1,6 @@
 //! What only the kernel and the C library know or do, and neither std nor rustix offers: the descriptor of a socket
 //! that the HTTP library keeps to itself, whether a peer has taken what was sent, memory that is not in use, which thread goes first. And what std
-//! does not do as it is needed here: a wait with an end, and which file stands at a path.
+//! does not do as it is needed here: a wait with an end, which file stands at a path and what room is left there.
 //! The only `unsafe` code of the program; knows no HTTP.
 //!
 //! Why the sockets: the library's parser has no limits, and its connection type does not let go of the
@@ -32,6 +32,11 @@ pub fn poll(fds: &mut [PollFd], until: Option<Instant>) -> io::Result<bool> {
 /// question on one connection.
 pub fn inode(path: &Path) -> Option<u64> {
     rustix::fs::statx(rustix::fs::CWD, path, AtFlags::empty(), StatxFlags::INO).map(|file| file.stx_ino).ok()
+}
+
+/// Bytes that the file system of a path has left for us; `None` where that is not known.
+pub fn room(path: &Path) -> Option<u64> {
+    rustix::fs::statvfs(path).map(|system| system.f_bavail.saturating_mul(system.f_frsize)).ok()
 }
 
 /// A second descriptor for the connection that was accepted last: `lowest` was the lowest free

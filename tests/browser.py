@@ -123,7 +123,8 @@ class Watched:
             self.wrong.append(f"console: {message.text}")
 
     def on_failed(self, request):
-        stopped = request.url.endswith("/api/streaming") and request.failure == "net::ERR_ABORTED"
+        # A stream that is stopped, and the look that is under way when a page is left.
+        stopped = request.url.endswith(("/api/streaming", "/metrics")) and request.failure == "net::ERR_ABORTED"
         if not stopped:
             self.wrong.append(f"blocked: {request.url} {request.failure}")
 

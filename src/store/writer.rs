@@ -55,6 +55,8 @@ const MOST_UNINDEXED_BYTES: i64 = 64 << 20;
 const RETAIN_ROWS: u64 = 50;
 /// How often retention looks at the clock, and how long the index rests where it failed.
 const RETENTION_TICK: Duration = Duration::from_secs(60);
+/// Bytes that the smallest write may take.
+const WORKING_ROOM: u64 = 64 << 10;
 /// What the index calls its work in the log.
 const INDEXED: &str = "indexed";
 
@@ -306,6 +308,8 @@ pub struct Writer {
     next_forgetting: Instant,
     /// The index rests after a failure.
     next_indexing: Instant,
+    /// Bytes of room that the pairs wanted which could not be written last; 0: they could.
+    wanted_room: u64,
 }
 
 impl Writer {
@@ -337,6 +341,7 @@ impl Writer {
             next_retention: Instant::now(),
             next_forgetting: Instant::now(),
             next_indexing: Instant::now(),
+            wanted_room: 0,
         }
     }
 
@@ -405,8 +410,11 @@ impl Writer {
     }
 
     fn probe(&mut self, done: Giver<bool>) {
-        let fresh = !self.state.failing.load(Ordering::Relaxed) && self.last_write.elapsed() < PROBE_WAIT;
-        let fine = fresh && self.is_in_place() || self.attempt("probed", |connection| connection.execute_batch(PROBE)).is_some();
+        let fresh = !self.state.failing.load(Ordering::Relaxed) && self.last_write.elapsed() < PROBE_WAIT && self.is_in_place();
+        // A trial write is small: it works where the next answer, already paid for, would not fit.
+        let fits = self.wanted_room == 0 || kernel::room(&self.path).is_none_or(|room| room >= self.wanted_room);
+        let mut probe = || self.attempt("probed", |connection| connection.execute_batch(PROBE)).is_some();
+        let fine = fits && (fresh || probe());
         self.state.probing.store(false, Ordering::Relaxed);
         done.give(fine);
     }
@@ -455,6 +463,7 @@ impl Writer {
                 self.shrank(&surplus, deleted, most);
                 self.unindexed_bytes += bytes as i64;
                 self.last_id = ids.last().copied().unwrap_or(self.last_id);
+                self.wanted_room = 0;
                 let rows = ids.len();
                 lines::together(|| {
                     for (arrival, id) in batch.into_iter().zip(ids) {
@@ -463,7 +472,11 @@ impl Writer {
                 });
                 self.grew(rows, bytes);
             }
-            None => batch.into_iter().for_each(|arrival| tell(arrival.then, Err(unavailable()))),
+            None => {
+                // Once in the journal and once in the database.
+                self.wanted_room = 2 * bytes as u64 + WORKING_ROOM;
+                batch.into_iter().for_each(|arrival| tell(arrival.then, Err(unavailable())));
+            }
         }
     }
 
@@ -856,6 +869,25 @@ mod tests {
         writer.state.failing.store(true, Ordering::Relaxed);
         writer.let_searches_go();
         assert_eq!(late.1.take_within(Duration::ZERO), Err(Nothing::Ever));
+        remove(writer);
+    }
+
+    #[test]
+    fn what_did_not_fit_is_not_asked_for_before_there_is_room() {
+        let mut writer = writer("room");
+        let works = |writer: &mut Writer| {
+            let (done, answer) = handoff();
+            writer.probe(done);
+            answer.take()
+        };
+        (writer.wanted_room, writer.open) = (u64::MAX, None);
+        writer.state.failing.store(true, Ordering::Relaxed);
+        assert_eq!(works(&mut writer), Some(false));
+        assert!(writer.state.failing.load(Ordering::Relaxed));
+        writer.wanted_room = 1;
+        assert_eq!(works(&mut writer), Some(true));
+        append(&mut writer, 1, 2);
+        assert_eq!(writer.wanted_room, 0);
         remove(writer);
     }
 
