@@ -36,7 +36,9 @@ pub fn inode(path: &Path) -> Option<u64> {
 
 /// Bytes that the file system of a path has left for us; `None` where that is not known.
 pub fn room(path: &Path) -> Option<u64> {
-    rustix::fs::statvfs(path).map(|system| system.f_bavail.saturating_mul(system.f_frsize)).ok()
+    // Some file systems of a network have no numbers, and say so with zeros.
+    let system = rustix::fs::statvfs(path).ok().filter(|system| system.f_blocks > 0)?;
+    Some(system.f_bavail.saturating_mul(system.f_frsize))
 }
 
 /// A second descriptor for the connection that was accepted last: `lowest` was the lowest free
