@@ -278,13 +278,10 @@ fn env_file_trouble(e: &dotenvy::Error) -> String {
             let end = line.lines().next().unwrap_or_default();
             // Of a line with a name there is only the value.
             let found = text.lines().zip(1..).find(|(line, _)| !end.is_empty() && line.trim_end().ends_with(end));
-            let name = |line: &str| {
-                let name = line.split_once('=').map(|(name, _)| name.trim().to_string());
-                name.filter(|name| SETTINGS.iter().any(|setting| setting.0 == name))
-            };
-            let which = found.map_or(String::new(), |(line, at)| match name(line) {
-                Some(name) => format!(" {at} ({name})"),
-                None => format!(" {at}"),
+            let which = found.map_or(String::new(), |(line, at)| {
+                let given = line.split_once('=').map(|(name, _)| name.trim());
+                let setting = SETTINGS.iter().find(|setting| Some(setting.0) == given);
+                setting.map_or(format!(" {at}"), |setting| format!(" {at} ({})", setting.0))
             });
             format!(".env: line{which} cannot be read; a line is NAME=VALUE, and a value with blanks, # or \\ stands in quotes")
         }

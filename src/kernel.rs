@@ -1,6 +1,7 @@
 //! What only the kernel and the C library know or do, and neither std nor rustix offers: the descriptor of a socket
-//! that the HTTP library keeps to itself, whether a peer has taken what was sent, memory that is not in use, which thread goes first. And what std
-//! does not do as it is needed here: a wait with an end, which file stands at a path and what room is left there.
+//! that the HTTP library keeps to itself, whether a peer has taken what was sent, memory that is not in use, which
+//! thread goes first. And what std does not do as it is needed here: a wait with an end, which file stands at a path
+//! and what room is left there.
 //! The only `unsafe` code of the program; knows no HTTP.
 //!
 //! Why the sockets: the library's parser has no limits, and its connection type does not let go of the

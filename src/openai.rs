@@ -367,17 +367,13 @@ impl NoAnswer {
 /// of one.
 pub fn parse_completion(body: &[u8]) -> Result<Completion, NoAnswer> {
     let answer: Answer = from_json(body).map_err(|e| format!("its answer is not a chat completion: {e}"))?;
-    if let Some(error) = answer.error.filter(|error| is_error(error)) {
-        return Err(NoAnswer::error("it answered with an error", error));
-    }
+    no_error("it answered with an error", answer.error)?;
     let mut choices = answer.choices.unwrap_or_default().0;
     if choices.is_empty() {
         return Err("its answer has no choices".to_string().into());
     }
     let choice = choices.swap_remove(choices.iter().position(Choice::is_first).unwrap_or(0));
-    if let Some(error) = choice.error.filter(|error| is_error(error)) {
-        return Err(NoAnswer::error("it answered with an error", error));
-    }
+    no_error("it answered with an error", choice.error)?;
     let mut message = choice.message.ok_or_else(|| "its answer's first choice has no message".to_string())?;
     let mut text = message.text().into_owned();
     let mut calls = ToolCalls::default();
@@ -403,6 +399,11 @@ fn from_json<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, String> {
 /// Whether an `error` field says that there is one: some servers send it always.
 fn is_error(error: &RawValue) -> bool {
     !matches!(error.get(), "null" | "false" | "\"\"" | "{}" | "[]")
+}
+
+/// Errs where an `error` field says that there is one; `what` its answer did.
+fn no_error(what: &str, error: Option<&RawValue>) -> Result<(), NoAnswer> {
+    error.filter(|error| is_error(error)).map_or(Ok(()), |error| Err(NoAnswer::error(what, error)))
 }
 
 /// The model whose name stands in a path: clients may write a slash in it as `%2F`; other bytes have no reason to hide.
@@ -443,18 +444,14 @@ fn reason(given: Option<Words>) -> Option<Cow<str>> {
 /// Reads the data of one event that is not `[DONE]`. Errs when it is an error or no chunk.
 pub fn parse_chunk(data: &[u8]) -> Result<Chunk<'_>, NoAnswer> {
     let answer: Answer = from_json(data).map_err(|e| format!("an event of its stream is not a chunk: {e}"))?;
-    if let Some(error) = answer.error.filter(|error| is_error(error)) {
-        return Err(NoAnswer::error("its stream broke off with an error", error));
-    }
+    no_error("its stream broke off with an error", answer.error)?;
     let usage = usage(answer.usage);
     let mut chunk = Chunk { model: answer.model.map(|Words(model)| model), usage, ..Chunk::default() };
     let choices = answer.choices.unwrap_or_default().0;
     chunk.has_choice = !choices.is_empty();
     // Further choices (`n` > 1) reach the client, and history keeps the first.
     for choice in choices.into_iter().filter(Choice::is_first) {
-        if let Some(error) = choice.error.filter(|error| is_error(error)) {
-            return Err(NoAnswer::error("its stream broke off with an error", error));
-        }
+        no_error("its stream broke off with an error", choice.error)?;
         if let Some(mut delta) = choice.delta {
             chunk.delta += delta.text();
             delta.calls(&mut chunk.tool_calls);

@@ -190,31 +190,29 @@ impl<W: 'static> Shared<W> {
 impl<W> State<W> {
     /// Takes the vain jobs out of the queue.
     fn sweep(&mut self) -> Vec<Job<W>> {
-        let (mut vain, now) = (Vec::new(), Instant::now());
+        let now = Instant::now();
         if now < self.next_sweep {
-            return vain;
+            return Vec::new();
         }
         self.next_sweep = now + SWEEP;
-        let mut kept = 0;
-        for _ in 0..self.queue.len().min(SWEPT) {
-            let Some((job, is_vain)) = self.queue.pop_front() else { break };
-            if is_vain() {
-                vain.push(job);
-            } else {
-                self.queue.push_back((job, is_vain));
-                kept += 1;
-            }
-        }
-        // They were the first.
-        self.queue.rotate_right(kept);
-        vain
+        let first = self.queue.len().min(SWEPT);
+        let (vain, mut kept): (VecDeque<_>, VecDeque<_>) = self.queue.drain(..first).partition(|(_, is_vain)| is_vain());
+        kept.append(&mut self.queue);
+        self.queue = kept;
+        vain.into_iter().map(|(job, _)| job).collect()
     }
 }
 
 impl<W> Shared<W> {
     fn be_done_with(&self, vain: Vec<Job<W>>) {
-        for job in vain {
-            let _ = catch_unwind(AssertUnwindSafe(|| job(&mut (self.make)())));
+        let mut own = (self.make)();
+        vain.into_iter().for_each(|job| self.carry_out(job, &mut own));
+    }
+
+    /// Does a job. What it leaves behind in a panic may be in pieces, and is made anew.
+    fn carry_out(&self, job: Job<W>, own: &mut W) {
+        if catch_unwind(AssertUnwindSafe(|| job(own))).is_err() {
+            *own = (self.make)();
         }
     }
 
@@ -230,10 +228,7 @@ impl<W> Shared<W> {
             }
         };
         while let Some(job) = first.take().or_else(|| self.next()) {
-            // What a job leaves behind in a panic may be in pieces.
-            if catch_unwind(AssertUnwindSafe(|| job(&mut own))).is_err() {
-                own = (self.make)();
-            }
+            self.carry_out(job, &mut own);
         }
     }
 

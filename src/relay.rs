@@ -300,10 +300,10 @@ pub fn run(
     is_alone: impl Fn() -> bool,
     mut draft: Box<Draft>,
 ) -> Result<Streamed, ApiError> {
-    let deadline = line.begin();
+    line.begin();
     lock(&end.state).hangup = Some(line.hangup(&client));
     loop {
-        let mut events = match line.stream(Arc::clone(&client), chat, deadline) {
+        let mut events = match line.stream(Arc::clone(&client), chat) {
             Ok(events) => events,
             Err(e) => return cut_short(e, end, store, draft),
         };
@@ -321,8 +321,7 @@ pub fn run(
             }
             Err(broken) => {
                 drop(events);
-                let may_fall_back = broken.passing && draft.first_event.is_none() && Instant::now() < deadline;
-                if !(may_fall_back && line.fall_back(chat)) {
+                if !(broken.passing && draft.first_event.is_none() && line.fall_back(chat)) {
                     return cut_short(line.give_up(broken.error), end, store, draft);
                 }
             }

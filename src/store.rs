@@ -323,8 +323,9 @@ fn parts(text: &str) -> impl Iterator<Item = &str> {
 
 /// How often a word stands in a text as a whole, as the index has it: not within another one.
 fn occurrences(text: &str, word: &str) -> usize {
-    let goes_on = |c: char| c.is_alphanumeric();
-    let is_whole = |(at, _): &(usize, &str)| !text[..*at].ends_with(goes_on) && !text[at + word.len()..].starts_with(goes_on);
+    let is_whole = |(at, _): &(usize, &str)| {
+        !text[..*at].ends_with(char::is_alphanumeric) && !text[at + word.len()..].starts_with(char::is_alphanumeric)
+    };
     text.match_indices(word).filter(is_whole).count()
 }
 

@@ -225,7 +225,9 @@ pub struct Line {
     upstream: Arc<Upstream>,
     agent: Agent,
     watch: Watch,
-    /// The question under way was sent again after a failure.
+    /// When the question under way has to have its answer.
+    deadline: Instant,
+    /// It was sent again after a failure.
     has_retried: bool,
 }
 
@@ -234,7 +236,7 @@ impl Line {
     pub fn new(upstream: &Arc<Upstream>) -> Line {
         let watch = Watch::default();
         let agent = agent(&watch);
-        Line { upstream: Arc::clone(upstream), agent, watch, has_retried: false }
+        Line { upstream: Arc::clone(upstream), agent, watch, deadline: Instant::now(), has_retried: false }
     }
 
     /// What another thread calls to end the stream that this client has left, where it is under way: the worker, which
@@ -248,8 +250,8 @@ impl Line {
     /// fallback models where that may help, and then `chat` says so. `client` is watched: when it goes, so
     /// does the call, with `client_gone`.
     pub fn complete(&mut self, client: Arc<TcpStream>, chat: &mut Chat) -> Result<Answered, ApiError> {
-        let deadline = self.begin();
-        self.watch.begin(client, deadline);
+        self.begin();
+        self.watch.begin(client, self.deadline);
         let result = self.completion(chat);
         self.watch.end();
         result.map_err(|e| self.give_up(e))
@@ -274,7 +276,7 @@ impl Line {
                     completion.finish_reason = completion.finish_reason.map(|reason| self.upstream.redact(&reason));
                     return Ok(Answered { body, completion, headers });
                 }
-                Err(no) if no.passing && self.has_time() && self.fall_back(chat) => {}
+                Err(no) if no.passing && self.fall_back(chat) => {}
                 Err(no) => {
                     return Err(self.upstream.failed(Code::UPSTREAM_BAD_ANSWER, &format!("the LLM gave no answer: {}", no.why)));
                 }
@@ -282,10 +284,10 @@ impl Line {
         }
     }
 
-    /// Begins with a new question; says when it has to have its answer.
-    pub fn begin(&mut self) -> Instant {
+    /// Begins with a new question, whose time runs from now on.
+    pub fn begin(&mut self) {
+        self.deadline = Instant::now() + self.upstream.config.upstream_timeout;
         self.has_retried = false;
-        Instant::now() + self.upstream.config.upstream_timeout
     }
 
     /// Counts a question as failed. Returns its error, which tells clients not to try again where that would multiply our
@@ -295,18 +297,14 @@ impl Line {
         if self.has_retried || e.code == Code::UPSTREAM_TIMEOUT { e.pointless_to_retry() } else { e }
     }
 
-    fn has_time(&self) -> bool {
-        self.watch.until().is_none_or(|until| Instant::now() < until)
-    }
-
-    /// Turns to the next fallback model, where there is one.
+    /// Turns to the next fallback model, where there is one and time for it.
     pub fn fall_back(&self, chat: &mut Chat) -> bool {
-        chat.fall_back(&self.upstream.config.fallback_models)
+        Instant::now() < self.deadline && chat.fall_back(&self.upstream.config.fallback_models)
     }
 
-    /// Sends a streaming chat request; returns when the upstream begins to answer, before the deadline.
-    pub fn stream(&mut self, client: Arc<TcpStream>, chat: &mut Chat, deadline: Instant) -> Result<Events<'_>, ApiError> {
-        self.watch.begin(client, deadline);
+    /// Sends a streaming chat request; returns when the upstream begins to answer, in the time of the question that was begun.
+    pub fn stream(&mut self, client: Arc<TcpStream>, chat: &mut Chat) -> Result<Events<'_>, ApiError> {
+        self.watch.begin(client, self.deadline);
         match self.source(chat) {
             Ok((source, headers)) => {
                 if !matches!(source, Source::Upstream { shape: Shape::Json, .. }) {
@@ -347,8 +345,8 @@ impl Line {
             let model = names.contains(&name).then(|| mock::model(&name).to_string().into_bytes());
             return Ok((model.ok_or_else(no_model)?, Vec::new()));
         }
-        let deadline = self.begin();
-        self.watch.begin(client, deadline);
+        self.begin();
+        self.watch.begin(client, self.deadline);
         let result = self.ask_for_models(path);
         self.watch.end();
         result.map_err(|e| self.give_up(e))

@@ -57,8 +57,6 @@ const RETAIN_ROWS: u64 = 50;
 const RETENTION_TICK: Duration = Duration::from_secs(60);
 /// Bytes that the smallest write may take.
 const WORKING_ROOM: u64 = 64 << 10;
-/// What the index calls its work in the log.
-const INDEXED: &str = "indexed";
 
 /// Why the database is not ready.
 enum Trouble {
@@ -513,7 +511,7 @@ impl Writer {
             return false;
         }
         let last_id = self.last_id;
-        let done = self.attempt(INDEXED, |connection| {
+        let done = self.transact("indexed", |connection| {
             let Some((up_to, bytes)) = bite(connection)? else { return Ok(None) };
             connection.prepare_cached(include_str!("../../sql/queries/index_words.sql"))?.execute([up_to])?;
             connection.prepare_cached(include_str!("../../sql/queries/indexed_up_to.sql"))?.execute([up_to, last_id])?;
@@ -580,21 +578,26 @@ impl Writer {
         }
     }
 
-    /// Does `work` in one transaction. `None` where it failed, which is logged; the database is then
-    /// opened anew for the next.
+    /// The same as `transact`, and what becomes of it says whether pairs can be kept.
     fn attempt<T>(&mut self, what: &str, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Option<T> {
+        let result = self.transact(what, work);
+        let failing = result.is_none();
+        if self.state.failing.swap(failing, Ordering::Relaxed) && !failing {
+            log::info!("history can be written again");
+        }
+        result
+    }
+
+    /// Does `work` in one transaction. `None` where it failed, which is logged; the database is then
+    /// opened anew for the next. Trouble with the index alone keeps nobody from asking.
+    fn transact<T>(&mut self, what: &str, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Option<T> {
         if !self.is_in_place() {
             self.let_go();
         }
         let result = self.ready().and_then(|()| self.write(work).map_err(Trouble::Sql));
-        let failing = result.is_err();
         if let Err(trouble) = &result {
             log::error!("history cannot be {what}: {}", advice(trouble));
             self.open = None;
-        }
-        // Trouble with the index keeps nobody from asking; that of the disk the next pair meets, too.
-        if what != INDEXED && self.state.failing.swap(failing, Ordering::Relaxed) && !failing {
-            log::info!("history can be written again");
         }
         result.ok()
     }

@@ -4,8 +4,8 @@ use crate::support::PATIENCE;
 use crate::support::client::{Response, post, streaming};
 use crate::support::proxy::{Proxy, Setup, UPSTREAM_KEY};
 use crate::support::upstream::{
-    FakeUpstream, RefusingPort, Step, answer, completion, delta, event, piece, refusal, reply, reply_json, send, stream_head,
-    streamed,
+    FakeUpstream, RefusingPort, Step, answer, choice_that_failed, completion, delta, event, piece, refusal, reply, reply_json,
+    send, stream_head, streamed,
 };
 use rustix::net::sockopt;
 use serde_json::{Value, json};
@@ -40,13 +40,6 @@ fn expect_both_with(settings: &[(&str, &str)], steps: Vec<Step>, status: u16, co
     });
     assert_eq!(upstream.calls(), 2, "once each");
     assert_eq!(proxy.count_rows(), 0, "a failure before the answer is not a pair");
-}
-
-/// OpenRouter's form of an answer whose provider failed.
-pub fn choice_that_failed(code: u16) -> Value {
-    let said = json!({"role": "assistant", "content": ""});
-    let error = json!({"code": code, "message": "Provider died"});
-    json!({"choices": [{"index": 0, "message": said, "delta": said, "finish_reason": "error", "error": error}]})
 }
 
 fn answer_either(request_is_streaming: bool) -> Vec<Step> {

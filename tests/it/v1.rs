@@ -4,10 +4,9 @@ use crate::support::client::{Connection, Head, Request, Response, expect_error_o
 use crate::support::gate::Gate;
 use crate::support::proxy::{Proxy, UPSTREAM_KEY};
 use crate::support::upstream::{
-    FakeUpstream, Received, RefusingPort, Step, answer, completion, delta, end, event, finish, piece, refusal, reply, reply_json,
-    send, stream_head, streamed, usage,
+    FakeUpstream, Received, RefusingPort, Step, answer, choice_that_failed, completion, delta, end, event, finish, piece,
+    refusal, reply, reply_json, send, stream_head, streamed, usage,
 };
-use crate::upstream::choice_that_failed;
 use serde_json::{Value, json};
 use std::time::Duration;
 

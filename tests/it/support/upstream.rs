@@ -299,6 +299,13 @@ pub fn completion(text: &str) -> Value {
     })
 }
 
+/// OpenRouter's form of an answer whose provider failed.
+pub fn choice_that_failed(code: u16) -> Value {
+    let said = json!({"role": "assistant", "content": ""});
+    let error = json!({"code": code, "message": "Provider died"});
+    json!({"choices": [{"index": 0, "message": said, "delta": said, "finish_reason": "error", "error": error}]})
+}
+
 pub fn answer(text: &str) -> Vec<Step> {
     reply_json(200, &completion(text))
 }
