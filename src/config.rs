@@ -17,6 +17,9 @@ pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 pub const KEEP_ALIVE: Duration = Duration::from_secs(60);
 /// A client that sends nothing of its body, or takes nothing of an answer, for this long is given up.
 pub const CLIENT_STALL: Duration = Duration::from_secs(30);
+/// A body must be complete this long after it began, and a second more for each `BODY_RATE` bytes of it that came.
+pub const BODY_TIME: Duration = Duration::from_secs(60);
+pub const BODY_RATE: usize = 1000;
 /// Upstream connections are reused when they were idle for at most this long.
 pub const UPSTREAM_KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// One address of the upstream must accept within this time.
@@ -218,9 +221,9 @@ impl Config {
             api_keys,
             openai_api_key,
             upstream: upstream_url(given)?,
-            model: given.text("OPENAI_MODEL"),
+            model: given.line("OPENAI_MODEL")?,
             fallback_models: given
-                .text("OPENAI_FALLBACK_MODELS")
+                .line("OPENAI_FALLBACK_MODELS")?
                 .split(',')
                 .map(str::trim)
                 .filter(|m| !m.is_empty())
@@ -316,6 +319,12 @@ impl Given {
             .ok_or_else(|| self.bad(name, &format!("a whole number from {least} to {most}")))
     }
 
+    /// What goes into the log's lines.
+    fn line(&self, name: &str) -> Result<String, StartError> {
+        let text = self.text(name);
+        if text.contains(char::is_control) { Err(self.bad(name, "one line without control characters")) } else { Ok(text) }
+    }
+
     fn header_text(&self, name: &str) -> Result<String, StartError> {
         let text = self.text(name);
         let sane = text.bytes().all(|b| (0x20..0x7f).contains(&b));
@@ -391,6 +400,7 @@ fn upstream_url(given: &Given) -> Result<UpstreamUrl, StartError> {
         _ => true,
     };
     let clean = !host.is_empty()
+        && host.starts_with('[') == host.contains(']')
         && !host.starts_with(':')
         && port_ok
         && rest.bytes().all(|b| (0x21..0x7f).contains(&b) && !b"?#\"<>\\^`{|}".contains(&b));
@@ -441,13 +451,17 @@ mod tests {
             ("AUTH", "maybe"),
             ("HOST", "0.0.0.0"),
             ("OPENAI_BASE_URL", "ftp://x"),
+            ("OPENAI_BASE_URL", "http://[::1"),
+            ("OPENAI_BASE_URL", "http://[::1/v1"),
+            ("OPENAI_MODEL", "gpt\n2026-01-01 INFO all is well"),
+            ("OPENAI_FALLBACK_MODELS", "a,b\tc"),
             ("HISTORY_SYNC", "off"),
             ("API_KEYS", ","),
             ("DATABASE_PATH", ":memory:"),
             ("DATABASE_PATH", "file:a%20b.db"),
         ] {
             let e = config(&[(name, value)]).err().map(|e| e.message).unwrap_or_default();
-            assert!(e.contains(name) && e.contains(value), "{e}");
+            assert!(e.contains(name) && e.contains(&value.escape_debug().to_string()), "{e}");
         }
         for (name, value) in [
             ("API_KEYS", "a:hidden,b:hidden"),

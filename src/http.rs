@@ -37,8 +37,8 @@ use head::{Framing, MAX_HEAD};
 
 /// The first read of a request has room for so many bytes; only larger ones make it grow.
 const FIRST_READ: usize = 1024;
-/// And that of a body so many; it grows as they come.
-const FIRST_BODY: usize = 64 * 1024;
+/// And each read of a body for so many.
+const PIECE: usize = 16 * 1024;
 
 /// The listening socket and the connections that came from it.
 pub struct Listener {
@@ -263,13 +263,13 @@ impl Connection {
         if self.closing || self.answers.is_broken() {
             return Turn::Over;
         }
-        let mut parsed = Head::parse(&self.unparsed);
+        let mut parsed = self.parse();
         // Who began a request has the time that a head has, but for a worker, which waits for none.
         let is_quiet = matches!(parsed, Ok(None)) && (self.unparsed.is_empty() || at_once);
         let mut is_over = false;
         if is_quiet {
             match self.receive(patience) {
-                Ok(Some(1..)) => parsed = Head::parse(&self.unparsed),
+                Ok(Some(1..)) => parsed = self.parse(),
                 Ok(None) => return Turn::Quiet,
                 _ => is_over = true,
             }
@@ -316,6 +316,15 @@ impl Connection {
         let listed = Arc::clone(&self.listed);
         let responder = Responder::new(Arc::clone(&self.stream), form, id.clone(), Arc::clone(&self.answers), listed);
         Turn::Call(Box::new(Call { started, peer: self.peer, id, own_id: own_id.is_some(), head, admitted, body, responder }))
+    }
+
+    /// The head that was received. An empty line before it is passed over (RFC 9112, section 2.2): some clients end a
+    /// body with one.
+    fn parse(&mut self) -> Result<Option<Head>, ApiError> {
+        if self.unparsed.starts_with(b"\r\n") {
+            self.unparsed.drain(..2);
+        }
+        Head::parse(&self.unparsed)
     }
 
     /// Reading the next request, or refusing it, will wait for nothing more of it.
@@ -399,7 +408,7 @@ impl Connection {
                 Ok(None) => {}
             }
             match self.receive(deadline.saturating_duration_since(Instant::now())) {
-                Ok(Some(1..)) => parsed = Head::parse(&self.unparsed),
+                Ok(Some(1..)) => parsed = self.parse(),
                 Ok(None) => {
                     let text = format!("the request's head was not complete within {} s", config::HEADER_TIMEOUT.as_secs());
                     return Some(Err((None, ApiError::new(Code::REQUEST_TIMEOUT, text))));
@@ -441,18 +450,18 @@ impl Connection {
 
     /// Reads the rest of a body of a known length.
     fn read_on(&self, mut body: Vec<u8>, length: usize) -> Result<Vec<u8>, ApiError> {
-        let rest = length - body.len();
         // An announced length is not believed before it has come.
-        body.reserve_exact(rest.min(FIRST_BODY));
-        match (&*self.stream).take(rest as u64).read_to_end(&mut body) {
-            Ok(read) if read < rest => Err(ApiError::client_gone()),
-            Ok(_) => Ok(body),
-            Err(e) => Err(not_read(&e)),
+        let (began, mut piece) = (Instant::now(), Vec::new());
+        while body.len() < length {
+            self.read_piece(&mut piece, length - body.len(), began, body.len())?;
+            body.extend_from_slice(&piece);
         }
+        Ok(body)
     }
 
     /// Reads a chunked body, and keeps what follows it.
     fn read_chunked(&mut self, begun: Vec<u8>, most: usize) -> Result<Vec<u8>, ApiError> {
+        let (began, mut received) = (Instant::now(), begun.len());
         let mut decoder = Decoder::new(most);
         let mut piece = begun;
         loop {
@@ -460,14 +469,29 @@ impl Connection {
                 self.unparsed.extend_from_slice(rest);
                 return Ok(decoder.into_body());
             }
-            piece.resize(8 * 1024, 0);
-            match (&*self.stream).read(&mut piece) {
-                Ok(0) => return Err(ApiError::client_gone()),
-                Ok(read) => piece.truncate(read),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => piece.clear(),
-                Err(e) => return Err(not_read(&e)),
-            }
+            self.read_piece(&mut piece, PIECE, began, received)?;
+            received += piece.len();
         }
+    }
+
+    /// Makes `piece` the next bytes of a body, at most so many; `received` came since it began.
+    fn read_piece(&self, piece: &mut Vec<u8>, most: usize, began: Instant, received: usize) -> Result<(), ApiError> {
+        piece.resize(most.min(PIECE), 0);
+        let read = loop {
+            match (&*self.stream).read(piece) {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(not_read(&e)),
+                Ok(0) => return Err(ApiError::client_gone()),
+                Ok(read) => break read,
+            }
+        };
+        piece.truncate(read);
+        let allowed = config::BODY_TIME + Duration::from_secs((received / config::BODY_RATE) as u64);
+        if began.elapsed() > allowed {
+            let text = format!("the body was not complete within {} s, for what came of it", allowed.as_secs());
+            return Err(ApiError::new(Code::REQUEST_TIMEOUT, text));
+        }
+        Ok(())
     }
 }
 
@@ -494,13 +518,12 @@ impl Drop for Connection {
 /// Why a body could not be read.
 fn not_read(e: &io::Error) -> ApiError {
     match e.kind() {
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => stalled(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+            let text = format!("nothing of the body came for {} s", config::CLIENT_STALL.as_secs());
+            ApiError::new(Code::REQUEST_TIMEOUT, text)
+        }
         _ => ApiError::client_gone(),
     }
-}
-
-fn stalled() -> ApiError {
-    ApiError::new(Code::REQUEST_TIMEOUT, format!("nothing of the body came for {} s", config::CLIENT_STALL.as_secs()))
 }
 
 /// The client's `X-Request-Id`, unless it could break a log line.

@@ -325,6 +325,32 @@ fn pipelined_requests_in_crumbs_are_answered_in_order_and_as_themselves() {
     }
 }
 
+/// RFC 9112, section 2.2: an old client ends a body with an empty line that no length counts.
+#[test]
+fn an_empty_line_before_a_request_is_passed_over() {
+    let proxy = Proxy::start();
+    let question = post_bytes("/api/ask", question_of(20)).bytes();
+    let last_words = head("GET /livez HTTP/1.1", "Connection: close\r\n");
+    let statuses = |pieces: &[&[u8]]| -> Vec<u16> {
+        let stream = plug_in(proxy.address);
+        throw(&stream, pieces);
+        responses(&hear(&stream).0).iter().map(|response| response.status).collect()
+    };
+    for pieces in [&[&b"\r\n"[..], &last_words][..], &[b"\r", b"\n", &last_words], &[&[b"\r\n", &last_words[..]].concat()]] {
+        assert_eq!(statuses(pieces), [200], "{pieces:?}");
+    }
+    for pieces in [
+        &[&question[..], b"\r\n", &last_words][..],
+        &[&[&question[..], b"\r\n", &last_words].concat()],
+        &[&[&question[..], b"\r"].concat(), &[b"\n", &last_words[..]].concat()],
+        &[&[&question[..], b"\r\n"].concat(), &last_words],
+    ] {
+        assert_eq!(statuses(pieces), [200, 200], "{pieces:?}");
+    }
+    assert_eq!(statuses(&[&[b"\r\n\r\n", &last_words[..]].concat()]), [400], "one is enough");
+    assert_eq!(statuses(&[&[b"\n", &last_words[..]].concat()]), [400], "lines end with CRLF");
+}
+
 #[test]
 fn a_request_inside_a_body_is_a_body() {
     let proxy = Proxy::with(&[("API_KEYS", "alice:secret1"), ("MAX_BODY_BYTES", "1000")]).start();
@@ -480,7 +506,7 @@ fn whoever_is_slow_is_given_up_in_time_and_in_silence_where_nothing_was_asked() 
         loop {
             let (more, end) = hear(&stream);
             heard.extend(more);
-            if end != End::Open || started.elapsed() > soon(60) {
+            if end != End::Open || started.elapsed() > soon(70) {
                 return (responses(&heard), started.elapsed());
             }
             let _ = (&stream).write_all(b"x");
@@ -537,6 +563,11 @@ fn whoever_is_slow_is_given_up_in_time_and_in_silence_where_nothing_was_asked() 
         ] {
             let bytes = [&head("POST /api/ask HTTP/1.1", headers)[..], begun.as_bytes()].concat();
             scope.spawn(move || expect_timeout(wait(proxy, &bytes), 30));
+        }
+        // A body that comes, but hardly.
+        for (headers, begun) in [("Content-Length: 10000\r\n", "{\"quest"), (chunked, "1000\r\n{\"quest")] {
+            let bytes = [&head("POST /api/ask HTTP/1.1", headers)[..], begun.as_bytes()].concat();
+            scope.spawn(move || expect_timeout(drip(proxy, &bytes), 61));
         }
         // A body that makes progress is waited for.
         scope.spawn(move || {
