@@ -347,7 +347,7 @@ impl Given {
 
 /// A file, and none of what else SQLite makes of a name (<https://sqlite.org/uri.html>).
 fn database_path(given: &Given) -> Result<PathBuf, StartError> {
-    let path = given.text("DATABASE_PATH");
+    let path = given.line("DATABASE_PATH")?;
     if path == ":memory:" || path.starts_with("file:") {
         return Err(given.bad("DATABASE_PATH", "the path of a file; one with such a name is ./NAME"));
     }
@@ -457,6 +457,7 @@ mod tests {
             ("OPENAI_FALLBACK_MODELS", "a,b\tc"),
             ("HISTORY_SYNC", "off"),
             ("API_KEYS", ","),
+            ("DATABASE_PATH", "a\nb.db"),
             ("DATABASE_PATH", ":memory:"),
             ("DATABASE_PATH", "file:a%20b.db"),
         ] {

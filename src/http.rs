@@ -267,20 +267,24 @@ impl Connection {
         // Who began a request has the time that a head has, but for a worker, which waits for none.
         let is_quiet = matches!(parsed, Ok(None)) && (self.unparsed.is_empty() || at_once);
         let mut is_over = false;
-        if is_quiet {
+        while is_quiet && !is_over {
             match self.receive(patience) {
                 Ok(Some(1..)) => parsed = self.parse(),
                 Ok(None) => return Turn::Quiet,
                 _ => is_over = true,
             }
+            // An empty line alone begins no request.
+            if at_once || !self.unparsed.is_empty() {
+                break;
+            }
         }
         // One request at a time: only who does not wait for answers is made to wait here. Nor is a connection at its end
         // before its last answer, which may still wait for its commit.
-        while self.answers.is_pending() {
+        if self.answers.is_pending() {
             if at_once {
                 return Turn::Quiet;
             }
-            self.answers.wait(config::DATABASE_BUSY);
+            self.answers.wait(Duration::MAX);
         }
         if is_over || self.answers.is_broken() {
             return Turn::Over;

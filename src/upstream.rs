@@ -85,10 +85,20 @@ impl Upstream {
         Ok(Upstream { config, request, secrets, metrics })
     }
 
+    fn has_secret(&self, text: &str) -> bool {
+        self.secrets.iter().any(|secret| text.contains(secret))
+    }
+
     fn redact(&self, text: &str) -> String {
+        let mut text = text.to_string();
+        if self.has_secret(&text) {
+            text = self.secrets.iter().fold(text, |text, secret| text.replace(secret, "***"));
+        }
         // Shortened after that: a part of a secret gives it away, too.
-        let text = self.secrets.iter().fold(text.to_string(), |text, secret| text.replace(secret, "***"));
-        text.chars().take(MAX_WORDS).collect()
+        if let Some((end, _)) = text.char_indices().nth(MAX_WORDS) {
+            text.truncate(end);
+        }
+        text
     }
 
     fn failed(&self, code: Code, text: &str) -> ApiError {
@@ -100,7 +110,7 @@ impl Upstream {
         // Of one that is there twice, the first.
         let fields = headers.keys().filter_map(|name| {
             let value = headers.get(name)?.to_str().ok();
-            let value = value.filter(|value| !self.secrets.iter().any(|secret| value.contains(secret)))?;
+            let value = value.filter(|value| !self.has_secret(value))?;
             let wanted = match name.as_str() {
                 "x-request-id" => is_sane_id(value),
                 "openai-processing-ms" => value.len() <= 64,
@@ -160,7 +170,7 @@ impl Upstream {
         let mut error = self.failed(code, &text);
         let retry_after = retry_after(response.headers());
         if matches!(code.status(), 429 | 503) {
-            let clean = retry_after.filter(|value| !self.secrets.iter().any(|secret| value.contains(secret)));
+            let clean = retry_after.filter(|value| !self.has_secret(value));
             error.retry_after = clean.map(str::to_string).or(error.retry_after);
         }
         let limits = self.passed_on(response.headers()).into_iter().filter(|(name, _)| name.starts_with("x-ratelimit-"));
@@ -168,7 +178,7 @@ impl Upstream {
         // OpenAI's word for an account without money, which no waiting fills.
         let quota = status == 429 && body.windows(18).any(|w| w == b"insufficient_quota");
         let wait = retry_after.and_then(wait_of);
-        if quota || matches!(status, 300..=407 | 409..=428) {
+        if quota || matches!(status, 300..=407 | 409..=428 | 430..=499) {
             error = error.pointless_to_retry();
         }
         let retry = matches!(status, 408 | 429 | 500..=599) && !quota;

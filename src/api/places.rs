@@ -25,9 +25,10 @@ impl Places {
         Arc::new(Places { taken: Mutex::default(), freed: Condvar::new(), most })
     }
 
-    /// Takes `count` of them, after a while if need be; `None`: there was no room within `patience`.
+    /// Takes `count` of them, after a while if need be; `None`: there was no room within `patience`. More than there are
+    /// in all get in alone.
     pub fn take(self: &Arc<Places>, count: usize, patience: Duration) -> Option<Taken> {
-        let mut taken = wait_while(&self.freed, lock(&self.taken), patience, |taken| *taken + count > self.most)?;
+        let mut taken = wait_while(&self.freed, lock(&self.taken), patience, |taken| *taken > 0 && *taken + count > self.most)?;
         *taken += count;
         Some(Taken { places: Arc::clone(self), count })
     }
@@ -37,5 +38,22 @@ impl Drop for Taken {
     fn drop(&mut self) {
         *lock(&self.places.taken) -= self.count;
         self.places.freed.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_wants_more_than_there_are_gets_in_alone() {
+        let places = Places::new(10);
+        let one = places.take(1, Duration::ZERO);
+        assert!(one.is_some() && places.take(11, Duration::ZERO).is_none());
+        drop(one);
+        let all = places.take(11, Duration::ZERO);
+        assert!(all.is_some() && places.take(1, Duration::ZERO).is_none());
+        drop(all);
+        assert!(places.take(10, Duration::ZERO).is_some());
     }
 }

@@ -41,7 +41,8 @@ impl Head {
     /// Reads the head at the start of `bytes`: `None` while it is incomplete. Errs with 400, 414 or 431 where it cannot
     /// be read, after which nothing more may be read from the connection.
     pub fn parse(bytes: &[u8]) -> Result<Option<Head>, ApiError> {
-        if bytes.is_empty() {
+        // Of an empty line before it, which is passed over, there may be half.
+        if matches!(bytes, b"" | b"\r") {
             return Ok(None);
         }
         // A line is ended by CRLF and by nothing else (RFC 9112, section 2.2, lets us refuse the rest).

@@ -159,6 +159,9 @@ impl Surplus {
         if self.days > 0 {
             find(include_str!("../../sql/queries/oldest_over_age.sql"), &[most as i64, self.days as i64])?;
         }
+        if ids.is_empty() {
+            return Ok(0);
+        }
         let mut forget_words = connection.prepare_cached(include_str!("../../sql/queries/forget_words.sql"))?;
         let mut forget = connection.prepare_cached(include_str!("../../sql/queries/forget.sql"))?;
         let mut deleted = 0;
@@ -632,6 +635,7 @@ impl Writer {
     /// first; a journal that is left must not be taken for that of another database.
     fn let_go(&mut self) {
         if let Some(open) = self.open.take() {
+            self.last_id = 0;
             log_unmoved(open.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())));
         }
     }
@@ -672,7 +676,6 @@ impl Writer {
         if self.sync == Durability::Full {
             connection.execute_batch("PRAGMA synchronous = FULL")?;
         }
-        self.last_id = 0;
         self.learn(&connection)?;
         self.open = Some(Open { connection, files: self.files() });
         self.state.opening.fetch_add(1, Ordering::Relaxed);

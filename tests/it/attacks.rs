@@ -336,8 +336,19 @@ fn an_empty_line_before_a_request_is_passed_over() {
         throw(&stream, pieces);
         responses(&hear(&stream).0).iter().map(|response| response.status).collect()
     };
-    for pieces in [&[&b"\r\n"[..], &last_words][..], &[b"\r", b"\n", &last_words], &[&[b"\r\n", &last_words[..]].concat()]] {
-        assert_eq!(statuses(pieces), [200], "{pieces:?}");
+    assert_eq!(statuses(&[&[b"\r\n", &last_words[..]].concat()]), [200]);
+    // In pieces, each of which is all that there is.
+    for pieces in [&[&b"\r\n"[..]][..], &[b"\r", b"\n"], &[b"\r\n", b"\r\n", b"\r\n"]] {
+        let stream = plug_in(proxy.address);
+        stream.set_read_timeout(Some(Duration::from_millis(200))).expect("a read timeout");
+        for piece in pieces {
+            throw(&stream, &[piece]);
+            assert_eq!(hear(&stream), (Vec::new(), End::Open), "{pieces:?}");
+        }
+        throw(&stream, &[&last_words]);
+        stream.set_read_timeout(None).expect("no read timeout");
+        let statuses: Vec<u16> = responses(&hear(&stream).0).iter().map(|response| response.status).collect();
+        assert_eq!(statuses, [200], "{pieces:?}");
     }
     for pieces in [
         &[&question[..], b"\r\n", &last_words][..],
@@ -587,10 +598,12 @@ fn whoever_is_slow_is_given_up_in_time_and_in_silence_where_nothing_was_asked() 
             assert_eq!(statuses, [200, 200], "36 s are no stall");
         });
         // Nothing was asked: nothing is said.
-        scope.spawn(move || {
-            let (answered, after) = wait(proxy, b"");
-            assert!(answered.is_empty() && after < soon(60), "{answered:?} after {after:?}");
-        });
+        for nothing in ["", "\r\n"] {
+            scope.spawn(move || {
+                let (answered, after) = wait(proxy, nothing.as_bytes());
+                assert!(answered.is_empty() && after < soon(60), "{answered:?} after {after:?}");
+            });
+        }
         scope.spawn(move || {
             let (answered, after) = wait(proxy, &livez());
             assert!(answered.len() == 1 && answered[0].status == 200, "nothing but the answer: {answered:?}");

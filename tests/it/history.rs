@@ -156,6 +156,24 @@ fn who_asks_is_answered_whatever_became_of_the_index() {
     assert_eq!(complaints, 1, "{:#?}", proxy.log());
 }
 
+/// Not even where the row, of which the index knew nothing, was deleted by hand and a failure made the server look anew.
+#[test]
+fn an_id_is_never_used_twice() {
+    let (_upstream, proxy) = echoing();
+    proxy.answer("whale");
+    assert_eq!(questions(&page(&proxy, "?q=whale")), ["whale"]);
+    let database = rusqlite::Connection::open(proxy.database_path()).expect("it opens");
+    assert_eq!(database.execute("UPDATE history_words_data SET block = x'00'", []).expect("damaged"), 3);
+    let id = proxy.answer("the last")["id"].as_i64().expect("an id");
+    eventually("the index rests", || proxy.log().iter().any(|line| line.contains("cannot be indexed")));
+    assert_eq!(database.execute("DELETE FROM history WHERE id = ?1", [id]).expect("deleted"), 1);
+    database.execute_batch("BEGIN EXCLUSIVE").expect("the lock is free");
+    proxy.call(&post("/api/ask", &json!({"question": "during?"}))).expect_error(503, "history_unavailable");
+    database.execute_batch("ROLLBACK").expect("the lock is given back");
+    eventually("it is ready again", || proxy.get("/readyz").status == 200);
+    assert_eq!(proxy.answer("after?")["id"].as_i64(), Some(id + 1));
+}
+
 #[test]
 fn q_gives_the_best_match_first() {
     let (_upstream, proxy) = echoing();

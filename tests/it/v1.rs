@@ -350,7 +350,7 @@ fn where_a_retry_is_pointless_the_client_is_told() {
     for request in [chat(json!({})), chat_stream()] {
         let quota = reply_json(429, &quota);
         assert_eq!(should_retry("2", vec![quota], &request), (429, vec![NEVER.into()], 1), "no waiting fills an account");
-        for (status, ours) in [(400, 400), (413, 400), (422, 400), (401, 502), (402, 502), (403, 502), (404, 502)] {
+        for (status, ours) in [(400, 400), (413, 400), (422, 400), (401, 502), (402, 502), (403, 502), (404, 502), (451, 502)] {
             let said = should_retry("2", vec![refusal(status, "no")], &request);
             assert_eq!(said, (ours, vec![NEVER.into()], 1), "{status} is final");
         }
