@@ -19,6 +19,7 @@ pub const KEEP_ALIVE: Duration = Duration::from_secs(60);
 pub const CLIENT_STALL: Duration = Duration::from_secs(30);
 /// A body must be complete this long after it began, and a second more for each `BODY_RATE` bytes of it that came.
 pub const BODY_TIME: Duration = Duration::from_secs(60);
+/// So many bytes of a body are a second's worth.
 pub const BODY_RATE: usize = 1000;
 /// Upstream connections are reused when they were idle for at most this long.
 pub const UPSTREAM_KEEP_ALIVE: Duration = Duration::from_secs(10);
@@ -197,17 +198,9 @@ impl Config {
         if !openai_api_key.bytes().all(|b| (0x21..0x7f).contains(&b)) {
             return Err(given.bad("OPENAI_API_KEY", "printable ASCII without blanks"));
         }
-        let booleans = &[
-            ("true", true),
-            ("1", true),
-            ("yes", true),
-            ("on", true),
-            ("false", false),
-            ("0", false),
-            ("no", false),
-            ("off", false),
-        ];
-        let mode = if given.choice("MOCK_MODE", booleans)? {
+        let (yes, no) = (["true", "1", "yes", "on"], ["false", "0", "no", "off"]);
+        let booleans = [yes.map(|word| (word, true)), no.map(|word| (word, false))].concat();
+        let mode = if given.choice("MOCK_MODE", &booleans)? {
             Mode::MockAsked
         } else if openai_api_key.is_empty() {
             Mode::MockNoKey

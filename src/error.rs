@@ -58,7 +58,7 @@ impl Code {
     }
 }
 
-/// A request's failure before its first byte went out: it can still become a status.
+/// Why a request failed: a status while nothing of an answer went out, an event of the stream after that.
 #[derive(Debug)]
 pub struct ApiError {
     pub code: Code,

@@ -13,7 +13,7 @@ use crate::error::{ApiError, Code};
 const FIELDS: [&str; 5] = ["question", "model", "system", "temperature", "max_tokens"];
 
 /// The body of `POST /api/ask` and `POST /api/streaming`, checked.
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Default, PartialEq)]
 pub struct Question {
     pub question: String,
     pub model: Option<String>,
@@ -29,48 +29,36 @@ impl Question {
         let Value::Object(fields) = parse_json(body)? else {
             return Err(ApiError::invalid("body", "the body must be a JSON object"));
         };
-        let mut asked = Question { question: String::new(), model: None, system: None, temperature: None, max_tokens: None };
-        let mut has_question = false;
+        let (mut asked, mut question) = (Question::default(), None);
+        let must = |name: &str, be: &str| ApiError::invalid(name, format!("{name} must be {be}"));
         for (name, value) in fields {
             match (name.as_str(), value) {
-                ("question", Value::String(text)) => {
-                    has_question = true;
-                    asked.question = text;
-                }
-                ("question", _) => return Err(ApiError::invalid("question", "question must be a string")),
+                ("question", Value::String(text)) => question = Some(text),
+                ("question", _) => return Err(must("question", "a string")),
                 ("model" | "system" | "temperature" | "max_tokens", Value::Null) => {}
                 ("model", Value::String(text)) if !text.trim().is_empty() => asked.model = Some(text),
-                ("model", _) => return Err(ApiError::invalid("model", "model must be a string that is not blank")),
+                ("model", _) => return Err(must("model", "a string that is not blank")),
                 ("system", Value::String(text)) => asked.system = Some(text),
-                ("system", _) => return Err(ApiError::invalid("system", "system must be a string")),
+                ("system", _) => return Err(must("system", "a string")),
                 ("temperature", value) => {
                     let temperature = value.as_f64().filter(|t| (0.0..=2.0).contains(t));
-                    asked.temperature = Some(
-                        temperature
-                            .ok_or_else(|| ApiError::invalid("temperature", "temperature must be a number from 0 to 2"))?,
-                    );
+                    asked.temperature = Some(temperature.ok_or_else(|| must("temperature", "a number from 0 to 2"))?);
                 }
                 ("max_tokens", value) => {
                     // In JSON 64.0 is a whole number, too.
                     let whole = |n: f64| (n.fract() == 0.0 && n >= 0.0).then_some(n as u64);
-                    let tokens =
-                        value.as_u64().or_else(|| value.as_f64().and_then(whole)).filter(|n| (1..=i32::MAX as u64).contains(n));
-                    asked.max_tokens = Some(tokens.ok_or_else(|| {
-                        ApiError::invalid("max_tokens", "max_tokens must be a whole number from 1 to 2147483647")
-                    })?);
+                    let tokens = value.as_u64().or_else(|| value.as_f64().and_then(whole));
+                    let tokens = tokens.filter(|n| (1..=i32::MAX as u64).contains(n));
+                    asked.max_tokens = Some(tokens.ok_or_else(|| must("max_tokens", "a whole number from 1 to 2147483647"))?);
                 }
                 (unknown, _) => {
                     let shown: String = unknown.chars().take(64).collect();
-                    return Err(ApiError::invalid(
-                        &shown,
-                        format!("unknown field {shown:?}; known are question, model, system, temperature, max_tokens"),
-                    ));
+                    let text = format!("unknown field {shown:?}; known are {}", FIELDS.join(", "));
+                    return Err(ApiError::invalid(&shown, text));
                 }
             }
         }
-        if !has_question {
-            return Err(ApiError::invalid("question", "question is missing"));
-        }
+        asked.question = question.ok_or_else(|| ApiError::invalid("question", "question is missing"))?;
         if asked.question.trim().is_empty() {
             return Err(ApiError::invalid("question", "question is blank"));
         }

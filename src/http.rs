@@ -29,7 +29,7 @@ use crate::config::{self, Config};
 use crate::error::{ApiError, Code, StartError, is_sane_id};
 use crate::kernel;
 use crate::lock::{lock, wait_while};
-use answer::{Answers, Form};
+use answer::Answers;
 pub use answer::{Reply, Responder, StreamWriter, is_gone};
 use chunked::{Decoder, too_large};
 pub use head::Head;
@@ -56,21 +56,21 @@ pub struct Connections {
     /// By their cookies.
     sockets: Mutex<HashMap<u64, Weak<TcpStream>>>,
     room: Condvar,
-    is_deaf: AtomicBool,
+    is_shut: AtomicBool,
     /// For requests that bring no id.
     ids: (RandomState, AtomicU64),
 }
 
 impl Connections {
     /// How many are open now.
-    pub fn open(&self) -> usize {
+    pub fn count(&self) -> usize {
         lock(&self.sockets).len()
     }
 
     /// Shuts all of them. For reading: to whoever waits for a client or watches one it has gone, but it can still be
     /// answered. For both: whoever waits until a client takes its answer waits no longer.
     pub fn shut(&self, how: Shutdown) {
-        self.is_deaf.store(true, Ordering::SeqCst);
+        self.is_shut.store(true, Ordering::SeqCst);
         lock(&self.sockets).values().filter_map(Weak::upgrade).for_each(|socket| drop(socket.shutdown(how)));
     }
 
@@ -81,8 +81,8 @@ impl Connections {
     }
 
     /// They were shut: clients that seem to have gone may be there.
-    pub fn are_deaf(&self) -> bool {
-        self.is_deaf.load(Ordering::SeqCst)
+    pub fn were_shut(&self) -> bool {
+        self.is_shut.load(Ordering::SeqCst)
     }
 }
 
@@ -296,14 +296,17 @@ impl Connection {
         self.owes_body = true;
         let Some(next) = self.next_head(parsed, started + config::HEADER_TIMEOUT) else { return Turn::Over };
         let (head, admitted, body, keep) = match next {
-            Ok(head) => {
-                let (admitted, verdict) = admit(&head);
-                let (body, keep) = self.body(&head, verdict);
-                self.owes_body = !keep;
-                let keep = keep && !head.close;
-                (Some(head), admitted, body, keep)
-            }
-            Err((head, e)) => (head, None, Err(e), false),
+            Ok(mut head) => match head.fault.take() {
+                Some(e) => (Some(head), None, Err(e), false),
+                None => {
+                    let (admitted, verdict) = admit(&head);
+                    let (body, keep) = self.body(&head, verdict);
+                    self.owes_body = !keep;
+                    let keep = keep && !head.close;
+                    (Some(head), admitted, body, keep)
+                }
+            },
+            Err(e) => (None, None, Err(e), false),
         };
         self.closing = !keep;
         if self.unparsed.is_empty() {
@@ -312,13 +315,7 @@ impl Connection {
         }
         let own_id = head.as_ref().and_then(request_id);
         let id = own_id.clone().unwrap_or_else(|| self.listed.connections.new_id());
-        let form = Form {
-            http10: head.as_ref().is_some_and(|head| head.http10),
-            head_only: head.as_ref().is_some_and(|head| head.method() == "HEAD"),
-            keep,
-        };
-        let listed = Arc::clone(&self.listed);
-        let responder = Responder::new(Arc::clone(&self.stream), form, id.clone(), Arc::clone(&self.answers), listed);
+        let responder = Responder::new(self, head.as_ref(), id.clone());
         Turn::Call(Box::new(Call { started, peer: self.peer, id, own_id: own_id.is_some(), head, admitted, body, responder }))
     }
 
@@ -393,29 +390,19 @@ impl Connection {
         Ok(())
     }
 
-    /// Reads on until there is a whole head; one that is refused goes along where it can be read all the same. `None`: the
-    /// client has gone, and nothing is said.
-    fn next_head(
-        &mut self,
-        mut parsed: Result<Option<Head>, ApiError>,
-        deadline: Instant,
-    ) -> Option<Result<Head, (Option<Head>, ApiError)>> {
+    /// Reads on until there is a whole head. `None`: the client has gone, and nothing is said.
+    fn next_head(&mut self, mut parsed: Result<Option<Head>, ApiError>, deadline: Instant) -> Option<Result<Head, ApiError>> {
         loop {
             match parsed {
-                Ok(Some(mut head)) => {
-                    return Some(match head.fault.take() {
-                        Some(e) => Err((Some(head), e)),
-                        None => Ok(head),
-                    });
-                }
-                Err(e) => return Some(Err((None, e))),
+                Ok(Some(head)) => return Some(Ok(head)),
+                Err(e) => return Some(Err(e)),
                 Ok(None) => {}
             }
             match self.receive(deadline.saturating_duration_since(Instant::now())) {
                 Ok(Some(1..)) => parsed = self.parse(),
                 Ok(None) => {
                     let text = format!("the request's head was not complete within {} s", config::HEADER_TIMEOUT.as_secs());
-                    return Some(Err((None, ApiError::new(Code::REQUEST_TIMEOUT, text))));
+                    return Some(Err(ApiError::new(Code::REQUEST_TIMEOUT, text)));
                 }
                 _ => return None,
             }

@@ -1,7 +1,7 @@
 //! What only the kernel and the C library know or do, and neither std nor rustix offers: the descriptor of a socket
 //! that the HTTP library keeps to itself, whether a peer has taken what was sent, memory that is not in use, which
 //! thread goes first. And what std does not do as it is needed here: a wait with an end, which file stands at a path
-//! and what room is left there.
+//! and what room is left there, how many files may be open, how much memory the program takes.
 //! The only `unsafe` code of the program; knows no HTTP.
 //!
 //! Why the sockets: the library's parser has no limits, and its connection type does not let go of the
@@ -164,6 +164,22 @@ pub fn forget_unused_heap() {
     unsafe {
         libc::malloc_trim(0);
     }
+}
+
+/// A connection takes three descriptors and a call one, so the soft limit goes up to the hard one.
+pub fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum {
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+    }
+}
+
+/// Bytes of resident memory (proc(5), statm: pages).
+pub fn resident_memory() -> Option<u64> {
+    let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
+    let pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;
+    Some(pages * rustix::param::page_size() as u64)
 }
 
 #[cfg(test)]

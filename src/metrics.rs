@@ -89,7 +89,6 @@ pub struct Gauges {
     /// Bytes; `None` where the system does not tell.
     pub resident_memory: Option<u64>,
     pub uptime: Duration,
-    pub version: &'static str,
 }
 
 impl Metrics {
@@ -208,7 +207,7 @@ impl Metrics {
         }
         text.one("ai_proxy_uptime_seconds", "gauge", "Since the start.", now.uptime.as_secs_f64());
         text.describe("ai_proxy_build_info", "gauge", "The program's version.");
-        text.line("ai_proxy_build_info", &format!("version=\"{}\"", now.version), 1.0);
+        text.line("ai_proxy_build_info", &format!("version=\"{}\"", env!("CARGO_PKG_VERSION")), 1.0);
         text.0
     }
 }
@@ -275,7 +274,6 @@ mod tests {
             connections: 2,
             resident_memory: None,
             uptime: Duration::from_secs(1),
-            version: "1",
         };
         let text = metrics.render(&gauges);
         for line in [

@@ -368,7 +368,7 @@ impl NoAnswer {
 pub fn parse_completion(body: &[u8]) -> Result<Completion, NoAnswer> {
     let answer: Answer = from_json(body).map_err(|e| format!("its answer is not a chat completion: {e}"))?;
     no_error("it answered with an error", answer.error)?;
-    let mut choices = answer.choices.unwrap_or_default().0;
+    let mut choices = answer.choices.map_or_else(Vec::new, |Few(choices)| choices);
     if choices.is_empty() {
         return Err("its answer has no choices".to_string().into());
     }
@@ -378,7 +378,7 @@ pub fn parse_completion(body: &[u8]) -> Result<Completion, NoAnswer> {
     let mut text = message.text().into_owned();
     let mut calls = ToolCalls::default();
     message.calls(&mut calls);
-    if text.len() + calls.len() > MAX_ANSWER {
+    if text.len() + calls.size() > MAX_ANSWER {
         return Err(NoAnswer::too_large());
     }
     calls.append_to(&mut text);
@@ -447,7 +447,7 @@ pub fn parse_chunk(data: &[u8]) -> Result<Chunk<'_>, NoAnswer> {
     no_error("its stream broke off with an error", answer.error)?;
     let usage = usage(answer.usage);
     let mut chunk = Chunk { model: answer.model.map(|Words(model)| model), usage, ..Chunk::default() };
-    let choices = answer.choices.unwrap_or_default().0;
+    let choices = answer.choices.map_or_else(Vec::new, |Few(choices)| choices);
     chunk.has_choice = !choices.is_empty();
     // Further choices (`n` > 1) reach the client, and history keeps the first.
     for choice in choices.into_iter().filter(Choice::is_first) {
@@ -555,15 +555,9 @@ object!(Answer<'de> { choices, error } wishes { model, usage });
 /// The first `MOST_PARTS` of a list. The others are read and not kept: an empty one takes a hundred times its bytes.
 struct Few<T>(Vec<T>);
 
-impl<T> Default for Few<T> {
-    fn default() -> Few<T> {
-        Few(Vec::new())
-    }
-}
-
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Few<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Few<T>, D::Error> {
-        deserializer.deserialize_seq(Few::default())
+        deserializer.deserialize_seq(Few(Vec::new()))
     }
 }
 
@@ -619,7 +613,7 @@ impl<'a> Said<'a> {
     /// Adds its calls, or pieces of calls, as they are.
     fn calls(&mut self, all: &mut ToolCalls) {
         let older = self.function_call.take().map(|function| function.called(None, None));
-        let calls = self.tool_calls.take().unwrap_or_default().0.into_iter().filter_map(|Wish(call)| call);
+        let calls = self.tool_calls.take().map_or_else(Vec::new, |Few(calls)| calls).into_iter().filter_map(|Wish(call)| call);
         for call in calls.chain(older) {
             all.size += call.size();
             all.calls.push(call);
@@ -735,7 +729,7 @@ impl ToolCalls {
     }
 
     /// About how many bytes history keeps of them.
-    pub fn len(&self) -> usize {
+    pub fn size(&self) -> usize {
         self.size
     }
 
@@ -1027,7 +1021,7 @@ mod tests {
         calls.append_to(&mut answer);
         // A null is written twice as long as two quotes, and the list has a frame of its own.
         let nulls = 3 * "null".len() - 3 * "\"\"".len();
-        assert_eq!(calls.len(), answer.len() + nulls - r#"{"tool_calls":[]}"#.len() + 1, "{answer}");
+        assert_eq!(calls.size(), answer.len() + nulls - r#"{"tool_calls":[]}"#.len() + 1, "{answer}");
     }
 
     #[test]

@@ -16,7 +16,7 @@ use crate::lock::{lock, wait_within};
 /// What a thread, with its own `W`, is to do.
 pub type Job<W> = Box<dyn FnOnce(&mut W) + Send>;
 
-/// Tells of a job that waits whether nobody wants it any more, so that it is done in no time.
+/// Whether the client of a queued job has gone: to do such a job is to log it.
 pub type IsVain = Box<dyn Fn() -> bool + Send>;
 
 /// A thread uses little of its stack, but JSON 128 levels deep takes this much in a debug build. Only
@@ -102,9 +102,9 @@ impl<W: 'static> Pool<W> {
         }
     }
 
-    /// Has the job that `job` makes of `task` done: by an idle thread, a new one, or whichever is free first. Gives the task
-    /// back where all are at work and the queue is full of what is wanted, and stayed so for a moment. What is not wanted any
-    /// more, by `is_vain`, makes room and is done by the caller.
+    /// Has an idle thread do the job that `job` makes of `task`, else a new one, else queues it. With all threads busy and
+    /// the queue full the caller first does the queued jobs that are vain, to make room. Where there is still none after
+    /// a moment, the task comes back.
     pub fn give<T>(&self, task: T, is_vain: impl FnOnce(&T) -> IsVain, job: impl FnOnce(T) -> Job<W>) -> Result<(), T> {
         let mut state = lock(&self.shared.state);
         let until = Instant::now() + MOMENT;

@@ -16,7 +16,7 @@ use crate::kernel;
 use crate::lock::lock;
 use crate::openai::{self, Chat, NoAnswer, ToolCalls};
 use crate::store::Store;
-use crate::upstream::{Broken, Events, Hangup, Line};
+use crate::upstream::{Events, Failure, Hangup, Line};
 
 /// The client's end of a stream, shared by the worker that relays and the pulse that breaks the silence.
 pub struct ClientEnd {
@@ -47,11 +47,9 @@ enum Phase {
 
 impl ClientEnd {
     /// The end for a request nobody answered yet; `id` is the request's, for error events, and
-    /// `extra` stands in the head of the answer. `upstream_head`: so do fields of the upstream's head, but
+    /// `headers` stand in the head of the answer. `upstream_head`: so do fields of the upstream's head, but
     /// for its id where the request's is the client's own (true).
-    pub fn new(responder: Responder, id: String, extra: Vec<Header>, upstream_head: Option<bool>) -> ClientEnd {
-        let mut headers = vec![("Cache-Control".into(), "no-cache".into()), ("X-Accel-Buffering".into(), "no".into())];
-        headers.extend(extra);
+    pub fn new(responder: Responder, id: String, headers: Vec<Header>, upstream_head: Option<bool>) -> ClientEnd {
         ClientEnd {
             state: Mutex::new(State {
                 phase: Phase::Unanswered(responder),
@@ -65,7 +63,7 @@ impl ClientEnd {
         }
     }
 
-    /// Takes fields of the upstream's head for ours, where that is not out yet, in place of those of a model before.
+    /// Keeps fields of the upstream's head for ours, while that is not out; they replace those of a model that failed before.
     fn pass_on(&self, mut upstream: Vec<Header>) {
         let mut state = lock(&self.state);
         let (Phase::Unanswered(_), Some(own_id)) = (&state.phase, state.upstream_head) else { return };
@@ -97,11 +95,11 @@ impl ClientEnd {
         }
     }
 
-    /// Gives the request back where nothing of an answer went out.
-    pub fn unanswered(&self) -> Option<Responder> {
+    /// Gives the request, and what its answer carries, back where nothing of an answer went out.
+    pub fn unanswered(&self) -> Option<(Responder, Vec<Header>)> {
         let mut state = lock(&self.state);
         match std::mem::replace(&mut state.phase, Phase::Over) {
-            Phase::Unanswered(responder) => Some(responder),
+            Phase::Unanswered(responder) => Some((responder, std::mem::take(&mut state.headers))),
             other => {
                 state.phase = other;
                 None
@@ -112,11 +110,7 @@ impl ClientEnd {
     /// Ends the connection where the stream is still open; returns the bytes of body sent in all.
     fn abort(&self) -> u64 {
         match std::mem::replace(&mut lock(&self.state).phase, Phase::Over) {
-            Phase::Open(writer) => {
-                let sent = writer.sent();
-                writer.abort();
-                sent
-            }
+            Phase::Open(writer) => writer.abort(),
             _ => 0,
         }
     }
@@ -222,6 +216,7 @@ impl State {
         match std::mem::replace(&mut self.phase, Phase::Over) {
             Phase::Unanswered(responder) => {
                 let mut headers = self.passed_on.clone();
+                headers.extend([("Cache-Control".into(), "no-cache".into()), ("X-Accel-Buffering".into(), "no".into())]);
                 add_headers(&mut headers, std::mem::take(&mut self.headers));
                 let (writer, result) = responder.stream("text/event-stream; charset=utf-8", &headers, bytes);
                 self.phase = Phase::Open(writer);
@@ -251,9 +246,10 @@ pub struct Draft {
 }
 
 impl Draft {
-    /// A pair without an answer yet; `started` is when the request came.
-    pub fn new(key: Arc<str>, chat: &Chat, started: Instant) -> Draft {
-        let pair = Pair { key, question: chat.question.clone(), model: chat.model.clone(), ..Pair::default() };
+    /// A pair without an answer yet, which takes the question out of the chat; `started` is when the request came.
+    pub fn new(key: Arc<str>, chat: &mut Chat, started: Instant) -> Draft {
+        let question = std::mem::take(&mut chat.question);
+        let pair = Pair { key, question, model: chat.model.clone(), ..Pair::default() };
         Draft {
             pair,
             started,
@@ -319,10 +315,10 @@ pub fn run(
                 }
                 return Ok(streamed);
             }
-            Err(broken) => {
+            Err(failure) => {
                 drop(events);
-                if !(broken.passing && draft.first_event.is_none() && line.fall_back(chat)) {
-                    return cut_short(line.give_up(broken.error), end, store, draft);
+                if !(failure.passing && draft.first_event.is_none() && line.fall_back(chat)) {
+                    return cut_short(line.give_up(failure.error), end, store, draft);
                 }
             }
         }
@@ -330,7 +326,7 @@ pub fn run(
 }
 
 /// Passes events on until the answer is complete; returns the closing event.
-fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u8>, Box<Broken>> {
+fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u8>, Box<Failure>> {
     let mut batch = Vec::new();
     let mut out = Vec::new();
     let mut began = false;
@@ -397,7 +393,7 @@ fn broken_by(began: bool) -> Code {
 /// Adds what an event says to the draft; true when the event goes on to the client.
 fn take_in(data: &[u8], draft: &mut Draft, events: &Events) -> Result<bool, NoAnswer> {
     let chunk = openai::parse_chunk(data)?;
-    if draft.pair.answer.len() + chunk.delta.len() + draft.tool_calls.len() + chunk.tool_calls.len() > MAX_ANSWER {
+    if draft.pair.answer.len() + chunk.delta.len() + draft.tool_calls.size() + chunk.tool_calls.size() > MAX_ANSWER {
         return Err(NoAnswer::too_large());
     }
     draft.pair.answer.push_str(&chunk.delta);

@@ -25,7 +25,8 @@ use crate::upstream::{Line, Upstream};
 const STAY: Duration = Duration::from_millis(20);
 /// The same where there is no other worker for who comes meanwhile.
 const SHORT_STAY: Duration = Duration::from_millis(2);
-/// After that the answer itself waits for a slow disk, and the worker looks now and then whether it is wanted.
+/// While the last answer still waits for its commit, its worker stays with the connection, and looks this often whether
+/// another question needs it.
 const SLOW_COMMIT: Duration = Duration::from_millis(100);
 /// A reader without a connection ends after this: it keeps nothing that is worth more.
 const READER_PATIENCE: Duration = Duration::from_secs(1);
@@ -44,7 +45,7 @@ pub fn serve(config: Config) -> Result<(), StartError> {
     let stop = on_signals().map_err(|e| StartError::machine(format!("signals cannot be watched: {e}")))?;
     let listener = Listener::bind(&config)?;
     let store = Arc::new(Store::open(&config, Arc::clone(&metrics))?);
-    raise_descriptor_limit();
+    kernel::raise_descriptor_limit();
 
     let mode = match config.mode {
         Mode::Upstream => format!("asks {} for {}", config.upstream.base, config.model),
@@ -127,7 +128,7 @@ impl Staff {
         let staff = Arc::clone(self);
         let work = |(connection, errand)| -> Job<Line> { Box::new(move |line| staff.work(connection, errand, line)) };
         let is_vain = |(_, errand): &(Box<Connection>, Errand)| -> IsVain {
-            let client = errand.client();
+            let client = Arc::clone(&errand.client);
             Box::new(move || http::is_gone(&client))
         };
         let (connection, errand) = self.workers.give((connection, errand), is_vain, work).err()?;
@@ -259,13 +260,4 @@ fn on_signals() -> std::io::Result<Stop> {
     // A file-size limit is a full disk to us, not a reason to die.
     signal_hook::flag::register(SIGXFSZ, Arc::default())?;
     Ok(Stop { signals, asked })
-}
-
-/// A connection takes three descriptors and a call one, so the soft limit goes up to the hard one.
-fn raise_descriptor_limit() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    if limit.current != limit.maximum {
-        let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
-    }
 }

@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rusqlite::config::DbConfig;
-use rusqlite::{Connection, OpenFlags, Row, params};
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params};
 
 use crate::config::{self, Config};
 use crate::error::{ApiError, Code, StartError};
@@ -86,7 +86,7 @@ pub struct Store {
     clerk: Mutex<Option<JoinHandle<()>>>,
 }
 
-/// What the writer tells about itself.
+/// What the writer and those who ask it share.
 #[derive(Default)]
 struct State {
     failing: AtomicBool,
@@ -153,10 +153,7 @@ impl Store {
             let found = remembered.query_row([key, idempotency_key], |row| {
                 Ok(Remembered { pair: pair(row)?, path: row.get(10)?, request: row.get(11)?, response: row.get(12)? })
             });
-            match found {
-                Err(rusqlite::Error::QueryReturnedNoRows) => Ok(None),
-                found => found.map(Some),
-            }
+            found.optional()
         })
     }
 

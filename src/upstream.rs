@@ -13,7 +13,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use ureq::http::{self, HeaderMap, HeaderValue, Method, Request, Response, Uri, header};
-use ureq::tls::TlsConfig;
 use ureq::unversioned::transport::{Connector, RustlsConnector};
 use ureq::{Agent, Body, BodyReader};
 
@@ -135,7 +134,7 @@ impl Upstream {
 
     /// An attempt that failed without an answer's head.
     fn unanswered(&self, error: &ureq::Error) -> Box<Failure> {
-        let (code, text, retry) = match error {
+        let (code, text, passing) = match error {
             ureq::Error::HostNotFound => {
                 (Code::UPSTREAM_UNAVAILABLE, "the LLM's host name cannot be resolved; check OPENAI_BASE_URL".to_string(), true)
             }
@@ -145,8 +144,7 @@ impl Upstream {
             }
             e => (Code::UPSTREAM_BAD_ANSWER, format!("the LLM's answer is not HTTP as it should be: {e}"), false),
         };
-        let error = self.failed(code, &text);
-        Box::new(Failure { error, retry, wait: None, unknown_model: false, refuses_usage: false })
+        Box::new(Failure { passing, ..self.failed(code, &text).into() })
     }
 
     /// An answer with a status that is not a success.
@@ -181,16 +179,17 @@ impl Upstream {
         if quota || matches!(status, 300..=407 | 409..=428 | 430..=499) {
             error = error.pointless_to_retry();
         }
-        let retry = matches!(status, 408 | 429 | 500..=599) && !quota;
+        let passing = matches!(status, 408 | 429 | 500..=599) && !quota;
         let refuses_usage = code == Code::UPSTREAM_REJECTED && words.contains("stream_options");
-        Box::new(Failure { error, retry, wait, unknown_model: status == 404, refuses_usage })
+        Box::new(Failure { error, passing, wait, unknown_model: status == 404, refuses_usage })
     }
 }
 
-/// Why an attempt failed, and whether another may do better.
-struct Failure {
-    error: ApiError,
-    retry: bool,
+/// Why an attempt or a stream failed, and whether another may do better.
+pub struct Failure {
+    pub error: ApiError,
+    /// It may go by: another attempt may succeed, or another model.
+    pub passing: bool,
     /// How long the upstream asked to be left alone.
     wait: Option<Duration>,
     /// A 404: another model may be there.
@@ -199,10 +198,16 @@ struct Failure {
     refuses_usage: bool,
 }
 
-impl From<ApiError> for Box<Failure> {
+impl From<ApiError> for Failure {
     /// There is no use in another attempt.
+    fn from(error: ApiError) -> Failure {
+        Failure { error, passing: false, wait: None, unknown_model: false, refuses_usage: false }
+    }
+}
+
+impl From<ApiError> for Box<Failure> {
     fn from(error: ApiError) -> Box<Failure> {
-        Box::new(Failure { error, retry: false, wait: None, unknown_model: false, refuses_usage: false })
+        Box::new(error.into())
     }
 }
 
@@ -394,7 +399,7 @@ impl Line {
             if failure.refuses_usage && chat.drop_usage() {
                 continue;
             }
-            if !(failure.retry || failure.unknown_model) || !self.fall_back(chat) {
+            if !(failure.passing || failure.unknown_model) || !self.fall_back(chat) {
                 return Err(failure.error);
             }
             log::warn!("a model failed, the next one is asked: {}", failure.error.code.name());
@@ -433,7 +438,7 @@ impl Line {
             // What asks for more than there is of time is later than any end.
             let then = Instant::now().checked_add(wait);
             let too_late = self.watch.until().is_some_and(|until| then.is_none_or(|then| then >= until));
-            if !failure.retry || too_late || retries == self.upstream.config.upstream_retries {
+            if !failure.passing || too_late || retries == self.upstream.config.upstream_retries {
                 return Err(failure);
             }
             retries += 1;
@@ -478,7 +483,6 @@ fn agent(watch: &Watch) -> Agent {
         .proxy(None)
         .user_agent(concat!("ai-proxy/", env!("CARGO_PKG_VERSION")))
         .accept_encoding("identity")
-        .tls_config(TlsConfig::default())
         // Of a TLS connection; below it and without it the buffers are our own.
         .input_buffer_size(16 * 1024)
         .output_buffer_size(4 * 1024)
@@ -496,18 +500,6 @@ fn backoff(retries: u32) -> Duration {
     // The standard library's only source of randomness.
     let random = RandomState::new().build_hasher().finish();
     most.mul_f64(0.5 + 0.5 * (random as f64 / u64::MAX as f64))
-}
-
-/// Why a stream came to no end, and whether another model may do better.
-pub struct Broken {
-    pub error: ApiError,
-    pub passing: bool,
-}
-
-impl From<ApiError> for Box<Broken> {
-    fn from(error: ApiError) -> Box<Broken> {
-        Box::new(Broken { error, passing: false })
-    }
 }
 
 /// The events of a stream under way.
@@ -540,7 +532,7 @@ impl Events<'_> {
     /// ended as HTTP has it. Errs when it broke off, was silent for too long, or the client has gone.
     // Not inlined: what is read from then on would stand below the buffer on a stack that each stream keeps.
     #[inline(never)]
-    pub fn next(&mut self, events: &mut Vec<Event>) -> Result<bool, Box<Broken>> {
+    pub fn next(&mut self, events: &mut Vec<Event>) -> Result<bool, Box<Failure>> {
         let before = events.len();
         match &mut self.source {
             Source::Over => return Ok(false),
@@ -596,7 +588,7 @@ impl Events<'_> {
     }
 
     #[inline(never)]
-    fn broke_off(&self, e: &io::Error) -> Box<Broken> {
+    fn broke_off(&self, e: &io::Error) -> Box<Failure> {
         let upstream = &self.line.upstream;
         let is_json = matches!(self.source, Source::Upstream { shape: Shape::Json, .. });
         let error = match self.line.watch.ended() {
@@ -615,7 +607,7 @@ impl Events<'_> {
 
     /// What came in place of a stream and began so.
     #[inline(never)]
-    fn no_stream(&mut self, start: &[u8]) -> Box<Broken> {
+    fn no_stream(&mut self, start: &[u8]) -> Box<Failure> {
         let Source::Upstream { reader, shape, .. } = std::mem::replace(&mut self.source, Source::Over) else {
             return self.failed(Code::UPSTREAM_BAD_ANSWER, "the LLM did not stream").into();
         };
@@ -649,8 +641,8 @@ impl Events<'_> {
     }
 
     /// A failure by what came, without secrets; `what` the LLM did.
-    pub fn no_answer(&self, code: Code, what: &str, no: &NoAnswer) -> Box<Broken> {
-        Box::new(Broken { error: self.failed(code, &format!("the LLM {what}: {}", no.why)), passing: no.passing })
+    pub fn no_answer(&self, code: Code, what: &str, no: &NoAnswer) -> Box<Failure> {
+        Box::new(Failure { passing: no.passing, ..self.failed(code, &format!("the LLM {what}: {}", no.why)).into() })
     }
 
     /// A failure in the stream's own words, without secrets.

@@ -1,6 +1,7 @@
 //! Whole answers, stored before they are given: `POST /api/ask`, and `POST /v1/chat/completions`
 //! without `stream`.
 
+use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -46,15 +47,17 @@ pub fn prepare(api: &Api, request: &Request, exit: Exit, chat: Chat) -> Option<E
         return exit.refuse(e);
     }
     let key = Arc::clone(request.key);
-    Some(Kind::Whole(Box::new(Whole { chat, key, started: request.started, first, as_it_came, exit })).into())
+    let client = exit.responder.client();
+    let whole = Whole { chat, key, started: request.started, first, as_it_came, exit };
+    Some(Errand::new(client, Kind::Whole(Box::new(whole))))
 }
 
 impl Whole {
     /// Asks, stores, answers; returns the answer where the client may be slow to take it.
     // Not inlined: a stream would keep room on its stack for what only this needs.
     #[inline(never)]
-    pub fn run(mut self: Box<Whole>, api: &Api, line: &mut Line) -> Option<Parting> {
-        let whole = match line.complete(self.exit.responder.client(), &mut self.chat) {
+    pub fn run(mut self: Box<Whole>, api: &Api, line: &mut Line, client: Arc<TcpStream>) -> Option<Parting> {
+        let whole = match line.complete(client, &mut self.chat) {
             Ok(whole) => whole,
             Err(e) => return self.exit.refuse(e),
         };

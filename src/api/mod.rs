@@ -43,8 +43,8 @@ const IDEMPOTENCY_KEY: &str = "idempotency-key";
 const MOST_MAKING: usize = 8;
 /// So long the others wait.
 const MAKING_PATIENCE: Duration = Duration::from_secs(10);
-/// Where so many requests are in flight and the LLM is quick, all wait for the CPU alone. Then a worker that is woken lets
-/// who runs go on: about 5 % more questions get through. One that waits for a slow LLM takes its turn at once.
+/// Where so many requests are in flight, and the LLM answers within `QUICK`, the CPU is what all wait for. A worker that is
+/// woken lets who runs go on then (`SCHED_BATCH`): 5 % more questions get through. With a slow LLM it takes its turn at once.
 const CROWD: usize = 8;
 const QUICK: Duration = Duration::from_millis(25);
 /// Answers of more bytes than this count while they are on their way.
@@ -85,6 +85,8 @@ pub struct Admitted {
 
 /// What is left to do of a request: ask the LLM.
 pub struct Errand {
+    /// The socket of who waits for it.
+    pub client: Arc<TcpStream>,
     kind: Kind,
     since: Instant,
 }
@@ -113,20 +115,9 @@ struct Done {
     code: Option<Code>,
 }
 
-impl From<Kind> for Errand {
-    fn from(kind: Kind) -> Errand {
-        Errand { kind, since: Instant::now() }
-    }
-}
-
 impl Errand {
-    /// The socket of who waits for it.
-    pub fn client(&self) -> Arc<TcpStream> {
-        match &self.kind {
-            Kind::Whole(whole) => whole.exit.responder.client(),
-            Kind::Stream(stream) => stream.client(),
-            Kind::Models(models) => models.exit.responder.client(),
-        }
+    fn new(client: Arc<TcpStream>, kind: Kind) -> Errand {
+        Errand { client, kind, since: Instant::now() }
     }
 
     fn refuse<T>(self, e: ApiError) -> Option<T> {
@@ -214,7 +205,10 @@ impl Api {
                 Ok(chat) => ask::prepare(self, &request, exit, chat),
                 Err(e) => exit.refuse(e),
             },
-            Endpoint::Models => Some(Kind::Models(Box::new(models::Models::new(&request, exit))).into()),
+            Endpoint::Models => {
+                let client = exit.responder.client();
+                Some(Errand::new(client, Kind::Models(Box::new(models::Models::new(&request, exit)))))
+            }
             Endpoint::History => match history::history(self, &request) {
                 Ok(reply) => self.give(exit, reply, None),
                 Err(e) => exit.refuse(e),
@@ -265,25 +259,25 @@ impl Api {
     /// Runs an errand to its answer; returns the answer where the client may be slow to take it.
     pub fn run(&self, errand: Errand, line: &mut Line) -> Option<Parting> {
         self.metrics.queue_wait.observe(errand.since.elapsed());
-        if self.connections.are_deaf() {
+        if self.connections.were_shut() {
             return errand.refuse(ApiError::shutting_down());
         }
         // Whoever left while waiting for a worker is not worth a call, nor a pair.
-        if http::is_gone(&errand.client()) {
+        if http::is_gone(&errand.client) {
             return errand.refuse(ApiError::client_gone());
         }
         match errand.kind {
             Kind::Whole(whole) => {
-                let parting = whole.run(self, line);
+                let parting = whole.run(self, line, errand.client);
                 kernel::make_way(self.in_flight() >= CROWD && errand.since.elapsed() < QUICK);
                 parting
             }
             Kind::Stream(stream) => {
                 kernel::make_way(false);
-                stream.run(self, line);
+                stream.run(self, line, errand.client);
                 None
             }
-            Kind::Models(models) => models.run(self, line),
+            Kind::Models(models) => models.run(self, line, errand.client),
         }
     }
 
@@ -292,10 +286,6 @@ impl Api {
         let (workers, queue) = (self.config.workers, self.config.queue_size);
         let text = format!("all {workers} workers are busy and the queue of {queue} is full; try again");
         errand.refuse::<()>(ApiError::new(Code::OVERLOADED, text));
-    }
-
-    fn admitted(&self, endpoint: Endpoint, key: Arc<str>) -> Admitted {
-        Admitted { endpoint, key, in_flight: Some(InFlight::new(&self.in_flight)) }
     }
 
     /// The name of the key that the request brings. Errs with 401 and says what is wrong.
@@ -313,26 +303,23 @@ impl Api {
 
     /// Judges a request by its head: what is known of it, and of how many bytes its body may be, where it is let in.
     pub fn admit(&self, head: &Head) -> (Option<Admitted>, Result<usize, ApiError>) {
-        let endpoint = match route::route(head.method(), head.path()) {
-            Ok(endpoint) if endpoint.is_public() => {
-                return (Some(self.admitted(endpoint, Arc::clone(&self.anonymous))), Ok(NEEDLESS_BODY));
-            }
-            Ok(endpoint) => endpoint,
+        let known = route::route(head.method(), head.path()).and_then(|endpoint| {
+            let key = if endpoint.is_public() { Arc::clone(&self.anonymous) } else { self.authenticate(head)? };
+            // Counted before the question whether we drain: who drains looks at the count afterwards, so that no request
+            // falls between the two.
+            Ok(Admitted { endpoint, key, in_flight: Some(InFlight::new(&self.in_flight)) })
+        });
+        let admitted = match known {
+            Ok(admitted) => admitted,
             Err(e) => return (None, Err(e)),
         };
-        let key = match self.authenticate(head) {
-            Ok(key) => key,
-            Err(e) => return (None, Err(e)),
-        };
-        // Counted before the question whether we drain: who drains looks at the count afterwards, so that no request
-        // falls between the two.
-        let admitted = self.admitted(endpoint, key);
-        let verdict = if self.draining.load(Ordering::SeqCst) {
+        let asks = admitted.endpoint.takes_question();
+        let verdict = if !admitted.endpoint.is_public() && self.draining.load(Ordering::SeqCst) {
             Err(ApiError::shutting_down())
-        } else if admitted.endpoint.takes_question() && !head.field("content-type").is_none_or(is_json) {
+        } else if asks && !head.field("content-type").is_none_or(is_json) {
             Err(ApiError::new(Code::UNSUPPORTED_MEDIA_TYPE, "the body must be JSON: send Content-Type: application/json"))
         } else {
-            Ok(if admitted.endpoint.takes_question() { self.config.max_body_bytes } else { NEEDLESS_BODY })
+            Ok(if asks { self.config.max_body_bytes } else { NEEDLESS_BODY })
         };
         (Some(admitted), verdict)
     }
@@ -368,7 +355,7 @@ pub struct Exit {
 }
 
 impl Exit {
-    /// Sends an answer; there is nothing left to do.
+    /// Sends an answer. Always `None`: nothing is left to do of the request, whatever the caller has for that.
     fn send<T>(self, reply: Reply, model: Option<String>) -> Option<T> {
         self.send_until(None, reply, model);
         None
@@ -404,7 +391,7 @@ impl Exit {
         }
     }
 
-    /// Sends an error; there is nothing left to do.
+    /// Sends an error; `None` as above.
     fn refuse<T>(self, e: ApiError) -> Option<T> {
         let e = self.responder.reason(e);
         let (status, code) = (e.code.status(), Some(e.code));

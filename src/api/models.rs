@@ -1,5 +1,8 @@
 //! `GET /v1/models` and `GET /v1/models/{id}`: the upstream's own answer.
 
+use std::net::TcpStream;
+use std::sync::Arc;
+
 use super::{Api, Exit, Parting, Request};
 use crate::http::Reply;
 use crate::upstream::Line;
@@ -19,8 +22,8 @@ impl Models {
 
     /// Asks and answers; returns the answer where the client may be slow to take it.
     #[inline(never)]
-    pub fn run(self: Box<Models>, api: &Api, line: &mut Line) -> Option<Parting> {
-        match line.models(self.exit.responder.client(), &self.path) {
+    pub fn run(self: Box<Models>, api: &Api, line: &mut Line, client: Arc<TcpStream>) -> Option<Parting> {
+        match line.models(client, &self.path) {
             Ok((body, headers)) => {
                 let mut reply = Reply::json(200, body);
                 reply.headers = headers;

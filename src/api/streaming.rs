@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::route::Endpoint;
 use super::{Api, Done, Entry, Errand, Exit, Kind, Request};
-use crate::error::{ApiError, Header};
+use crate::error::ApiError;
 use crate::openai::Chat;
 use crate::relay::{self, ClientEnd, Draft};
 use crate::upstream::Line;
@@ -14,37 +14,30 @@ use crate::upstream::Line;
 pub struct Stream {
     chat: Chat,
     draft: Box<Draft>,
-    client: Arc<TcpStream>,
     end: Arc<ClientEnd>,
-    headers: Vec<Header>,
     entry: Entry,
 }
 
 /// Keeps a chat request that is to be streamed for a worker.
-pub fn prepare(api: &Api, request: &Request, exit: Exit, chat: Chat) -> Option<Errand> {
+pub fn prepare(api: &Api, request: &Request, exit: Exit, mut chat: Chat) -> Option<Errand> {
     if let Err(e) = api.store.check() {
         return exit.refuse(e);
     }
-    let draft = Box::new(Draft::new(Arc::clone(request.key), &chat, request.started));
+    let draft = Box::new(Draft::new(Arc::clone(request.key), &mut chat, request.started));
     let Exit { responder, headers, entry } = exit;
     let client = responder.client();
     let upstream_head = (request.endpoint == Endpoint::ChatCompletions).then_some(entry.own_id);
-    let end = Arc::new(ClientEnd::new(responder, entry.id.clone(), headers.clone(), upstream_head));
+    let end = Arc::new(ClientEnd::new(responder, entry.id.clone(), headers, upstream_head));
     api.pulse.keep(&end);
-    Some(Kind::Stream(Box::new(Stream { chat, draft, client, end, headers, entry })).into())
+    Some(Errand::new(client, Kind::Stream(Box::new(Stream { chat, draft, end, entry }))))
 }
 
 impl Stream {
-    /// The socket of who waits for it.
-    pub fn client(&self) -> Arc<TcpStream> {
-        Arc::clone(&self.client)
-    }
-
     /// Relays the upstream's events to their end.
     // Not inlined, and not moved out of its box: each stream waits with every page of stack that was used.
     #[inline(never)]
-    pub fn run(mut self: Box<Stream>, api: &Api, line: &mut Line) {
-        match relay::run(line, self.client, &mut self.chat, &self.end, &api.store, || api.in_flight() == 1, self.draft) {
+    pub fn run(mut self: Box<Stream>, api: &Api, line: &mut Line, client: Arc<TcpStream>) {
+        match relay::run(line, client, &mut self.chat, &self.end, &api.store, || api.in_flight() == 1, self.draft) {
             Ok(streamed) => {
                 if let Some(time) = streamed.first_event {
                     api.metrics.time_to_first_token.observe(time);
@@ -56,22 +49,22 @@ impl Stream {
                 self.entry.id = self.end.id();
                 self.entry.log(&Done { status: 200, bytes: streamed.bytes, model, code: streamed.failure });
             }
-            Err(e) => refuse(&self.end, self.headers, self.entry, e),
+            Err(e) => refuse(&self.end, self.entry, e),
         }
     }
 
     /// Answers with an error.
     pub fn refuse<T>(self, e: ApiError) -> Option<T> {
-        refuse(&self.end, self.headers, self.entry, e);
+        refuse(&self.end, self.entry, e);
         None
     }
 }
 
 // Not inlined, for the same reason.
 #[inline(never)]
-fn refuse(end: &ClientEnd, headers: Vec<Header>, entry: Entry, e: ApiError) {
+fn refuse(end: &ClientEnd, entry: Entry, e: ApiError) {
     match end.unanswered() {
-        Some(responder) => {
+        Some((responder, headers)) => {
             Exit { responder, headers, entry }.refuse::<()>(e);
         }
         // A comment was sent while the stream waited, and with it the 200.

@@ -8,6 +8,7 @@ use serde_json::json;
 use super::Api;
 use crate::config::Mode;
 use crate::http::Reply;
+use crate::kernel;
 use crate::metrics::Gauges;
 
 /// `GET /livez`: 200 while the process lives.
@@ -28,7 +29,7 @@ pub fn readyz(api: &Api) -> Reply {
         "workers_busy": load.busy,
         "workers_total": load.total,
         "queue_length": load.queued,
-        "connections": api.connections.open(),
+        "connections": api.connections.count(),
         "history": if writable { "ok" } else { "unavailable" },
     });
     let mut reply = Reply::json(if ready { 200 } else { 503 }, body.to_string());
@@ -46,18 +47,10 @@ pub fn metrics(api: &Api) -> Reply {
         queue_length: load.queued,
         workers_busy: load.busy,
         workers_total: load.total,
-        connections: api.connections.open(),
-        resident_memory: resident_memory(),
+        connections: api.connections.count(),
+        resident_memory: kernel::resident_memory(),
         uptime: api.started.elapsed(),
-        version: env!("CARGO_PKG_VERSION"),
     });
     let content_type = "text/plain; version=0.0.4; charset=utf-8";
     Reply { status: 200, content_type, headers: Vec::new(), body: Cow::Owned(text.into_bytes()) }
-}
-
-/// Bytes of resident memory (proc(5), statm: pages).
-fn resident_memory() -> Option<u64> {
-    let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
-    let pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;
-    Some(pages * rustix::param::page_size() as u64)
 }

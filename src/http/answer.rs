@@ -10,7 +10,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use rustix::event::PollFlags;
 
-use super::{Listed, wait};
+use super::head::Head;
+use super::{Connection, Listed, wait};
 use crate::config;
 use crate::error::{ApiError, Code, Header};
 use crate::kernel;
@@ -84,16 +85,6 @@ impl Reply {
     }
 }
 
-/// What a request asks of the form of its answer.
-pub struct Form {
-    /// In the older version, which knows no chunks.
-    pub http10: bool,
-    /// No body, as for HEAD.
-    pub head_only: bool,
-    /// The connection goes on after it.
-    pub keep: bool,
-}
-
 /// The client at the other end of this socket has hung up, as far as one can tell.
 pub fn is_gone(client: &TcpStream) -> bool {
     wait(client, PollFlags::RDHUP, Instant::now()).unwrap_or(true)
@@ -102,7 +93,12 @@ pub fn is_gone(client: &TcpStream) -> bool {
 /// The right to answer one request, once.
 pub struct Responder {
     stream: Arc<TcpStream>,
-    form: Form,
+    /// In the older version, which knows no chunks.
+    http10: bool,
+    /// Without a body, as for HEAD.
+    head_only: bool,
+    /// The connection goes on after it.
+    keep: bool,
     is_idle: bool,
     id: String,
     /// An answer was begun.
@@ -124,26 +120,45 @@ impl Drop for Responder {
 }
 
 impl Responder {
-    /// The right to answer the request with this id, which is pending from now on.
-    pub fn new(stream: Arc<TcpStream>, form: Form, id: String, answers: Arc<Answers>, listed: Arc<Listed>) -> Responder {
-        answers.begin();
-        let is_idle = form.keep && kernel::is_idle(&stream);
-        Responder { stream, form, is_idle, id, is_used: false, answers, listed }
+    /// The right to answer the connection's last request, which is pending from now on: by its head, where it could be
+    /// read, and under this id.
+    pub fn new(connection: &Connection, head: Option<&Head>, id: String) -> Responder {
+        connection.answers.begin();
+        let keep = !connection.closing;
+        Responder {
+            stream: Arc::clone(&connection.stream),
+            http10: head.is_some_and(|head| head.http10),
+            head_only: head.is_some_and(|head| head.method() == "HEAD"),
+            keep,
+            is_idle: keep && kernel::is_idle(&connection.stream),
+            id,
+            is_used: false,
+            answers: Arc::clone(&connection.answers),
+            listed: Arc::clone(&connection.listed),
+        }
     }
 
-    /// The reason for a failure of this request: where it is that the client seems to have gone, and it was us who shut
-    /// its connection, that the server shuts down.
+    /// The true reason for a failure: a client that seems to have gone may have been shut out by us, at the end of the
+    /// grace of a shutdown.
     pub fn reason(&self, e: ApiError) -> ApiError {
-        let is_ours = e.code == Code::CLIENT_GONE && self.listed.connections.are_deaf();
+        let is_ours = e.code == Code::CLIENT_GONE && self.listed.connections.were_shut();
         if is_ours { ApiError::shutting_down() } else { e }
     }
 
     /// For tests: the right to answer on this socket.
     #[cfg(test)]
     pub fn on(stream: TcpStream) -> Responder {
-        let listed = Arc::new(Listed { connections: Arc::default(), cookie: 0 });
-        let form = Form { http10: false, head_only: false, keep: true };
-        Responder::new(Arc::new(stream), form, "test".to_string(), Arc::default(), listed)
+        Responder {
+            stream: Arc::new(stream),
+            http10: false,
+            head_only: false,
+            keep: true,
+            is_idle: true,
+            id: "test".to_string(),
+            is_used: false,
+            answers: Arc::default(),
+            listed: Arc::new(Listed { connections: Arc::default(), cookie: 0 }),
+        }
     }
 
     /// The client's socket, to notice that it has gone.
@@ -179,7 +194,7 @@ impl Responder {
     pub fn send(mut self, reply: &Reply, until: Option<Instant>) -> io::Result<u64> {
         // One write for most; what is large is not copied, since the client may be slow to take it.
         const COPIED: usize = 64 * 1024;
-        let body: &[u8] = if self.form.head_only { b"" } else { &reply.body };
+        let body: &[u8] = if self.head_only { b"" } else { &reply.body };
         let mut bytes = self.head(reply.status, reply.content_type, &reply.headers, Some(reply.body.len()));
         if body.len() <= COPIED {
             bytes.extend_from_slice(body);
@@ -194,7 +209,7 @@ impl Responder {
     /// Begins an answer whose length is not known: `first` goes out together with the head.
     pub fn stream(mut self, content_type: &'static str, headers: &[Header], first: &[u8]) -> (StreamWriter, io::Result<()>) {
         let mut bytes = self.head(200, content_type, headers, None);
-        frame(&mut bytes, first, self.form.http10);
+        frame(&mut bytes, first, self.http10);
         let result = self.write(&bytes, event_deadline());
         let writer = StreamWriter { responder: self, frame: Vec::new(), sent: first.len() as u64 };
         (writer, result)
@@ -216,10 +231,10 @@ impl Responder {
         }
         if let Some(length) = length {
             let _ = write!(head, "Content-Length: {length}\r\n");
-        } else if !self.form.http10 {
+        } else if !self.http10 {
             head.extend_from_slice(b"Transfer-Encoding: chunked\r\n");
         }
-        if !self.form.keep {
+        if !self.keep {
             head.extend_from_slice(b"Connection: close\r\n");
         }
         head.extend_from_slice(b"\r\n");
@@ -291,26 +306,23 @@ impl StreamWriter {
 
     /// Sends a last piece together with the end of the body. Returns the bytes of body sent in all.
     pub fn finish(mut self, piece: &[u8]) -> io::Result<u64> {
-        let end: &[u8] = if self.responder.form.http10 { b"" } else { b"0\r\n\r\n" };
+        let end: &[u8] = if self.responder.http10 { b"" } else { b"0\r\n\r\n" };
         self.put(piece, end).map(|()| self.sent)
     }
 
     fn put(&mut self, piece: &[u8], end: &[u8]) -> io::Result<()> {
         self.frame.clear();
-        frame(&mut self.frame, piece, self.responder.form.http10);
+        frame(&mut self.frame, piece, self.responder.http10);
         self.frame.extend_from_slice(end);
         self.sent += piece.len() as u64;
         self.responder.write(&self.frame, event_deadline())
     }
 
-    /// Ends the connection instead of the body, so that the client cannot take what it got for whole.
-    pub fn abort(self) {
+    /// Ends the connection instead of the body, so that the client cannot take what it got for whole. Returns the bytes
+    /// of body sent in all.
+    pub fn abort(self) -> u64 {
         self.responder.answers.break_off();
         let _ = self.responder.stream.shutdown(Shutdown::Both);
-    }
-
-    /// Bytes of body handed over so far.
-    pub fn sent(&self) -> u64 {
         self.sent
     }
 }

@@ -116,7 +116,8 @@ fn bite(connection: &Connection) -> rusqlite::Result<Option<(i64, i64)>> {
     Ok(bite)
 }
 
-/// The next commits try again, and say so when it is the disk.
+/// Nothing is lost where the journal was not moved over: it is tried again later, and a disk that fails shows in the next
+/// commit.
 fn log_unmoved(moved: rusqlite::Result<()>) {
     moved.unwrap_or_else(|e| log::debug!("the history's journal was not moved over: {e}"));
 }
@@ -209,7 +210,7 @@ impl Desk {
         self.hurry(lead);
     }
 
-    /// Leaves an order for who writes next; nobody may for long, but for what is hurried.
+    /// Leaves an order and wakes nobody: it is carried out together with the next that is hurried.
     pub fn leave(&self, order: Order) {
         // It fails only where there is no inbox any more.
         let _ = self.orders.send(order);
