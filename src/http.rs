@@ -151,7 +151,7 @@ impl Listener {
         };
         let mut live = lock(&self.connections.sockets);
         let Some((stream, cookie)) = kernel::adopt_accepted(lowest, self.local, |cookie| live.contains_key(&cookie)) else {
-            log::error!("bug: an accepted socket was not found; its connection is dropped");
+            log::warn!("a client was accepted and its socket not found, as where descriptors run out; it is dropped");
             return Ok(None);
         };
         let stream = Arc::new(stream);
@@ -164,6 +164,7 @@ impl Listener {
             peer,
             patience: config::CLIENT_STALL,
             unparsed: Vec::new(),
+            passed_over: false,
             closing: false,
             owes_body: false,
             answers: Arc::default(),
@@ -210,6 +211,8 @@ pub struct Connection {
     patience: Duration,
     /// Bytes that were received and belong to the next request.
     unparsed: Vec<u8>,
+    /// An empty line before the next request was.
+    passed_over: bool,
     /// The last answer says that no other follows.
     closing: bool,
     /// The last request was not read to its end: its client may still be sending.
@@ -295,6 +298,7 @@ impl Connection {
         }
         self.owes_body = true;
         let Some(next) = self.next_head(parsed, started + config::HEADER_TIMEOUT) else { return Turn::Over };
+        self.passed_over = false;
         let (head, admitted, body, keep) = match next {
             Ok(mut head) => match head.fault.take() {
                 Some(e) => (Some(head), None, Err(e), false),
@@ -319,11 +323,12 @@ impl Connection {
         Turn::Call(Box::new(Call { started, peer: self.peer, id, own_id: own_id.is_some(), head, admitted, body, responder }))
     }
 
-    /// The head that was received. An empty line before it is passed over (RFC 9112, section 2.2): some clients end a
+    /// The head that was received. One empty line before it is passed over (RFC 9112, section 2.2): some clients end a
     /// body with one.
     fn parse(&mut self) -> Result<Option<Head>, ApiError> {
-        if self.unparsed.starts_with(b"\r\n") {
+        if !self.passed_over && self.unparsed.starts_with(b"\r\n") {
             self.unparsed.drain(..2);
+            self.passed_over = true;
         }
         Head::parse(&self.unparsed)
     }

@@ -3,11 +3,13 @@
 
 use std::cell::Cell;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
+use rustix::fs::{Mode, OFlags};
 use simplelog::{ConfigBuilder, LevelPadding, WriteLogger};
 
 use crate::{clock, kernel};
@@ -29,10 +31,23 @@ pub fn start(level: log::LevelFilter) {
         // Other crates' lines know nothing of what must not be logged.
         .add_filter_allow_str("ai_proxy")
         .build();
-    let stdout = io::stdout().as_fd().try_clone_to_owned().map(File::from);
-    let is_file = stdout.and_then(|stdout| stdout.metadata()).is_ok_and(|metadata| metadata.is_file());
-    let _ = WriteLogger::init(level, config, Lines { is_file, ..Lines::default() });
+    let out = stdout().ok();
+    let is_file = out.as_ref().and_then(|out| out.metadata().ok()).is_some_and(|metadata| metadata.is_file());
+    let _ = WriteLogger::init(level, config, Lines { out, is_file, ..Lines::default() });
     std::panic::set_hook(Box::new(|panic| log::error!("bug: {}", panic.to_string().replace('\n', " "))));
+}
+
+/// Past the buffer of the standard library, which would write what failed another time. A terminal, which somebody may have
+/// stopped, is opened anew where that is allowed: only so it is for us alone that a write does not wait.
+fn stdout() -> io::Result<File> {
+    let stdout = io::stdout();
+    if stdout.is_terminal() {
+        let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        if let Ok(terminal) = rustix::fs::open("/proc/self/fd/1", flags, Mode::empty()) {
+            return Ok(File::from(terminal));
+        }
+    }
+    stdout.as_fd().try_clone_to_owned().map(File::from)
 }
 
 /// Writes the lines that `work` logs in this thread in one go, after it.
@@ -53,6 +68,7 @@ pub fn together<T>(work: impl FnOnce() -> T) -> T {
 /// not to wait for that.
 #[derive(Default)]
 struct Lines {
+    out: Option<File>,
     /// Whole lines that are not written yet.
     text: Vec<u8>,
     count: u64,
@@ -61,6 +77,8 @@ struct Lines {
     lost: u64,
     /// When lines were lost last.
     lost_at: Option<Instant>,
+    /// The last write ended in the midst of a line.
+    is_torn: bool,
     is_file: bool,
 }
 
@@ -74,38 +92,60 @@ impl Lines {
     /// Room for the line that says how many were lost.
     const RESERVE: usize = 128;
 
-    fn has_room(&self) -> bool {
-        if self.is_file {
-            return true;
-        }
+    /// Until when a write may wait.
+    fn patience(&self) -> Instant {
         let is_impatient = self.lost_at.is_some_and(|at| at.elapsed() < Lines::A_WHILE);
-        let patience = if is_impatient { Duration::ZERO } else { Lines::PATIENCE };
-        let stdout = io::stdout();
-        // What cannot be asked, such as a closed stdout, will say so when it is written to.
-        kernel::poll(&mut [PollFd::new(&stdout, PollFlags::OUT)], Some(Instant::now() + patience)).unwrap_or(true)
+        Instant::now() + if is_impatient { Duration::ZERO } else { Lines::PATIENCE }
     }
 
-    fn write_out(&mut self) -> io::Result<()> {
-        let count = std::mem::take(&mut self.count);
-        if !self.has_room() {
+    fn has_room(&self) -> bool {
+        let Some(out) = self.out.as_ref().filter(|_| !self.is_file) else { return true };
+        // What cannot be asked, such as a closed stdout, will say so when it is written to.
+        kernel::poll(&mut [PollFd::new(out, PollFlags::OUT)], Some(self.patience())).unwrap_or(true)
+    }
+
+    /// Writes the text; how many bytes of it went out.
+    fn put(&self) -> usize {
+        const GLANCE: Duration = Duration::from_millis(5);
+        let (mut written, until) = (0, self.patience());
+        let Some(mut out) = self.out.as_ref() else { return 0 };
+        while written < self.text.len() {
+            match out.write(&self.text[written..]) {
+                Ok(more @ 1..) => written += more,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                // Only a terminal says so, and poll(2) says that it has room while it is stopped.
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock && Instant::now() < until => thread::sleep(GLANCE),
+                _ => break,
+            }
+        }
+        written
+    }
+
+    fn write_out(&mut self) {
+        let mut count = std::mem::take(&mut self.count);
+        if self.has_room() {
+            let mut before = if self.is_torn { "\n".to_string() } else { String::new() };
+            if self.lost > 0 {
+                let (now, lost) = (clock::now(), self.lost);
+                before.push_str(&format!("{now} [WARN] {lost} lines of the log are lost: stdout did not take them\n"));
+            }
+            self.text.splice(..0, before.bytes());
+            let written = self.put();
+            if let Some(said) = self.text[..written].get(before.len()..) {
+                self.lost = 0;
+                count -= said.iter().filter(|byte| **byte == b'\n').count() as u64;
+            }
+            self.is_torn = self.text[..written].last().map_or(self.is_torn, |last| *last != b'\n');
+        }
+        if count > 0 {
             self.lost += count;
             self.lost_at = Some(Instant::now());
-            self.text.clear();
-            return Ok(());
         }
-        if self.lost > 0 {
-            let lost = std::mem::take(&mut self.lost);
-            let said = format!("{} [WARN] {lost} lines of the log are lost: nobody read stdout\n", clock::now());
-            self.text.splice(..0, said.into_bytes());
-        }
-        let mut stdout = io::stdout().lock();
-        let result = stdout.write_all(&self.text).and_then(|()| stdout.flush());
         self.text.clear();
-        result
     }
 
     /// Ends the line; one that is too long for a write of its own is cut.
-    fn end_line(&mut self) -> io::Result<()> {
+    fn end_line(&mut self) {
         let most = Lines::AT_ONCE - Lines::RESERVE;
         if self.line.len() > most {
             self.line.truncate(most - "…\n".len());
@@ -114,10 +154,11 @@ impl Lines {
             self.line.truncate(whole);
             self.line.extend_from_slice("…\n".as_bytes());
         }
-        let result = if self.text.len() + self.line.len() > most { self.write_out() } else { Ok(()) };
+        if self.text.len() + self.line.len() > most {
+            self.write_out();
+        }
         self.text.append(&mut self.line);
         self.count += 1;
-        result
     }
 }
 
@@ -129,22 +170,51 @@ impl Write for Lines {
         }
         self.line.extend_from_slice(piece);
         if piece.ends_with(b"\n") {
-            self.end_line()?;
+            self.end_line();
             if !TOGETHER.get() {
-                self.write_out()?;
+                self.write_out();
             }
         }
         Ok(piece.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        if self.count > 0 { self.write_out() } else { Ok(()) }
+        if self.count > 0 {
+            self.write_out();
+        }
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A file that takes so many bytes, as on a disk that is full then.
+    #[test]
+    fn what_is_not_taken_is_told_and_no_line_goes_on_in_another() {
+        let path = std::env::temp_dir().join(format!("ai-proxy-lines-{}", std::process::id()));
+        let file = |path| File::options().create(true).append(true).open(path).expect("a file");
+        let full = || File::options().write(true).open("/dev/full").expect("a full device");
+        let mut lines = Lines { out: Some(file(&path)), is_file: true, ..Lines::default() };
+        TOGETHER.set(false);
+        let log = |lines: &mut Lines, text: &str| lines.write_all(text.as_bytes()).expect("it never fails");
+        log(&mut lines, "one\n");
+        let open = lines.out.replace(full());
+        log(&mut lines, "two\n");
+        log(&mut lines, "three\n");
+        assert_eq!(lines.lost, 2);
+        // As after a write that took half a line.
+        lines.out = open;
+        lines.is_torn = true;
+        log(&mut lines, "four\n");
+        log(&mut lines, "five\n");
+        let written = std::fs::read_to_string(&path).expect("it was written");
+        let _ = std::fs::remove_file(&path);
+        let ends: Vec<&str> = written.lines().map(|line| line.rsplit(' ').next().unwrap_or_default()).collect();
+        assert_eq!(ends, ["one", "", "them", "four", "five"], "{written}");
+        assert!(written.contains(" 2 lines of the log are lost") && lines.lost == 0 && !lines.is_torn, "{written}");
+    }
 
     #[test]
     fn a_line_that_is_too_long_is_cut_between_two_characters() {

@@ -173,7 +173,7 @@ impl Metrics {
         text.one("ai_proxy_queue_length", "gauge", "Questions waiting for a worker.", now.queue_length as f64);
         text.one_histogram("ai_proxy_queue_wait_seconds", "How long questions waited for a worker.", &self.queue_wait);
         text.one("ai_proxy_workers_busy", "gauge", "Workers asking the LLM.", now.workers_busy as f64);
-        text.one("ai_proxy_workers_total", "gauge", "Workers there may be (WORKERS).", now.workers_total as f64);
+        text.one("ai_proxy_workers", "gauge", "Workers there may be (WORKERS).", now.workers_total as f64);
         text.one("ai_proxy_connections", "gauge", "Open connections of clients.", now.connections as f64);
         text.one("ai_proxy_upstream_attempts_total", "counter", "Requests sent to the LLM.", self.upstream_attempts.get() as f64);
         text.one(

@@ -14,6 +14,8 @@ use crate::openai::{Text, each_message};
 const REPEATED: usize = 500;
 /// Bytes of a response format or of tools that are listened to; what is larger is as if it were not there.
 const HEARD: usize = 128 * 1024;
+/// The most choices that are given.
+const MOST_CHOICES: u64 = 16;
 /// Nesting to which a JSON schema is followed.
 const DEEPEST: usize = 16;
 /// Bytes that are said for a JSON schema, about; where it asks for more, the rest is null or left out.
@@ -28,9 +30,10 @@ pub fn completion(request: &[u8]) -> String {
         }
         None => (json!({"role": "assistant", "content": said.answer, "refusal": null}), "stop"),
     };
+    let choice = |index: u64| json!({"index": index, "message": message, "logprobs": null, "finish_reason": finish_reason});
     json!({
         "id": said.id, "object": "chat.completion", "created": 0, "model": said.model,
-        "choices": [{"index": 0, "message": message, "logprobs": null, "finish_reason": finish_reason}],
+        "choices": (0..said.choices).map(choice).collect::<Vec<Value>>(),
         "usage": said.usage,
     })
     .to_string()
@@ -44,16 +47,21 @@ pub fn chunks(request: &[u8]) -> Vec<String> {
                "choices": choices, "usage": usage})
         .to_string()
     };
-    let delta = |delta: Value, reason: Value| chunk(json!([{"index": 0, "delta": delta, "finish_reason": reason}]), &Value::Null);
-    let mut chunks = vec![delta(json!({"role": "assistant", "content": ""}), Value::Null)];
-    if let Some(tool) = &said.tool {
-        let mut call = tool.call(&said.id);
-        call["index"] = json!(0);
-        chunks.push(delta(json!({"tool_calls": [call]}), Value::Null));
-        chunks.push(delta(json!({}), json!("tool_calls")));
-    } else {
-        chunks.extend(said.answer.split_inclusive(' ').map(|word| delta(json!({"content": word}), Value::Null)));
-        chunks.push(delta(json!({}), json!("stop")));
+    let mut chunks = Vec::new();
+    for index in 0..said.choices {
+        let mut delta = |delta: Value, reason: Value| {
+            chunks.push(chunk(json!([{"index": index, "delta": delta, "finish_reason": reason}]), &Value::Null));
+        };
+        delta(json!({"role": "assistant", "content": ""}), Value::Null);
+        if let Some(tool) = &said.tool {
+            let mut call = tool.call(&said.id);
+            call["index"] = json!(0);
+            delta(json!({"tool_calls": [call]}), Value::Null);
+            delta(json!({}), json!("tool_calls"));
+        } else {
+            said.answer.split_inclusive(' ').for_each(|word| delta(json!({"content": word}), Value::Null));
+            delta(json!({}), json!("stop"));
+        }
     }
     chunks.push(chunk(json!([]), &said.usage));
     chunks
@@ -73,6 +81,8 @@ pub fn model(name: &str) -> Value {
 struct Said {
     answer: String,
     tool: Option<Tool>,
+    /// How often it is said.
+    choices: u64,
     model: String,
     usage: Value,
     id: String,
@@ -104,6 +114,8 @@ struct Request<'a> {
     tools: Option<&'a RawValue>,
     #[serde(borrow, default)]
     tool_choice: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    n: Option<&'a RawValue>,
 }
 
 fn count(text: &str) -> usize {
@@ -124,6 +136,7 @@ fn say(request: &[u8]) -> Said {
         })
     });
     let tool = demanded_tool(&heard(request.tools), &heard(request.tool_choice));
+    let choices = heard(request.n).as_u64().unwrap_or(1).clamp(1, MOST_CHOICES);
     let format = heard(request.response_format);
     let answer = match format["type"].as_str() {
         Some("json_object") => json!({"mock": true, "question": repeated(&question)}).to_string(),
@@ -133,12 +146,13 @@ fn say(request: &[u8]) -> Said {
         }
         _ => format!("This is a mock answer to: {}", repeated(&question)),
     };
-    let completion = count(tool.as_ref().map_or(&answer, |tool| &tool.arguments));
+    let completion = count(tool.as_ref().map_or(&answer, |tool| &tool.arguments)) * choices as usize;
     // FNV-1a: the same question always has the same id.
     let hash = question.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
     Said {
         answer,
         tool,
+        choices,
         model: repeated(request.model.as_deref().unwrap_or("mock")),
         usage: json!({"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}),
         id: format!("chatcmpl-mock-{hash:016x}"),
@@ -155,9 +169,11 @@ fn heard(json: Option<&RawValue>) -> Value {
     json.and_then(|json| serde_json::from_str(json).ok()).unwrap_or_default()
 }
 
-/// The function that `tool_choice` names, or the first one where it says `required`.
+/// The function that `tool_choice` names, or the first one where it says `required`, of all or of those that it allows.
 fn demanded_tool(tools: &Value, choice: &Value) -> Option<Tool> {
     let tools = tools.as_array()?;
+    let allowed = &choice["allowed_tools"];
+    let choice = if allowed["mode"] == "required" { &allowed["tools"][0] } else { choice };
     let tool = match choice["function"]["name"].as_str() {
         Some(name) => tools.iter().find(|tool| tool["function"]["name"] == name)?,
         None if *choice == "required" => tools.first()?,
@@ -188,13 +204,15 @@ fn instance(schema: &Value, root: &Value, depth: usize, left: &mut usize) -> Val
     }
     let kind = schema["type"].as_str().or(schema["type"][0].as_str()).unwrap_or("object");
     match kind {
-        "string" => json!("mock"),
-        "integer" | "number" => schema.get("minimum").map_or(json!(0), |least| repeat(least, left)),
+        "string" => text(schema, left).into(),
+        "integer" | "number" => number(schema),
         "boolean" => json!(true),
         "null" => Value::Null,
         "array" => {
-            let least = schema["minItems"].as_u64().unwrap_or(0).min(16);
-            (0..least).map(|_| instance(&schema["items"], root, depth + 1, left)).collect()
+            let first = schema["prefixItems"].as_array().map_or(&[][..], Vec::as_slice);
+            let least = (schema["minItems"].as_u64().unwrap_or(0) as usize).max(first.len()).min(16);
+            let items = (0..least).map(|at| first.get(at).unwrap_or(&schema["items"]));
+            items.map(|schema| instance(schema, root, depth + 1, left)).collect()
         }
         _ => {
             let mut object = Map::new();
@@ -207,6 +225,48 @@ fn instance(schema: &Value, root: &Value, depth: usize, left: &mut usize) -> Val
             Value::Object(object)
         }
     }
+}
+
+/// A text of the format that the schema names (JSON Schema, validation, section 7.3), or of the length.
+fn text(schema: &Value, left: &mut usize) -> String {
+    let of_format = match schema["format"].as_str() {
+        Some("date-time") => "2000-01-01T00:00:00Z",
+        Some("date") => "2000-01-01",
+        Some("time") => "00:00:00Z",
+        Some("duration") => "P1D",
+        Some("email" | "idn-email") => "mock@example.com",
+        Some("hostname" | "idn-hostname") => "example.com",
+        Some("ipv4") => "127.0.0.1",
+        Some("ipv6") => "::1",
+        Some("uri" | "iri" | "url") => "https://example.com/",
+        Some("uuid") => "00000000-0000-4000-8000-000000000000",
+        _ => {
+            let length = |name: &str| schema[name].as_u64().map(|length| length as usize);
+            let (least, most) = (length("minLength").unwrap_or(0), length("maxLength").unwrap_or(usize::MAX));
+            let length = 4.max(least).min(most);
+            return if afford(left, length) { "mock".chars().cycle().take(length).collect() } else { String::new() };
+        }
+    };
+    of_format.to_string()
+}
+
+/// 0 or what comes next to it, within the schema's limits (JSON Schema, validation, section 6.2).
+fn number(schema: &Value) -> Value {
+    let limit = |name: &str| schema[name].as_f64();
+    let (least, above, most, below) = (limit("minimum"), limit("exclusiveMinimum"), limit("maximum"), limit("exclusiveMaximum"));
+    let step = limit("multipleOf").filter(|step| *step > 0.0).unwrap_or(1.0);
+    let (low, high) = (least.or(above).unwrap_or(0.0), most.or(below).unwrap_or(0.0));
+    let (up, down) = ((low / step).ceil() * step, (high / step).floor() * step);
+    let candidates = [0.0, up, up + step, down, down - step, (low + high) / 2.0];
+    let fits = |n: &f64| {
+        least.is_none_or(|least| *n >= least)
+            && above.is_none_or(|above| *n > above)
+            && most.is_none_or(|most| *n <= most)
+            && below.is_none_or(|below| *n < below)
+    };
+    let number = candidates.into_iter().find(fits).unwrap_or(low);
+    // Whole numbers as such: 1.0 is none to every reader.
+    if number.fract() == 0.0 && number.abs() < 1e15 { json!(number as i64) } else { json!(number) }
 }
 
 /// A value out of the schema itself.
@@ -251,6 +311,28 @@ mod tests {
     fn a_schema_gets_what_it_asks_for() {
         let schema = json!({"type":"object","properties":{"a":{"enum":["x"]},"b":{"type":"array","minItems":1,"items":{"type":"boolean"}},"c":{"anyOf":[{"type":"null"}]}}});
         assert_eq!(instance(&schema, &schema, 0, &mut { LONGEST_INSTANCE }), json!({"a":"x","b":[true],"c":null}));
+    }
+
+    #[test]
+    fn formats_lengths_and_limits_are_kept() {
+        let said = |schema: Value| instance(&schema, &schema, 0, &mut { LONGEST_INSTANCE });
+        for (schema, expected) in [
+            (json!({"type": "string", "format": "date-time"}), json!("2000-01-01T00:00:00Z")),
+            (json!({"type": "string", "minLength": 6}), json!("mockmo")),
+            (json!({"type": "string", "maxLength": 2}), json!("mo")),
+            (json!({"type": "string", "minLength": LONGEST_INSTANCE + 1}), json!("")),
+            (json!({"type": "integer"}), json!(0)),
+            (json!({"type": "integer", "minimum": 3}), json!(3)),
+            (json!({"type": "integer", "exclusiveMinimum": 0}), json!(1)),
+            (json!({"type": "integer", "exclusiveMinimum": 0, "multipleOf": 5}), json!(5)),
+            (json!({"type": "integer", "maximum": -1}), json!(-1)),
+            (json!({"type": "integer", "exclusiveMaximum": 0}), json!(-1)),
+            (json!({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}), json!(0.5)),
+            (json!({"type": "number", "minimum": 0.5, "multipleOf": 0.25}), json!(0.5)),
+            (json!({"type": "array", "prefixItems": [{"type": "integer"}, {"type": "boolean"}]}), json!([0, true])),
+        ] {
+            assert_eq!(said(schema.clone()), expected, "{schema}");
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@
 use std::borrow::Cow;
 use std::fmt;
 
+use percent_encoding::percent_decode_str;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -406,9 +407,14 @@ fn no_error(what: &str, error: Option<&RawValue>) -> Result<(), NoAnswer> {
     error.filter(|error| is_error(error)).map_or(Ok(()), |error| Err(NoAnswer::error(what, error)))
 }
 
-/// The model whose name stands in a path: clients may write a slash in it as `%2F`; other bytes have no reason to hide.
-pub fn model_in_path(name: &str) -> String {
-    name.replace("%2F", "/").replace("%2f", "/")
+/// The model whose name stands in a path, in which clients may encode any byte (RFC 3986, section 2.1); `None`: none can
+/// have that name.
+pub fn model_in_path(name: &str) -> Option<String> {
+    let name = percent_decode_str(name).decode_utf8().ok()?;
+    // What servers may take for a part of another path.
+    let odd = |c: char| c.is_control() || "\\?#%".contains(c);
+    let sane = (1..=200).contains(&name.len()) && !name.contains(odd);
+    (sane && name.split('/').all(|step| !matches!(step, "" | "." | ".."))).then(|| name.into_owned())
 }
 
 /// Whether a body is a JSON object without an `error` in it, as every list and model is.
@@ -496,10 +502,14 @@ fn readable(json: &str) -> Value {
     if fields.is_empty() { format!("{} bytes without a message", json.len()).into() } else { fields.into() }
 }
 
+/// What people read of an error; its code, where that is a word, by which programs tell it from others.
 fn error_words(error: &Value) -> String {
     let text = ["message", "detail", "msg"].iter().find_map(|name| error.get(name)?.as_str());
     match text.or(error.as_str()) {
-        Some(text) => one_line(text),
+        Some(text) => match error.get("code").and_then(Value::as_str).filter(|code| !code.is_empty() && !text.contains(code)) {
+            Some(code) => one_line(&format!("{text} ({code})")),
+            None => one_line(text),
+        },
         None => one_line(&error.to_string()),
     }
 }
@@ -1046,7 +1056,8 @@ mod tests {
     #[test]
     fn errors_are_found_in_every_usual_shape() {
         for (body, text) in [
-            (&br#"{"error":{"message":"a","code":"x"}}"#[..], "a"),
+            (&br#"{"error":{"message":"a","code":"x"}}"#[..], "a (x)"),
+            (br#"{"error":{"message":"too long: x","code":"x"}}"#, "too long: x"),
             (br#"{"error":"b"}"#, "b"),
             (br#"[{"error":{"message":"l"}}]"#, "l"),
             (br#"{"detail":"c"}"#, "c"),

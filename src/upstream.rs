@@ -22,7 +22,7 @@ use crate::metrics::Metrics;
 use crate::mock;
 use crate::openai::{self, Chat, Completion, NoAnswer};
 use crate::sse::{Event, Splitter};
-use wire::{Ended, NoResolver, Watch, WireConnector};
+use wire::{Ended, Names, NoResolver, Watch, WireConnector};
 
 /// An error answer is read so far for its words.
 const MAX_ERROR_BODY: u64 = 64 * 1024;
@@ -53,6 +53,7 @@ pub struct Upstream {
     request: http::request::Parts,
     /// What no message may repeat.
     secrets: Vec<String>,
+    names: Names,
     metrics: Arc<Metrics>,
 }
 
@@ -81,7 +82,7 @@ impl Upstream {
             secrets.extend(credentials.split_once(':').map(|(_, password)| password.to_string()));
         }
         secrets.retain(|secret| secret.len() >= SHORTEST_SECRET);
-        Ok(Upstream { config, request, secrets, metrics })
+        Ok(Upstream { config, request, secrets, names: Names::default(), metrics })
     }
 
     fn has_secret(&self, text: &str) -> bool {
@@ -175,8 +176,8 @@ impl Upstream {
         error.headers.extend(limits);
         // OpenAI's word for an account without money, which no waiting fills.
         let quota = status == 429 && body.windows(18).any(|w| w == b"insufficient_quota");
-        let wait = retry_after.and_then(wait_of);
-        if quota || matches!(status, 300..=407 | 409..=428 | 430..=499) {
+        let wait = wait_in_ms(response.headers()).or(retry_after.and_then(wait_of));
+        if quota || matches!(status, 300..=407 | 410..=428 | 430..=499) {
             error = error.pointless_to_retry();
         }
         let passing = matches!(status, 408 | 429 | 500..=599) && !quota;
@@ -226,6 +227,12 @@ fn retry_after(headers: &HeaderMap) -> Option<&str> {
     (1..=64).contains(&value.len()).then_some(value)
 }
 
+/// What OpenAI's own clients look at first.
+fn wait_in_ms(headers: &HeaderMap) -> Option<Duration> {
+    let ms: f64 = headers.get("retry-after-ms")?.to_str().ok()?.trim().parse().ok()?;
+    Duration::try_from_secs_f64(ms / 1000.0).ok()
+}
+
 /// `Retry-After` in either of its forms (RFC 9110, section 10.2.3); nonsense is none.
 fn wait_of(text: &str) -> Option<Duration> {
     if let Ok(seconds) = text.trim().parse::<f64>() {
@@ -250,7 +257,7 @@ impl Line {
     /// A line without a connection yet.
     pub fn new(upstream: &Arc<Upstream>) -> Line {
         let watch = Watch::default();
-        let agent = agent(&watch);
+        let agent = agent(&watch, &upstream.names);
         Line { upstream: Arc::clone(upstream), agent, watch, deadline: Instant::now(), has_retried: false }
     }
 
@@ -354,11 +361,11 @@ impl Line {
     pub fn models(&mut self, client: Arc<TcpStream>, path: &str) -> Result<(Vec<u8>, Vec<Header>), ApiError> {
         if self.upstream.config.mode != Mode::Upstream {
             let names = self.upstream.config.models();
-            let Some(name) = path.strip_prefix('/').map(openai::model_in_path) else {
+            let Some(name) = path.strip_prefix('/') else {
                 return Ok((mock::models(&names).into_bytes(), Vec::new()));
             };
-            let model = names.contains(&name).then(|| mock::model(&name).to_string().into_bytes());
-            return Ok((model.ok_or_else(no_model)?, Vec::new()));
+            let name = openai::model_in_path(name).filter(|name| names.contains(name)).ok_or_else(no_model)?;
+            return Ok((mock::model(&name).to_string().into_bytes(), Vec::new()));
         }
         self.begin();
         self.watch.begin(client, self.deadline);
@@ -425,7 +432,7 @@ impl Line {
                     let ended = self.watch.ended();
                     // A kept connection may have died while nobody looked; that costs nobody an attempt.
                     if ended.is_none() && self.watch.reused() && matches!(e, ureq::Error::Io(_)) {
-                        self.agent = agent(&self.watch);
+                        self.agent = agent(&self.watch, &self.upstream.names);
                         continue;
                     }
                     match ended {
@@ -475,7 +482,7 @@ impl Line {
 /// Ends a client's stream from another thread.
 pub type Hangup = Box<dyn Fn() + Send>;
 
-fn agent(watch: &Watch) -> Agent {
+fn agent(watch: &Watch, names: &Names) -> Agent {
     let config = ureq::config::Config::builder()
         .http_status_as_error(false)
         .max_redirects(0)
@@ -491,7 +498,8 @@ fn agent(watch: &Watch) -> Agent {
         .max_idle_connections_per_host(1)
         .max_idle_age(config::UPSTREAM_KEEP_ALIVE)
         .build();
-    Agent::with_parts(config, WireConnector(watch.clone()).chain(RustlsConnector::default()), NoResolver)
+    let connector = WireConnector { watch: watch.clone(), names: names.clone() };
+    Agent::with_parts(config, connector.chain(RustlsConnector::default()), NoResolver)
 }
 
 /// Exponential, shortened by up to half at random, so that many clients' retries do not meet.
@@ -669,6 +677,15 @@ mod tests {
         for nonsense in ["soon", "-1", "NaN", "1e300", ""] {
             assert_eq!(wait_of(nonsense), None, "{nonsense}");
         }
+    }
+
+    #[test]
+    fn the_wait_may_come_in_milliseconds() {
+        let wait = |ms: &'static str| {
+            wait_in_ms(&[("retry-after-ms".parse().expect("a name"), HeaderValue::from_static(ms))].into_iter().collect())
+        };
+        assert_eq!(wait("1500"), Some(Duration::from_millis(1500)));
+        assert_eq!((wait("soon"), wait("-1"), wait_in_ms(&HeaderMap::new())), (None, None, None));
     }
 
     #[test]

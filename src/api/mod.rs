@@ -248,6 +248,8 @@ impl Api {
 
     /// What is asked of the LLM: by one question, or by a client's own chat request.
     fn chat(&self, endpoint: Endpoint, body: &[u8]) -> Result<Chat, ApiError> {
+        // A byte order mark, as some editors write it, may be ignored (RFC 8259, section 8.1).
+        let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
         let Config { model, system_prompt, max_question_chars, .. } = &*self.config;
         if endpoint == Endpoint::ChatCompletions {
             return Chat::from_body(body, model, *max_question_chars);
@@ -316,8 +318,10 @@ impl Api {
         let asks = admitted.endpoint.takes_question();
         let verdict = if !admitted.endpoint.is_public() && self.draining.load(Ordering::SeqCst) {
             Err(ApiError::shutting_down())
-        } else if asks && !head.field("content-type").is_none_or(is_json) {
+        } else if asks && !is_json(head) {
             Err(ApiError::new(Code::UNSUPPORTED_MEDIA_TYPE, "the body must be JSON: send Content-Type: application/json"))
+        } else if asks && head.field("content-encoding").is_some_and(|coding| !coding.eq_ignore_ascii_case("identity")) {
+            Err(ApiError::new(Code::UNSUPPORTED_MEDIA_TYPE, "the body must not be compressed: send it without Content-Encoding"))
         } else {
             Ok(if asks { self.config.max_body_bytes } else { NEEDLESS_BODY })
         };
@@ -506,7 +510,10 @@ fn find_key(keys: &[ApiKey], secret: &str) -> Option<Arc<str>> {
     found
 }
 
-fn is_json(content_type: &str) -> bool {
+/// The body is said to be JSON, or to be nothing. A web page of another site has to say it: only then does its browser
+/// ask first whether it may (<https://fetch.spec.whatwg.org/#cors-safelisted-request-header>), and hear that it may not.
+fn is_json(head: &Head) -> bool {
+    let Some(content_type) = head.field("content-type") else { return head.field("sec-fetch-site") != Some("cross-site") };
     let media_type = media_type(content_type);
     media_type == "application/json" || (media_type.starts_with("application/") && media_type.ends_with("+json"))
 }

@@ -304,10 +304,12 @@ impl StreamWriter {
         self.put(piece, b"")
     }
 
-    /// Sends a last piece together with the end of the body. Returns the bytes of body sent in all.
-    pub fn finish(mut self, piece: &[u8]) -> io::Result<u64> {
+    /// Sends a last piece together with the end of the body, where the client is still there. Returns the bytes of body
+    /// sent in all.
+    pub fn finish(mut self, piece: &[u8]) -> u64 {
         let end: &[u8] = if self.responder.http10 { b"" } else { b"0\r\n\r\n" };
-        self.put(piece, end).map(|()| self.sent)
+        let before = self.sent;
+        if self.put(piece, end).is_ok() { self.sent } else { before }
     }
 
     fn put(&mut self, piece: &[u8], end: &[u8]) -> io::Result<()> {

@@ -144,6 +144,18 @@ impl Surplus {
         self.rows == 0 && self.days == 0
     }
 
+    /// The same, and where it fails the transaction that it is a part of can go on: what is damaged, such as the index of
+    /// words, is to keep nobody from asking.
+    fn delete_alone(&self, connection: &Connection, most: u64) -> rusqlite::Result<rusqlite::Result<u64>> {
+        if self.is_none() {
+            return Ok(Ok(0));
+        }
+        connection.execute_batch("SAVEPOINT surplus")?;
+        let deleted = self.delete(connection, most);
+        connection.execute_batch(if deleted.is_ok() { "RELEASE surplus" } else { "ROLLBACK TO surplus; RELEASE surplus" })?;
+        Ok(deleted)
+    }
+
     /// Deletes at most so many of them, the oldest; how many.
     fn delete(&self, connection: &Connection, most: u64) -> rusqlite::Result<u64> {
         let mut ids: Vec<i64> = Vec::new();
@@ -159,9 +171,6 @@ impl Surplus {
         }
         if self.days > 0 {
             find(include_str!("../../sql/queries/oldest_over_age.sql"), &[most as i64, self.days as i64])?;
-        }
-        if ids.is_empty() {
-            return Ok(0);
         }
         let mut forget_words = connection.prepare_cached(include_str!("../../sql/queries/forget_words.sql"))?;
         let mut forget = connection.prepare_cached(include_str!("../../sql/queries/forget.sql"))?;
@@ -272,14 +281,16 @@ impl Desk {
 
 struct Open {
     connection: Connection,
-    /// The inodes of its file and of its journal.
-    files: [Option<u64>; 2],
+    /// The inodes of its three files.
+    files: [Option<u64>; 3],
 }
 
 /// The one connection that writes.
 pub struct Writer {
+    /// The database, its journal and the index of that, which all who use it share.
     path: PathBuf,
     journal: PathBuf,
+    journal_index: PathBuf,
     sync: Durability,
     /// What retention leaves; 0: all.
     pub max_rows: u64,
@@ -307,6 +318,8 @@ pub struct Writer {
     /// Searches that wait until the words up to a row are indexed.
     searches: Vec<(i64, Giver<()>)>,
     next_retention: Instant,
+    /// Retention rests after a failure.
+    next_pruning: Instant,
     next_forgetting: Instant,
     /// The index rests after a failure.
     next_indexing: Instant,
@@ -317,11 +330,15 @@ pub struct Writer {
 impl Writer {
     /// A writer that keeps everything and has not opened its database yet.
     pub fn new(path: PathBuf, sync: Durability, state: Arc<State>, metrics: Arc<Metrics>) -> Writer {
-        let mut journal = path.clone().into_os_string();
-        journal.push("-wal");
+        let beside = |ending: &str| {
+            let mut path = path.clone().into_os_string();
+            path.push(ending);
+            PathBuf::from(path)
+        };
         Writer {
+            journal: beside("-wal"),
+            journal_index: beside("-shm"),
             path,
-            journal: journal.into(),
             sync,
             max_rows: 0,
             max_days: 0,
@@ -341,6 +358,7 @@ impl Writer {
             unindexed_bytes: 0,
             searches: Vec::new(),
             next_retention: Instant::now(),
+            next_pruning: Instant::now(),
             next_forgetting: Instant::now(),
             next_indexing: Instant::now(),
             wanted_room: 0,
@@ -452,11 +470,11 @@ impl Writer {
                 }
                 ids.push(id);
             }
-            let deleted = surplus.delete(connection, most)?;
-            Ok((ids, deleted))
+            Ok((ids, surplus.delete_alone(connection, most)?))
         });
         match written {
             Some((ids, deleted)) => {
+                let deleted = self.pruned(deleted);
                 self.metrics.history_commits.inc();
                 self.metrics.history_rows.add(ids.len() as u64);
                 self.metrics.history_batch_size.observe_value(ids.len() as f64);
@@ -547,6 +565,9 @@ impl Writer {
 
     /// What has to go when so many pairs come.
     fn surplus(&mut self, coming: usize) -> Surplus {
+        if Instant::now() < self.next_pruning {
+            return Surplus { rows: 0, days: 0 };
+        }
         if self.max_rows > 0 && self.rows + coming as u64 > self.max_rows {
             self.look_again();
         }
@@ -560,10 +581,20 @@ impl Writer {
         if surplus.is_none() {
             return false;
         }
-        let deleted = self.attempt("pruned", |connection| surplus.delete(connection, RETAIN_ROWS)).unwrap_or(0);
+        let deleted = self.attempt("pruned", |connection| surplus.delete_alone(connection, RETAIN_ROWS));
+        let deleted = deleted.map_or(0, |deleted| self.pruned(deleted));
         self.shrank(&surplus, deleted, RETAIN_ROWS);
         self.grew(deleted as usize, 0);
         deleted > 0
+    }
+
+    /// How many rows were deleted; where that failed, retention rests.
+    fn pruned(&mut self, deleted: rusqlite::Result<u64>) -> u64 {
+        deleted.unwrap_or_else(|e| {
+            log::error!("history cannot be pruned: {}", advice(&Trouble::Sql(e)));
+            self.next_pruning = Instant::now() + RETENTION_TICK;
+            0
+        })
     }
 
     /// After so many rows were deleted, of `most` that would have been.
@@ -628,8 +659,8 @@ impl Writer {
         self.open.as_ref().is_some_and(|open| open.files == self.files())
     }
 
-    fn files(&self) -> [Option<u64>; 2] {
-        [&self.path, &self.journal].map(|path| kernel::inode(path))
+    fn files(&self) -> [Option<u64>; 3] {
+        [&self.path, &self.journal, &self.journal_index].map(|path| kernel::inode(path))
     }
 
     /// Lets go of a database that is not in its place any more. What only its journal has, which may be deleted, goes over

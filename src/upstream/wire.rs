@@ -7,7 +7,7 @@ use std::io;
 use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
@@ -176,8 +176,43 @@ impl Resolver for NoResolver {
     }
 }
 
+/// The look-ups of names, for all connections to one upstream: one at a time, whose result all take who wait for it. The
+/// system's resolver can only be waited for, so a thread of its own does that; where it hangs, one thread hangs.
+#[derive(Clone, Default)]
+pub struct Names(Arc<Mutex<Weak<Lookup>>>);
+
+struct Lookup {
+    /// Ends with the look-up.
+    over: UnixStream,
+    found: OnceLock<Vec<SocketAddr>>,
+}
+
+impl Names {
+    /// The look-up under way, or a new one.
+    fn look_up(&self, host: String, port: u16) -> io::Result<Arc<Lookup>> {
+        let mut running = lock(&self.0);
+        if let Some(lookup) = running.upgrade().filter(|lookup| lookup.found.get().is_none()) {
+            return Ok(lookup);
+        }
+        let (over, ours) = UnixStream::pair()?;
+        let lookup = Arc::new(Lookup { over, found: OnceLock::new() });
+        let looking = Arc::clone(&lookup);
+        std::thread::Builder::new().name("resolve".into()).spawn(move || {
+            // Goes last, which says that the look-up is over.
+            let _ours = ours;
+            let found = (host.as_str(), port).to_socket_addrs().map(Vec::from_iter);
+            looking.found.get_or_init(|| found.unwrap_or_default());
+        })?;
+        *running = Arc::downgrade(&lookup);
+        Ok(lookup)
+    }
+}
+
 /// Makes connections that watch client and clock.
-pub struct WireConnector(pub Watch);
+pub struct WireConnector {
+    pub watch: Watch,
+    pub names: Names,
+}
 
 impl Connector<()> for WireConnector {
     type Out = Wire;
@@ -190,10 +225,10 @@ impl Connector<()> for WireConnector {
             match self.open(address) {
                 Ok(stream) => {
                     let buffers = SmallBuffers::default();
-                    let (stream, watch) = (Arc::new(stream), self.0.clone());
+                    let (stream, watch) = (Arc::new(stream), self.watch.clone());
                     return Ok(Some(Wire { stream, buffers, just_read: false, is_patient: false, is_cut: false, watch }));
                 }
-                Err(e) if self.0.ended().is_some() => return Err(e),
+                Err(e) if self.watch.ended().is_some() => return Err(e),
                 Err(e) => failure = e,
             }
         }
@@ -206,16 +241,9 @@ impl WireConnector {
         if let Ok(ip) = host.parse() {
             return Ok(vec![SocketAddr::new(ip, port)]);
         }
-        // The system's resolver can only be waited for, so a thread of its own does that.
-        let (done, lookup) = UnixStream::pair()?;
-        let thread = std::thread::Builder::new().name("resolve".into()).spawn(move || {
-            // Goes last, which says that the look-up is over.
-            let _lookup = lookup;
-            (host.as_str(), port).to_socket_addrs().map(Vec::from_iter)
-        })?;
-        self.0.wait(done.as_fd(), PollFlags::IN)?;
-        let addresses = thread.join().ok().and_then(Result::ok);
-        addresses.filter(|a| !a.is_empty()).ok_or(ureq::Error::HostNotFound)
+        let lookup = self.names.look_up(host, port)?;
+        self.watch.wait(lookup.over.as_fd(), PollFlags::IN)?;
+        lookup.found.get().filter(|found| !found.is_empty()).cloned().ok_or(ureq::Error::HostNotFound)
     }
 
     fn open(&self, address: SocketAddr) -> Result<TcpStream, ureq::Error> {
@@ -228,10 +256,10 @@ impl WireConnector {
             Err(Errno::INPROGRESS) => {
                 // One address that swallows packets must not use up the time of the others.
                 let mine = Instant::now() + config::UPSTREAM_CONNECT;
-                let until = self.0.until().map_or(mine, |until| until.min(mine));
-                match self.0.wait_until(Some((socket.as_fd(), PollFlags::OUT)), Some(until)) {
+                let until = self.watch.until().map_or(mine, |until| until.min(mine));
+                match self.watch.wait_until(Some((socket.as_fd(), PollFlags::OUT)), Some(until)) {
                     Err(Ended::TimedOut) if until == mine => return Err(io::Error::from(io::ErrorKind::TimedOut).into()),
-                    Err(ended) => self.0.ended_by(ended)?,
+                    Err(ended) => self.watch.ended_by(ended)?,
                     Ok(()) => {}
                 }
                 sockopt::socket_error(&socket).map_err(io::Error::from)?.map_err(io::Error::from)?;

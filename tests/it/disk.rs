@@ -483,6 +483,29 @@ fn a_journal_deleted_while_it_runs_takes_no_pair_along() {
     proxy.expect_intact();
 }
 
+/// The index of the journal is what all processes share of a database.
+#[test]
+fn an_index_of_the_journal_deleted_while_it_runs_takes_no_pair_along() {
+    let mut proxy = Proxy::start();
+    let mut told = Told::default();
+    let mut tell = |proxy: &Proxy, questions: [&str; 3]| questions.iter().for_each(|question| told.note(&ask(proxy, question)));
+    tell(&proxy, ["1?", "2?", "3?"]);
+    fs::remove_file(proxy.database_path().with_file_name("history.db-shm")).expect("an index");
+    tell(&proxy, ["4?", "5?", "6?"]);
+    let other = proxy.database();
+    tell(&proxy, ["7?", "8?", "9?"]);
+    let seen: i64 = other.query_row("SELECT count(*) FROM history", [], |row| row.get(0)).expect("it can be read");
+    assert_eq!(seen, 9, "others see what the server has");
+    other.execute("DELETE FROM history WHERE question = 'nothing'", []).expect("it can be written");
+    tell(&proxy, ["10?", "11?", "12?"]);
+    proxy.kill();
+    drop(other);
+    let proxy = proxy.setup().start();
+    told.expect_kept(&proxy);
+    assert_eq!(proxy.count_rows(), 12);
+    proxy.expect_intact();
+}
+
 /// What the journal has is the other database's.
 #[test]
 fn a_database_that_another_one_takes_the_place_of_leaves_nothing_behind_in_it() {

@@ -228,6 +228,42 @@ fn a_client_that_sends_all_of_a_refused_body_still_reads_why() {
 }
 
 #[test]
+fn a_compressed_body_is_415_and_says_so() {
+    with_unasked_upstream(&[], |proxy| {
+        for path in LLM_PATHS {
+            let response = proxy.call(&post(path, &question()).header("Content-Encoding", "gzip"));
+            response.expect_error(415, "unsupported_media_type");
+            assert!(response.json()["error"]["message"].as_str().is_some_and(|text| text.contains("Content-Encoding")));
+        }
+    });
+}
+
+/// Without a type its browser would not ask whether it may.
+#[test]
+fn a_page_of_another_site_has_to_name_the_type() {
+    let proxy = Proxy::start();
+    for path in LLM_PATHS {
+        let typed = post(path, &question());
+        let untyped = typed.clone().without("Content-Type");
+        let status = |request: &Request, site: &str| proxy.call(&request.clone().header("Sec-Fetch-Site", site)).status;
+        assert_eq!(status(&untyped, "cross-site"), 415, "{path}");
+        assert_eq!(status(&untyped, "same-origin"), 200, "{path}");
+        assert_eq!(status(&typed, "cross-site"), 200, "{path}: its browser has asked");
+    }
+}
+
+#[test]
+fn a_byte_order_mark_before_the_body_is_ignored() {
+    let proxy = Proxy::start();
+    let chat = json!({"model": "m", "messages": [{"role": "user", "content": "What is it?"}]});
+    for (path, body) in [("/api/ask", question()), ("/api/streaming", question()), ("/v1/chat/completions", chat)] {
+        let bytes = [b"\xef\xbb\xbf", body.to_string().as_bytes()].concat();
+        assert_eq!(proxy.call(&post_bytes(path, bytes)).status, 200, "{path}");
+    }
+    assert!(proxy.history().iter().all(|pair| pair["question"] == "What is it?"));
+}
+
+#[test]
 fn a_content_type_that_is_not_json_is_415() {
     with_unasked_upstream(&[], |proxy| {
         for path in LLM_PATHS {

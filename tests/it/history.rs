@@ -8,11 +8,15 @@ use serde_json::{Value, json};
 
 /// A proxy whose answers say nothing but what the question says after `->`.
 fn echoing() -> (FakeUpstream, Proxy) {
+    echoing_with(&[])
+}
+
+fn echoing_with(settings: &[(&str, &str)]) -> (FakeUpstream, Proxy) {
     let upstream = FakeUpstream::answering(|request| {
         let question = request.question();
         answer(question.split_once("->").map_or("ok", |(_, told)| told))
     });
-    let proxy = Proxy::facing(&upstream).start();
+    let proxy = Proxy::with(settings).facing(&upstream).start();
     (upstream, proxy)
 }
 
@@ -172,6 +176,21 @@ fn an_id_is_never_used_twice() {
     database.execute_batch("ROLLBACK").expect("the lock is given back");
     eventually("it is ready again", || proxy.get("/readyz").status == 200);
     assert_eq!(proxy.answer("after?")["id"].as_i64(), Some(id + 1));
+}
+
+#[test]
+fn retention_that_fails_at_the_index_keeps_nobody_from_asking() {
+    let (_upstream, proxy) = echoing_with(&[("HISTORY_MAX_ROWS", "2")]);
+    ask_all(&proxy, &["whale 1", "whale 2"]);
+    assert_eq!(questions(&page(&proxy, "?q=whale")).len(), 2);
+    let database = rusqlite::Connection::open(proxy.database_path()).expect("it opens");
+    assert!(database.execute("DELETE FROM history_words_data", []).expect("damaged") > 0);
+    for number in 3..9 {
+        proxy.answer(&format!("whale {number}"));
+        assert_eq!(proxy.get("/readyz").status, 200);
+    }
+    assert!(proxy.log().iter().any(|line| line.contains("cannot be pruned")), "{:#?}", proxy.log());
+    assert_eq!(proxy.count_rows(), 8, "what could not be deleted is there");
 }
 
 #[test]

@@ -50,6 +50,18 @@ fn expect_422(response: &Response) {
     assert_eq!(error["param"], "Idempotency-Key");
 }
 
+/// As an id that is used twice after all would make it: the pair is another key's.
+#[test]
+fn no_key_is_given_the_pair_of_another() {
+    let upstream = numbering();
+    let proxy = Proxy::facing(&upstream).set("API_KEYS", "alice:secret1,bob:secret2").start();
+    let request = keyed(&ask("What is it?").key("secret1"), "order-1");
+    expect_200(proxy.call(&request));
+    proxy.database().execute("UPDATE history SET key_name = 'bob', answer = 'private'", []).expect("one row");
+    let again = proxy.call(&request);
+    assert_eq!((again.status, &again.json()["answer"]), (200, &json!("Answer 2")));
+}
+
 #[test]
 fn a_repetition_is_answered_from_history_byte_for_byte() {
     for request in both("What is it?") {

@@ -2,12 +2,15 @@
 
 use crate::support::client::{Connection, get, post, streaming};
 use crate::support::eventually;
+use crate::support::gate::Gate;
+use crate::support::hostile::{plug_in, throw};
 use crate::support::proxy::{Proxy, Setup, UPSTREAM_KEY};
 use crate::support::upstream::{
-    FakeUpstream, Step, answer, completion, delta, event, refusal, reply_json, stream_head, streamed,
+    FakeUpstream, Step, answer, completion, delta, end, event, finish, refusal, reply_json, stream_head, streamed,
 };
 use serde_json::json;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
+use std::time::Duration;
 
 /// The one line about the request with this id, once it is written.
 #[track_caller]
@@ -115,6 +118,35 @@ fn a_stream_that_breaks_or_is_left_is_one_line_too() {
     drop(stream);
     let line = line_of(&proxy, "id-left");
     expect_in(&line, &["/api/streaming", "200"]);
+}
+
+/// Its end cannot be sent, but what came before was.
+#[test]
+fn a_stream_whose_client_is_gone_at_its_end_says_what_was_sent() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let upstream = FakeUpstream::always(vec![
+        stream_head(),
+        event(&delta("All")),
+        event(&finish("stop")),
+        Step::Wait(held),
+        event("[DONE]"),
+        end(),
+    ]);
+    let proxy = Proxy::facing(&upstream).start();
+    let stream = plug_in(proxy.address);
+    throw(&stream, &[&streaming("a question").header("X-Request-Id", "id-reset").bytes()]);
+    let mut heard = Vec::new();
+    while !String::from_utf8_lossy(&heard).contains(&finish("stop")) {
+        let mut piece = [0; 4096];
+        let read = (&stream).read(&mut piece).expect("a stream");
+        heard.extend_from_slice(&piece[..read]);
+    }
+    rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).expect("linger");
+    drop(stream);
+    gate.open();
+    let line = line_of(&proxy, "id-reset");
+    assert!(!line.contains(" bytes=0 "), "{line}");
 }
 
 #[test]

@@ -48,7 +48,7 @@ const SIDEWAYS: &[(&str, &str)] = &[("openai", "exchange"), ("mock", "openai"), 
 const OWNED: &[(&str, &str)] = &[("tiny_http", "http"), ("libc", "kernel"), ("ureq", "upstream"), ("rusqlite", "store")];
 
 /// No input, no output, no clock, no thread: rooms with these crates only.
-const PURE: &[&str] = &["memchr", "serde", "serde_json"];
+const PURE: &[&str] = &["memchr", "percent_encoding", "serde", "serde_json"];
 const IMPURE: &[&str] =
     &["std::fs", "std::net", "std::env", "std::process", "std::thread", "SystemTime", "Instant::now", "println!"];
 

@@ -359,7 +359,7 @@ fn where_a_retry_is_pointless_the_client_is_told() {
 
 #[test]
 fn where_a_retry_may_help_the_client_is_not_held_back() {
-    for (status, ours) in [(429, 429), (500, 502), (503, 503)] {
+    for (status, ours) in [(409, 502), (429, 429), (500, 502), (503, 503)] {
         let said = should_retry("0", vec![refusal(status, "not now")], &chat(json!({})));
         assert_eq!(said, (ours, vec![], 1), "{status}");
     }
@@ -1160,8 +1160,16 @@ fn the_models_are_the_upstreams_own_byte_for_byte() {
         reply(200, &[("Content-Type", "application/json")], body)
     });
     let proxy = Proxy::facing(&upstream).start();
-    let ids =
-        ["gpt-4o", "ft:gpt-4o-mini:acme::7p4lURel", "openai/gpt-4o:free", "openai%2Fgpt-4o", "@cf/meta/llama-3.1-8b", "a_b~c"];
+    let ids = [
+        "gpt-4o",
+        "ft:gpt-4o-mini:acme::7p4lURel",
+        "openai/gpt-4o:free",
+        "openai%2Fgpt-4o",
+        "ft%3Agpt",
+        "a%20b%C3%A8",
+        "@cf/meta/llama-3.1-8b",
+        "a_b~c",
+    ];
     assert_eq!(String::from_utf8_lossy(&proxy.get("/v1/models").body), list);
     for id in ids {
         let response = proxy.get(&format!("/v1/models/{id}"));
@@ -1222,8 +1230,8 @@ fn the_mock_lists_its_models() {
     assert_eq!(list["object"], "list");
     let ids: Vec<&str> = list["data"].as_array().expect("models").iter().map(|model| model["id"].as_str().unwrap()).collect();
     assert_eq!(ids, ["main/one", "two"]);
-    // Clients write the slash of a name either way.
-    for (target, id) in [("two", "two"), ("main/one", "main/one"), ("main%2Fone", "main/one")] {
+    // Clients encode what they like of a name.
+    for (target, id) in [("two", "two"), ("t%77o", "two"), ("main/one", "main/one"), ("main%2Fone", "main/one")] {
         let model = proxy.get(&format!("/v1/models/{target}"));
         assert_eq!(model.status, 200, "{model:?}");
         let model = model.json();
@@ -1300,6 +1308,27 @@ fn the_mock_answers_in_full_shape() {
 }
 
 #[test]
+fn the_mock_gives_as_many_choices_as_are_asked_for() {
+    let proxy = mocked(&[]);
+    let whole = proxy.call(&chat(json!({"n": 3}))).json();
+    let choices = whole["choices"].as_array().expect("choices");
+    assert_eq!(choices.iter().map(|choice| choice["index"].as_u64()).collect::<Vec<_>>(), [Some(0), Some(1), Some(2)]);
+    assert!(choices.iter().all(|choice| choice["message"] == choices[0]["message"]));
+    let events = events_of(&proxy, &chat(json!({"n": 3, "stream": true})));
+    for index in 0..3 {
+        let chunks = events.iter().filter_map(|event| serde_json::from_str::<Value>(event).ok());
+        let choices = chunks.filter_map(|chunk| Some(chunk["choices"].get(0)?.clone())).filter(|choice| choice["index"] == index);
+        let text: String = choices.filter_map(|choice| Some(choice["delta"]["content"].as_str()?.to_owned())).collect();
+        assert_eq!(text, choices_text(&whole), "{index}");
+    }
+    assert!(proxy.history().iter().all(|pair| pair["answer"] == choices_text(&whole)), "the first one is kept");
+}
+
+fn choices_text(whole: &Value) -> String {
+    whole["choices"][0]["message"]["content"].as_str().unwrap_or_default().to_owned()
+}
+
+#[test]
 fn the_mock_sends_the_usage_chunk_to_who_asks() {
     let proxy = mocked(&[]);
     let usages = |options: Value| {
@@ -1329,6 +1358,8 @@ fn the_mock_calls_a_tool_that_is_demanded() {
     let named = json!({"type": "function", "function": {"name": "weather"}});
     let message = mock_says(&proxy, json!({"tools": tools, "tool_choice": named}), "tool_calls");
     assert_eq!(message["content"], Value::Null);
+    let allowed = json!({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named]}});
+    assert_eq!(mock_says(&proxy, json!({"tools": tools, "tool_choice": allowed}), "tool_calls"), message);
     let calls = message["tool_calls"].as_array().expect("calls");
     assert_eq!(calls.len(), 1);
     assert_eq!((&calls[0]["type"], &calls[0]["function"]["name"]), (&json!("function"), &json!("weather")));
