@@ -7,6 +7,7 @@ mod error;
 mod exchange;
 mod handoff;
 mod http;
+mod json;
 mod kernel;
 mod lines;
 mod lock;

@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use std::fmt;
 
 use percent_encoding::percent_decode_str;
-use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserializer, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use serde_json::value::RawValue;
@@ -14,9 +14,8 @@ use serde_json::value::RawValue;
 use crate::config::MAX_ANSWER;
 use crate::error::ApiError;
 use crate::exchange::{Question, Usage, is_longer, parse_json, size_in_json};
+use crate::json::{EachField, Few, MOST_PARTS, Wish, Words, each_field, object, wished};
 
-/// Choices of an answer, and tool calls, that are kept: no model gives more, and an index beyond is not believed.
-const MOST_PARTS: usize = 128;
 /// An error of more bytes is not kept as a whole, only its words.
 const LARGE_ERROR: usize = 64 * 1024;
 
@@ -204,89 +203,6 @@ fn with_field(body: &[u8], name: &str, value: Option<&str>) -> Vec<u8> {
     edited
 }
 
-/// Shows every field of a JSON object, in their order, with the bytes of its value. Nothing is kept: a
-/// field of a few bytes would take many times its size.
-fn each_field<'a>(json: &'a [u8], see: impl FnMut(&str, &'a RawValue)) -> serde_json::Result<()> {
-    let mut json = serde_json::Deserializer::from_slice(json);
-    EachField(see).deserialize(&mut json)?;
-    json.end()
-}
-
-struct EachField<F>(F);
-
-impl<'de, F: FnMut(&str, &'de RawValue)> DeserializeSeed<'de> for EachField<F> {
-    type Value = ();
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
-        deserializer.deserialize_map(self)
-    }
-}
-
-impl<'de, F: FnMut(&str, &'de RawValue)> Visitor<'de> for EachField<F> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str("an object")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
-        while let Some((Name(name), value)) = map.next_entry()? {
-            (self.0)(&name, value);
-        }
-        Ok(())
-    }
-}
-
-/// A field's name.
-#[derive(Deserialize)]
-struct Name<'a>(#[serde(borrow)] Cow<'a, str>);
-
-/// A string, borrowed where it stands in the JSON as it is. Of halves of characters (`"\ud83d"`), which servers write
-/// that cut a text into UTF-16 units, replacement characters are left.
-#[derive(Default)]
-struct Words<'a>(Cow<'a, str>);
-
-impl<'de: 'a, 'a> Deserialize<'de> for Words<'a> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Words<'a>, D::Error> {
-        // As a string it would have to be whole.
-        deserializer.deserialize_bytes(Words::default())
-    }
-}
-
-impl<'de> Visitor<'de> for Words<'de> {
-    type Value = Words<'de>;
-
-    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str("a string")
-    }
-
-    fn visit_borrowed_bytes<E>(self, text: &'de [u8]) -> Result<Words<'de>, E> {
-        // Whole texts are checked several times faster so.
-        Ok(Words(std::str::from_utf8(text).map_or_else(|_| String::from_utf8_lossy(text), Cow::Borrowed)))
-    }
-
-    fn visit_bytes<E>(self, text: &[u8]) -> Result<Words<'de>, E> {
-        Ok(Words(String::from_utf8_lossy(text).into_owned().into()))
-    }
-}
-
-/// A value that only the history wants, so that one of another type than it should have is none.
-struct Wish<T>(Option<T>);
-
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Wish<T> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Wish<T>, D::Error> {
-        let json = <&RawValue>::deserialize(deserializer)?.get();
-        // In most chunks most are null, and an error would be made of each.
-        Ok(Wish(if json == "null" { None } else { wished(json) }))
-    }
-}
-
-// Not inlined: what all the wishes of a chunk take of the stack each stream would keep, another page.
-#[inline(never)]
-fn wished<'a, T: Deserialize<'a>>(json: &'a str) -> Option<T> {
-    serde_json::from_str(json).ok()
-}
-
 /// A field's value, `None` where it is not there or null. Errs with 422 saying what it must be.
 fn read<'a, T: Deserialize<'a>>(json: Option<&'a RawValue>, name: &str, kind: &str) -> Result<Option<T>, ApiError> {
     let Some(json) = json else { return Ok(None) };
@@ -437,6 +353,8 @@ pub struct Chunk<'a> {
     pub tool_calls: ToolCalls,
     pub model: Option<Cow<'a, str>>,
     pub finish_reason: Option<Cow<'a, str>>,
+    /// Of further choices (`n` > 1), which reach the client and not the history: which, and whether it is finished.
+    pub others: Vec<(u64, bool)>,
     pub usage: Option<Usage>,
     /// Without one it is a frame around the answer: the usage, what a filter says, or nothing we know.
     pub has_choice: bool,
@@ -455,8 +373,11 @@ pub fn parse_chunk(data: &[u8]) -> Result<Chunk<'_>, NoAnswer> {
     let mut chunk = Chunk { model: answer.model.map(|Words(model)| model), usage, ..Chunk::default() };
     let choices = answer.choices.map_or_else(Vec::new, |Few(choices)| choices);
     chunk.has_choice = !choices.is_empty();
-    // Further choices (`n` > 1) reach the client, and history keeps the first.
-    for choice in choices.into_iter().filter(Choice::is_first) {
+    for choice in choices {
+        if let Some(index) = choice.index.filter(|index| *index > 0) {
+            chunk.others.push((index, reason(choice.finish_reason).is_some()));
+            continue;
+        }
         no_error("its stream broke off with an error", choice.error)?;
         if let Some(mut delta) = choice.delta {
             chunk.delta += delta.text();
@@ -518,40 +439,6 @@ fn one_line(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
-/// Reads JSON objects into a struct whose fields have their names, the `wishes` as values that only the history wants. Other
-/// fields are passed over, of doubled ones the last counts, and a list is no object: what serde derives would take its
-/// elements for the fields.
-macro_rules! object {
-    ($name:ty { $($field:ident),* } wishes { $($wish:ident),* }) => {
-        impl<'de> Deserialize<'de> for $name {
-            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<$name, D::Error> {
-                struct Fields;
-
-                impl<'de> Visitor<'de> for Fields {
-                    type Value = $name;
-
-                    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                        f.write_str("an object")
-                    }
-
-                    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<$name, A::Error> {
-                        let mut object = <$name>::default();
-                        while let Some(Name(name)) = map.next_key()? {
-                            match &*name {
-                                $(stringify!($field) => object.$field = map.next_value()?,)*
-                                $(stringify!($wish) => object.$wish = map.next_value::<Wish<_>>()?.0,)*
-                                _ => drop(map.next_value::<IgnoredAny>()?),
-                            }
-                        }
-                        Ok(object)
-                    }
-                }
-                deserializer.deserialize_map(Fields)
-            }
-        }
-    };
-}
-
 #[derive(Default)]
 struct Answer<'a> {
     model: Option<Words<'a>>,
@@ -561,34 +448,6 @@ struct Answer<'a> {
 }
 
 object!(Answer<'de> { choices, error } wishes { model, usage });
-
-/// The first `MOST_PARTS` of a list. The others are read and not kept: an empty one takes a hundred times its bytes.
-struct Few<T>(Vec<T>);
-
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Few<T> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Few<T>, D::Error> {
-        deserializer.deserialize_seq(Few(Vec::new()))
-    }
-}
-
-impl<'de, T: Deserialize<'de>> Visitor<'de> for Few<T> {
-    type Value = Few<T>;
-
-    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str("a sequence")
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(mut self, mut list: A) -> Result<Few<T>, A::Error> {
-        while self.0.len() < MOST_PARTS {
-            match list.next_element()? {
-                Some(element) => self.0.push(element),
-                None => return Ok(self),
-            }
-        }
-        while list.next_element::<IgnoredAny>()?.is_some() {}
-        Ok(self)
-    }
-}
 
 #[derive(Default)]
 struct Choice<'a> {

@@ -1,6 +1,7 @@
 //! One running stream: events from the upstream to the client, the answer put together on the way, the
 //! pair stored before the stream is called done. Stands on the three doors; knows no endpoint.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::TcpStream;
 use std::sync::{Arc, Mutex, Weak};
@@ -12,6 +13,7 @@ use crate::config::MAX_ANSWER;
 use crate::error::{ApiError, Code, Header, StartError, add_headers};
 use crate::exchange::{Pair, Usage};
 use crate::http::{Responder, StreamWriter};
+use crate::json::MOST_PARTS;
 use crate::kernel;
 use crate::lock::lock;
 use crate::openai::{self, Chat, NoAnswer, ToolCalls};
@@ -243,6 +245,8 @@ pub struct Draft {
     tool_calls: ToolCalls,
     /// There was something of an answer.
     answered: bool,
+    /// Further choices, and whether each is finished.
+    others: BTreeMap<u64, bool>,
     first_event: Option<Duration>,
 }
 
@@ -257,6 +261,7 @@ impl Draft {
             wants_usage: !chat.added_usage,
             tool_calls: ToolCalls::default(),
             answered: false,
+            others: BTreeMap::new(),
             first_event: None,
         }
     }
@@ -307,6 +312,7 @@ pub fn run(
         draft.pair.model.clone_from(&chat.model);
         // What a model before it had said.
         (draft.pair.usage, draft.pair.finish_reason, draft.answered) = (None, None, false);
+        draft.others.clear();
         end.pass_on(std::mem::take(&mut events.headers));
         match pump(&mut events, end, &mut draft) {
             Ok(done) => {
@@ -376,7 +382,7 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
         }
         if over {
             return match draft.pair.finish_reason {
-                Some(_) if began => Ok(b"data: [DONE]\n\n".to_vec()),
+                Some(_) if began && draft.others.values().all(|finished| *finished) => Ok(b"data: [DONE]\n\n".to_vec()),
                 _ => {
                     let text = "the LLM's stream ended before its answer was complete";
                     Err(events.failed(broken_by(began), text).into())
@@ -403,6 +409,12 @@ fn take_in(data: &[u8], draft: &mut Draft, events: &Events) -> Result<bool, NoAn
         draft.pair.model = events.redact(&model);
     }
     draft.pair.finish_reason = chunk.finish_reason.map(|reason| events.redact(&reason)).or(draft.pair.finish_reason.take());
+    for (index, finished) in chunk.others {
+        // No model gives more, and an index beyond is not believed.
+        if draft.others.len() < MOST_PARTS || draft.others.contains_key(&index) {
+            *draft.others.entry(index).or_default() |= finished;
+        }
+    }
     draft.pair.usage = chunk.usage.or(draft.pair.usage);
     draft.answered |= chunk.has_choice;
     Ok(draft.wants_usage || chunk.has_choice || chunk.usage.is_none())

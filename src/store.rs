@@ -2,6 +2,7 @@
 //! together what waits together; readers have connections of their own and never block it. Knows pairs
 //! and pages, nothing of HTTP or the LLM.
 
+mod desk;
 mod writer;
 
 use std::borrow::Cow;
@@ -21,7 +22,8 @@ use crate::exchange::{Pair, Usage, size_in_json};
 use crate::handoff::{Giver, Nothing, Taker, handoff};
 use crate::lock::lock;
 use crate::metrics::Metrics;
-use writer::{Desk, Writer};
+use desk::Desk;
+use writer::Writer;
 
 /// So many words of a query count.
 const MOST_WORDS: usize = 32;

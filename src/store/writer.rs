@@ -5,12 +5,12 @@ use std::fs;
 use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
-use std::sync::{Arc, Mutex, OnceLock, TryLockError};
-use std::thread::{self, JoinHandle, Thread};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::Receiver;
 use rusqlite::{Connection, OpenFlags, params, params_from_iter};
 
 use super::{Arrival, Order, PROBE_WAIT, State, Then, Unique, connect, reader, unavailable};
@@ -20,7 +20,6 @@ use crate::exchange::{Pair, Usage};
 use crate::handoff::Giver;
 use crate::kernel;
 use crate::lines;
-use crate::lock::lock;
 use crate::metrics::Metrics;
 
 /// Numbered from 1; the database's `user_version` is the number of the last one applied.
@@ -42,7 +41,7 @@ const CHECKPOINT: &str = "PRAGMA wal_checkpoint(PASSIVE)";
 /// With so many pages the writer does not wait for that any more.
 const MOST_PAGES: usize = 4 * CHECKPOINT_PAGES;
 /// The writer does its housekeeping when nothing came for this long.
-const QUIET: Duration = Duration::from_millis(100);
+pub const QUIET: Duration = Duration::from_millis(100);
 /// Housekeeping takes so many rows at a time, so that a new pair never waits long.
 const CHORE_ROWS: i64 = 500;
 /// The index takes no more bytes of text at a time, but at least one row.
@@ -188,97 +187,6 @@ fn tell(then: Then, result: Result<Pair, ApiError>) {
     let _ = catch_unwind(AssertUnwindSafe(|| then(result)));
 }
 
-/// Where the writer works. Whoever hands something over while nobody writes may do the writing, which costs no change
-/// of threads; what comes meanwhile, and the housekeeping, is its own thread's, the clerk's.
-pub struct Desk {
-    orders: Sender<Order>,
-    inbox: Receiver<Order>,
-    writer: Mutex<Writer>,
-    clerk: OnceLock<Thread>,
-    is_closed: AtomicBool,
-}
-
-impl Desk {
-    /// A desk without a clerk yet.
-    pub fn new(writer: Writer) -> Desk {
-        let (orders, inbox) = unbounded();
-        Desk { orders, inbox, writer: Mutex::new(writer), clerk: OnceLock::new(), is_closed: AtomicBool::new(false) }
-    }
-
-    /// Gives the desk its clerk, who works until an order to close. Errs where there is no thread for that.
-    pub fn staff(self: &Arc<Desk>) -> std::io::Result<JoinHandle<()>> {
-        let desk = Arc::clone(self);
-        let clerk = thread::Builder::new().name("history".into()).spawn(move || desk.attend())?;
-        self.clerk.get_or_init(|| clerk.thread().clone());
-        Ok(clerk)
-    }
-
-    /// Sees to it that the order is carried out, by this thread where it may `lead`.
-    pub fn order(&self, order: Order, lead: bool) {
-        self.leave(order);
-        self.hurry(lead);
-    }
-
-    /// Leaves an order and wakes nobody: it is carried out together with the next that is hurried.
-    pub fn leave(&self, order: Order) {
-        // It fails only where there is no inbox any more.
-        let _ = self.orders.send(order);
-    }
-
-    /// Sees to it that all orders are carried out, by this thread where it may `lead`.
-    pub fn hurry(&self, lead: bool) {
-        // Either who writes sees the order after leaving the desk, or we see that the desk is free.
-        fence(Ordering::SeqCst);
-        // When the clerk has gone, nobody else would say so.
-        if !lead && !self.is_closed.load(Ordering::Relaxed) {
-            return self.wake();
-        }
-        let mut writer = match self.writer.try_lock() {
-            Ok(writer) => writer,
-            Err(TryLockError::Poisoned(e)) => e.into_inner(),
-            // Whoever writes looks again when done.
-            Err(TryLockError::WouldBlock) => return,
-        };
-        writer.work(&self.inbox);
-        let asleep = std::mem::take(&mut writer.is_clerk_asleep);
-        drop(writer);
-        if asleep || self.has_orders() {
-            self.wake();
-        }
-    }
-
-    fn has_orders(&self) -> bool {
-        fence(Ordering::SeqCst);
-        !self.inbox.is_empty()
-    }
-
-    fn wake(&self) {
-        if let Some(clerk) = self.clerk.get() {
-            clerk.unpark();
-        }
-    }
-
-    fn attend(&self) {
-        loop {
-            // What a panic leaves behind, a transaction that is open, is an error of the next, which opens anew.
-            let rest = catch_unwind(AssertUnwindSafe(|| {
-                let mut writer = lock(&self.writer);
-                while writer.work(&self.inbox) {
-                    // What waits for quiet would never come under a steady load.
-                    writer.catch_up();
-                }
-                writer.housekeep()
-            }));
-            match rest {
-                Ok(Some(time)) if time.is_zero() || self.has_orders() => {}
-                Ok(Some(time)) => thread::park_timeout(time),
-                Ok(None) => return self.is_closed.store(true, Ordering::Relaxed),
-                Err(_) => thread::park_timeout(QUIET),
-            }
-        }
-    }
-}
-
 struct Open {
     connection: Connection,
     /// The inodes of its three files.
@@ -301,7 +209,7 @@ pub struct Writer {
     open: Option<Open>,
     last_write: Instant,
     last_order: Instant,
-    is_clerk_asleep: bool,
+    pub is_clerk_asleep: bool,
     is_closed: bool,
     /// About how many pages the journal has grown by since it was last moved over.
     pages: usize,
@@ -372,7 +280,7 @@ impl Writer {
     }
 
     /// Does what waits, at most a batch of pairs and one other order; false: nothing did.
-    fn work(&mut self, inbox: &Receiver<Order>) -> bool {
+    pub fn work(&mut self, inbox: &Receiver<Order>) -> bool {
         let mut batch = Vec::new();
         let mut other = None;
         while batch.len() < BATCH && other.is_none() {
@@ -403,7 +311,7 @@ impl Writer {
     }
 
     /// What waits for a quiet moment. Says how long the clerk may rest then; `None`: for ever.
-    fn housekeep(&mut self) -> Option<Duration> {
+    pub fn housekeep(&mut self) -> Option<Duration> {
         if self.is_closed {
             return None;
         }
@@ -520,7 +428,7 @@ impl Writer {
 
     /// Under a load that never pauses: one bite of the index after each batch where a search waits for it. Where
     /// very much is not indexed, the more bites the more that is, so that it does not grow for ever.
-    fn catch_up(&mut self) {
+    pub fn catch_up(&mut self) {
         let behind = ((self.last_id - self.indexed) / MOST_UNINDEXED).max(self.unindexed_bytes / MOST_UNINDEXED_BYTES);
         for _ in 0..behind.max(i64::from(!self.searches.is_empty())) {
             self.index();
@@ -755,6 +663,7 @@ impl Writer {
 
 #[cfg(test)]
 mod tests {
+    use super::super::desk::Desk;
     use super::*;
     use crate::handoff::{Nothing, handoff};
 

@@ -39,6 +39,7 @@ const HOUSE: &[Room] = &[
     room("kernel", 0, &["libc", "rustix"]),
     room("config", 0, &["log", "dotenvy"]),
     room("error", 0, PURE),
+    room("json", 0, PURE),
 ];
 
 /// Who may use whom on the same layer. Everybody else there is a stranger.

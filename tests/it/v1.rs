@@ -1297,6 +1297,29 @@ fn mock_says(proxy: &Proxy, more: Value, reason: &str) -> Value {
     message
 }
 
+/// One that ends is not the answer where another is cut off (`n` above 1).
+#[test]
+fn a_stream_is_whole_when_all_its_choices_are() {
+    let piece = |index: u64, text: &str, reason: Value| {
+        event(
+            &json!({"object": "chat.completion.chunk", "model": "m",
+            "choices": [{"index": index, "delta": {"content": text}, "finish_reason": reason}]})
+            .to_string(),
+        )
+    };
+    let both = [piece(0, "One", Value::Null), piece(1, "Two", Value::Null)];
+    let whole = [piece(1, "", json!("stop")), piece(0, "", json!("stop"))];
+    for (ends, is_whole) in [(&whole[..], true), (&whole[1..], false), (&whole[..1], false)] {
+        let steps = [&[stream_head()][..], &both, ends, &[end()]].concat();
+        let upstream = FakeUpstream::always(steps);
+        let proxy = Proxy::facing(&upstream).start();
+        let events = proxy.connect().stream(&chat(json!({"n": 2, "stream": true}))).events();
+        assert_eq!(events.last().is_some_and(|event| event == "[DONE]"), is_whole, "{events:?}");
+        let reason = if is_whole { "stop" } else { "upstream_error" };
+        assert_eq!(proxy.history()[0]["finish_reason"], reason);
+    }
+}
+
 #[test]
 fn the_mock_answers_in_full_shape() {
     let proxy = mocked(&[]);

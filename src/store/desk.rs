@@ -1,0 +1,104 @@
+//! The desk at which the writer of the history works: who hands a pair over may do the writing, and the clerk does the rest.
+//! Knows threads and orders, not rows.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::{Arc, Mutex, OnceLock, TryLockError};
+use std::thread::{self, JoinHandle, Thread};
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+
+use super::Order;
+use super::writer::{QUIET, Writer};
+use crate::lock::lock;
+
+/// Where the writer works. Whoever hands something over while nobody writes may do the writing, which costs no change
+/// of threads; what comes meanwhile, and the housekeeping, is its own thread's, the clerk's.
+pub struct Desk {
+    orders: Sender<Order>,
+    inbox: Receiver<Order>,
+    writer: Mutex<Writer>,
+    clerk: OnceLock<Thread>,
+    is_closed: AtomicBool,
+}
+
+impl Desk {
+    /// A desk without a clerk yet.
+    pub fn new(writer: Writer) -> Desk {
+        let (orders, inbox) = unbounded();
+        Desk { orders, inbox, writer: Mutex::new(writer), clerk: OnceLock::new(), is_closed: AtomicBool::new(false) }
+    }
+
+    /// Gives the desk its clerk, who works until an order to close. Errs where there is no thread for that.
+    pub fn staff(self: &Arc<Desk>) -> std::io::Result<JoinHandle<()>> {
+        let desk = Arc::clone(self);
+        let clerk = thread::Builder::new().name("history".into()).spawn(move || desk.attend())?;
+        self.clerk.get_or_init(|| clerk.thread().clone());
+        Ok(clerk)
+    }
+
+    /// Sees to it that the order is carried out, by this thread where it may `lead`.
+    pub fn order(&self, order: Order, lead: bool) {
+        self.leave(order);
+        self.hurry(lead);
+    }
+
+    /// Leaves an order and wakes nobody: it is carried out together with the next that is hurried.
+    pub fn leave(&self, order: Order) {
+        // It fails only where there is no inbox any more.
+        let _ = self.orders.send(order);
+    }
+
+    /// Sees to it that all orders are carried out, by this thread where it may `lead`.
+    pub fn hurry(&self, lead: bool) {
+        // Either who writes sees the order after leaving the desk, or we see that the desk is free.
+        fence(Ordering::SeqCst);
+        // When the clerk has gone, nobody else would say so.
+        if !lead && !self.is_closed.load(Ordering::Relaxed) {
+            return self.wake();
+        }
+        let mut writer = match self.writer.try_lock() {
+            Ok(writer) => writer,
+            Err(TryLockError::Poisoned(e)) => e.into_inner(),
+            // Whoever writes looks again when done.
+            Err(TryLockError::WouldBlock) => return,
+        };
+        writer.work(&self.inbox);
+        let asleep = std::mem::take(&mut writer.is_clerk_asleep);
+        drop(writer);
+        if asleep || self.has_orders() {
+            self.wake();
+        }
+    }
+
+    fn has_orders(&self) -> bool {
+        fence(Ordering::SeqCst);
+        !self.inbox.is_empty()
+    }
+
+    fn wake(&self) {
+        if let Some(clerk) = self.clerk.get() {
+            clerk.unpark();
+        }
+    }
+
+    fn attend(&self) {
+        loop {
+            // What a panic leaves behind, a transaction that is open, is an error of the next, which opens anew.
+            let rest = catch_unwind(AssertUnwindSafe(|| {
+                let mut writer = lock(&self.writer);
+                while writer.work(&self.inbox) {
+                    // What waits for quiet would never come under a steady load.
+                    writer.catch_up();
+                }
+                writer.housekeep()
+            }));
+            match rest {
+                Ok(Some(time)) if time.is_zero() || self.has_orders() => {}
+                Ok(Some(time)) => thread::park_timeout(time),
+                Ok(None) => return self.is_closed.store(true, Ordering::Relaxed),
+                Err(_) => thread::park_timeout(QUIET),
+            }
+        }
+    }
+}
