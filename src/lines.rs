@@ -133,7 +133,8 @@ impl Lines {
             let written = self.put();
             if let Some(said) = self.text[..written].get(before.len()..) {
                 self.lost = 0;
-                count -= said.iter().filter(|byte| **byte == b'\n').count() as u64;
+                let out = said.iter().filter(|byte| **byte == b'\n').count() as u64;
+                count = count.saturating_sub(out);
             }
             self.is_torn = self.text[..written].last().map_or(self.is_torn, |last| *last != b'\n');
         }

@@ -199,7 +199,10 @@ fn instance(schema: &Value, root: &Value, depth: usize, left: &mut usize) -> Val
     }
     for choice in ["anyOf", "oneOf", "allOf"] {
         if let Some(first) = schema[choice].get(0) {
-            return instance(first, root, depth + 1, left);
+            // A chain that goes on for ever ends, where it may, before it has to.
+            let is_end = |choice: &&Value| depth > DEEPEST / 2 && choice["type"] == "null";
+            let end = schema[choice].as_array().and_then(|choices| choices.iter().find(is_end));
+            return instance(end.unwrap_or(first), root, depth + 1, left);
         }
     }
     let kind = schema["type"].as_str().or(schema["type"][0].as_str()).unwrap_or("object");
@@ -252,10 +255,17 @@ fn text(schema: &Value, left: &mut usize) -> String {
 
 /// 0 or what comes next to it, within the schema's limits (JSON Schema, validation, section 6.2).
 fn number(schema: &Value) -> Value {
+    let names = ["minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "multipleOf"];
+    // As it is: not every whole number is one that a float can be.
+    if schema["minimum"].is_i64() && names[1..].iter().all(|name| schema.get(name).is_none()) {
+        return schema["minimum"].clone();
+    }
     let limit = |name: &str| schema[name].as_f64();
-    let (least, above, most, below) = (limit("minimum"), limit("exclusiveMinimum"), limit("maximum"), limit("exclusiveMaximum"));
+    let [least, above, most, below] = [names[0], names[1], names[2], names[3]].map(limit);
     let step = limit("multipleOf").filter(|step| *step > 0.0).unwrap_or(1.0);
-    let (low, high) = (least.or(above).unwrap_or(0.0), most.or(below).unwrap_or(0.0));
+    let low = [least, above].into_iter().flatten().fold(f64::NEG_INFINITY, f64::max);
+    let high = [most, below].into_iter().flatten().fold(f64::INFINITY, f64::min);
+    let (low, high) = (if low.is_finite() { low } else { 0.0 }, if high.is_finite() { high } else { 0.0 });
     let (up, down) = ((low / step).ceil() * step, (high / step).floor() * step);
     let candidates = [0.0, up, up + step, down, down - step, (low + high) / 2.0];
     let fits = |n: &f64| {
@@ -323,6 +333,9 @@ mod tests {
             (json!({"type": "string", "minLength": LONGEST_INSTANCE + 1}), json!("")),
             (json!({"type": "integer"}), json!(0)),
             (json!({"type": "integer", "minimum": 3}), json!(3)),
+            (json!({"type": "integer", "minimum": 9_007_199_254_740_993_i64}), json!(9_007_199_254_740_993_i64)),
+            (json!({"type": "integer", "minimum": 1, "exclusiveMinimum": 5}), json!(6)),
+            (json!({"type": "integer", "maximum": 10, "exclusiveMaximum": -3}), json!(-4)),
             (json!({"type": "integer", "exclusiveMinimum": 0}), json!(1)),
             (json!({"type": "integer", "exclusiveMinimum": 0, "multipleOf": 5}), json!(5)),
             (json!({"type": "integer", "maximum": -1}), json!(-1)),
@@ -332,6 +345,17 @@ mod tests {
             (json!({"type": "array", "prefixItems": [{"type": "integer"}, {"type": "boolean"}]}), json!([0, true])),
         ] {
             assert_eq!(said(schema.clone()), expected, "{schema}");
+        }
+    }
+
+    #[test]
+    fn a_chain_ends_as_its_schema_has_it() {
+        let schema = json!({"$defs": {"node": {"type": "object", "properties": {"v": {"type": "integer"},
+            "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}}}}, "$ref": "#/$defs/node"});
+        let mut node = &instance(&schema, &schema, 0, &mut { LONGEST_INSTANCE });
+        while !node.is_null() {
+            assert_eq!(node["v"], 0, "{node}");
+            node = &node["next"];
         }
     }
 

@@ -79,7 +79,6 @@ enum Order {
 /// The history's front: cheap to share, safe to use from any thread.
 pub struct Store {
     desk: Arc<Desk>,
-    readers: Mutex<Vec<(u64, Connection)>>,
     path: PathBuf,
     state: Arc<State>,
     /// All pairs are one key's, but for those of keys that are no longer in use.
@@ -94,6 +93,8 @@ struct State {
     failing: AtomicBool,
     /// How often the database was opened: readers of an earlier opening are of no use.
     opening: AtomicU64,
+    /// Read connections that nobody uses, each of an opening.
+    readers: Mutex<Vec<(u64, Connection)>>,
     /// A probe is under way; one is enough.
     probing: AtomicBool,
 }
@@ -112,8 +113,8 @@ impl Store {
         writer.prove().map_err(failed)?;
         let desk = Arc::new(Desk::new(writer));
         let clerk = desk.staff().map_err(|e| failed(format!("no thread for it: {e}")))?;
-        let (readers, one_key, clerk) = (Mutex::default(), config.api_keys.len() <= 1, Mutex::new(Some(clerk)));
-        Ok(Store { desk, readers, path, state, one_key, clerk })
+        let (one_key, clerk) = (config.api_keys.len() <= 1, Mutex::new(Some(clerk)));
+        Ok(Store { desk, path, state, one_key, clerk })
     }
 
     /// Hands a pair over, with what is to be noted of a request that must not be asked twice. When it is
@@ -228,7 +229,7 @@ impl Store {
 
     /// Writes what was handed over, closes the database and ends the writer.
     pub fn close(&self) {
-        lock(&self.readers).clear();
+        lock(&self.state.readers).clear();
         self.desk.order(Order::Close, false);
         if let Some(clerk) = lock(&self.clerk).take() {
             let _ = clerk.join();
@@ -237,18 +238,18 @@ impl Store {
 
     fn read<T>(&self, query: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, ApiError> {
         let opening = self.state.opening.load(Ordering::Relaxed);
-        let kept = lock(&self.readers).pop();
+        let kept = lock(&self.state.readers).pop();
         let kept = kept.filter(|(of, _)| *of == opening).map(|(_, connection)| Ok(connection));
         let result = kept.unwrap_or_else(|| reader(&self.path)).and_then(|connection| {
             let found = query(&connection)?;
-            let mut readers = lock(&self.readers);
-            if readers.len() < READERS {
+            let mut readers = lock(&self.state.readers);
+            if readers.len() < READERS && self.state.opening.load(Ordering::Relaxed) == opening {
                 readers.push((opening, connection));
             }
             Ok(found)
         });
         result.map_err(|e| {
-            log::error!("history cannot be read: {e}");
+            log::error!("history cannot be read: {}", writer::advice(&e.into()));
             unavailable()
         })
     }

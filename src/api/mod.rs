@@ -314,7 +314,9 @@ impl Api {
             Err(ApiError::shutting_down())
         } else if asks && !is_json(head) {
             Err(ApiError::new(Code::UNSUPPORTED_MEDIA_TYPE, "the body must be JSON: send Content-Type: application/json"))
-        } else if asks && head.field("content-encoding").is_some_and(|coding| !coding.eq_ignore_ascii_case("identity")) {
+        } else if asks
+            && head.field("content-encoding").is_some_and(|coding| !coding.is_empty() && !coding.eq_ignore_ascii_case("identity"))
+        {
             Err(ApiError::new(Code::UNSUPPORTED_MEDIA_TYPE, "the body must not be compressed: send it without Content-Encoding"))
         } else {
             Ok(if asks { self.config.max_body_bytes } else { NEEDLESS_BODY })
@@ -351,10 +353,10 @@ fn find_key(keys: &[ApiKey], secret: &str) -> Option<Arc<str>> {
     found
 }
 
-/// The body is said to be JSON, or to be nothing. A web page of another site has to say it: only then does its browser
-/// ask first whether it may (<https://fetch.spec.whatwg.org/#cors-safelisted-request-header>), and hear that it may not.
+/// The body is said to be JSON, or to be nothing. A web page has to say it: only then does the browser of one of another
+/// origin ask first whether it may (<https://fetch.spec.whatwg.org/#cors-safelisted-request-header>), and hear that not.
 fn is_json(head: &Head) -> bool {
-    let Some(content_type) = head.field("content-type") else { return head.field("sec-fetch-site") != Some("cross-site") };
+    let Some(content_type) = head.field("content-type") else { return head.field("origin").is_none() };
     let media_type = media_type(content_type);
     media_type == "application/json" || (media_type.starts_with("application/") && media_type.ends_with("+json"))
 }

@@ -28,7 +28,8 @@ impl Places {
     /// Takes `count` of them, after a while if need be; `None`: there was no room within `patience`. More than there are
     /// in all get in alone.
     pub fn take(self: &Arc<Places>, count: usize, patience: Duration) -> Option<Taken> {
-        let mut taken = wait_while(&self.freed, lock(&self.taken), patience, |taken| *taken > 0 && *taken + count > self.most)?;
+        let mut taken =
+            wait_while(&self.freed, lock(&self.taken), patience, |taken| count > 0 && *taken > 0 && *taken + count > self.most)?;
         *taken += count;
         Some(Taken { places: Arc::clone(self), count })
     }
@@ -53,6 +54,7 @@ mod tests {
         drop(one);
         let all = places.take(11, Duration::ZERO);
         assert!(all.is_some() && places.take(1, Duration::ZERO).is_none());
+        assert!(places.take(0, Duration::ZERO).is_some(), "who wants none waits for nobody");
         drop(all);
         assert!(places.take(10, Duration::ZERO).is_some());
     }

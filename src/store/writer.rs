@@ -20,6 +20,7 @@ use crate::exchange::{Pair, Usage};
 use crate::handoff::Giver;
 use crate::kernel;
 use crate::lines;
+use crate::lock::lock;
 use crate::metrics::Metrics;
 
 /// Numbered from 1; the database's `user_version` is the number of the last one applied.
@@ -58,7 +59,7 @@ const RETENTION_TICK: Duration = Duration::from_secs(60);
 const WORKING_ROOM: u64 = 64 << 10;
 
 /// Why the database is not ready.
-enum Trouble {
+pub enum Trouble {
     Sql(rusqlite::Error),
     Newer(i64),
 }
@@ -70,7 +71,7 @@ impl From<rusqlite::Error> for Trouble {
 }
 
 /// The trouble in words, with what to do about it.
-fn advice(trouble: &Trouble) -> String {
+pub fn advice(trouble: &Trouble) -> String {
     use rusqlite::ErrorCode::{
         CannotOpen, DatabaseBusy, DatabaseCorrupt, DatabaseLocked, DiskFull, NotADatabase, PermissionDenied, ReadOnly,
         SystemIoFailure,
@@ -564,7 +565,9 @@ impl Writer {
 
     /// The open database is still the one at its path. What is written to a deleted file is lost.
     fn is_in_place(&self) -> bool {
-        self.open.as_ref().is_some_and(|open| open.files == self.files())
+        let files = self.files();
+        let [_, journal, index] = files;
+        self.open.as_ref().is_some_and(|open| open.files == files) && (journal.is_none() || index.is_some())
     }
 
     fn files(&self) -> [Option<u64>; 3] {
@@ -574,6 +577,9 @@ impl Writer {
     /// Lets go of a database that is not in its place any more. What only its journal has, which may be deleted, goes over
     /// first; a journal that is left must not be taken for that of another database.
     fn let_go(&mut self) {
+        // What reads by the old index of the journal would keep it for all that this process opens.
+        self.state.opening.fetch_add(1, Ordering::Relaxed);
+        lock(&self.state.readers).clear();
         if let Some(open) = self.open.take() {
             self.last_id = 0;
             log_unmoved(open.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())));

@@ -176,8 +176,11 @@ impl Resolver for NoResolver {
     }
 }
 
-/// The look-ups of names, for all connections to one upstream: one at a time, whose result all take who wait for it. The
-/// system's resolver can only be waited for, so a thread of its own does that; where it hangs, one thread hangs.
+/// A look-up is shared by who comes within this time; later its answer may be lost, and another is begun.
+const SHARED: Duration = Duration::from_secs(2);
+
+/// The look-ups of names, for all connections to one upstream, whose result all take who wait for it. The system's resolver
+/// can only be waited for, so a thread of its own does that; where it hangs, one thread hangs for each two seconds.
 #[derive(Clone, Default)]
 pub struct Names(Arc<Mutex<Weak<Lookup>>>);
 
@@ -185,17 +188,18 @@ struct Lookup {
     /// Ends with the look-up.
     over: UnixStream,
     found: OnceLock<Vec<SocketAddr>>,
+    since: Instant,
 }
 
 impl Names {
     /// The look-up under way, or a new one.
     fn look_up(&self, host: String, port: u16) -> io::Result<Arc<Lookup>> {
         let mut running = lock(&self.0);
-        if let Some(lookup) = running.upgrade().filter(|lookup| lookup.found.get().is_none()) {
+        if let Some(lookup) = running.upgrade().filter(|lookup| lookup.found.get().is_none() && lookup.since.elapsed() < SHARED) {
             return Ok(lookup);
         }
         let (over, ours) = UnixStream::pair()?;
-        let lookup = Arc::new(Lookup { over, found: OnceLock::new() });
+        let lookup = Arc::new(Lookup { over, found: OnceLock::new(), since: Instant::now() });
         let looking = Arc::clone(&lookup);
         std::thread::Builder::new().name("resolve".into()).spawn(move || {
             // Goes last, which says that the look-up is over.

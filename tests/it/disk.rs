@@ -490,6 +490,7 @@ fn an_index_of_the_journal_deleted_while_it_runs_takes_no_pair_along() {
     let mut told = Told::default();
     let mut tell = |proxy: &Proxy, questions: [&str; 3]| questions.iter().for_each(|question| told.note(&ask(proxy, question)));
     tell(&proxy, ["1?", "2?", "3?"]);
+    assert_eq!(proxy.history().len(), 3, "who has read may do so again");
     fs::remove_file(proxy.database_path().with_file_name("history.db-shm")).expect("an index");
     tell(&proxy, ["4?", "5?", "6?"]);
     let other = proxy.database();

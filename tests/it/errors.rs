@@ -238,17 +238,16 @@ fn a_compressed_body_is_415_and_says_so() {
     });
 }
 
-/// Without a type its browser would not ask whether it may.
+/// Without a type the browser of a page of another origin would not ask whether it may.
 #[test]
-fn a_page_of_another_site_has_to_name_the_type() {
+fn a_web_page_has_to_name_the_type() {
     let proxy = Proxy::start();
     for path in LLM_PATHS {
-        let typed = post(path, &question());
+        let typed = post(path, &question()).header("Origin", "https://example.com");
         let untyped = typed.clone().without("Content-Type");
-        let status = |request: &Request, site: &str| proxy.call(&request.clone().header("Sec-Fetch-Site", site)).status;
-        assert_eq!(status(&untyped, "cross-site"), 415, "{path}");
-        assert_eq!(status(&untyped, "same-origin"), 200, "{path}");
-        assert_eq!(status(&typed, "cross-site"), 200, "{path}: its browser has asked");
+        proxy.call(&untyped).expect_error(415, "unsupported_media_type");
+        assert_eq!(proxy.call(&typed).status, 200, "{path}: its browser has asked");
+        assert_eq!(proxy.call(&untyped.without("Origin")).status, 200, "{path}: no page");
     }
 }
 
