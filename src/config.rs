@@ -150,6 +150,9 @@ impl Config {
         let mut given = HashMap::new();
         match dotenvy::from_path_iter(".env") {
             Ok(lines) => {
+                if let Some(trouble) = std::fs::read_to_string(".env").ok().and_then(|text| unset_variable(&text)) {
+                    return Err(StartError::usage(trouble));
+                }
                 for line in lines {
                     let (name, value) = line.map_err(|e| StartError::usage(env_file_trouble(&e)))?;
                     given.insert(name, value);
@@ -181,7 +184,7 @@ impl Config {
             text => text
                 .trim_matches(['[', ']'])
                 .parse()
-                .map_err(|_| given.bad("HOST", "an IP address such as 127.0.0.1, 0.0.0.0 or ::1"))?,
+                .map_err(|_| given.bad("HOST", "localhost, or an IP address such as 127.0.0.1, 0.0.0.0 or ::1"))?,
         };
         let auth = given.choice("AUTH", &[("on", true), ("off", false)])?;
         let api_keys = api_keys(given)?;
@@ -195,8 +198,8 @@ impl Config {
             ));
         }
         let openai_api_key = given.text("OPENAI_API_KEY");
-        if !openai_api_key.bytes().all(|b| (0x21..0x7f).contains(&b)) {
-            return Err(given.bad("OPENAI_API_KEY", "printable ASCII without blanks"));
+        if !openai_api_key.bytes().all(|b| (0x21..0x7f).contains(&b) && !b"\"'".contains(&b)) {
+            return Err(given.bad("OPENAI_API_KEY", "printable ASCII without blanks and quotes"));
         }
         let (yes, no) = (["true", "1", "yes", "on"], ["false", "0", "no", "off"]);
         let booleans = [yes.map(|word| (word, true)), no.map(|word| (word, false))].concat();
@@ -266,6 +269,45 @@ impl Config {
     }
 }
 
+/// Says which of our settings in `.env` names a variable that is not set: nothing would be put in its place, and half a secret
+/// is one that others may guess. Only in single quotes a `$` is a `$`.
+fn unset_variable(text: &str) -> Option<String> {
+    let mut known: Vec<&str> = Vec::new();
+    for (line, at) in text.lines().zip(1..) {
+        let Some((name, value)) = line.split_once('=').filter(|_| !line.trim_start().starts_with('#')) else { continue };
+        let name = name.trim().trim_start_matches("export ").trim();
+        let (mut single, mut double, mut before) = (false, false, ' ');
+        for (place, c) in value.char_indices() {
+            match c {
+                _ if before == '\\' && !single => {
+                    before = ' ';
+                    continue;
+                }
+                '\'' if !double => single = !single,
+                '"' if !single => double = !double,
+                '#' if before.is_whitespace() && !single && !double => break,
+                '$' if !single => {
+                    let rest = &value[place + 1..];
+                    let end = |rest: &str| rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(rest.len());
+                    let wanted = match rest.strip_prefix('{') {
+                        Some(rest) => rest.split('}').next().unwrap_or_default(),
+                        None => &rest[..end(rest)],
+                    };
+                    let is_set = known.contains(&wanted) || !wanted.is_empty() && std::env::var_os(wanted).is_some();
+                    if !is_set && SETTINGS.iter().any(|setting| setting.0 == name) {
+                        let rule = "it names a variable that is not set; a value with a $ of its own stands in single quotes";
+                        return Some(format!(".env: line {at} ({name}): {rule}"));
+                    }
+                }
+                _ => {}
+            }
+            before = c;
+        }
+        known.push(name);
+    }
+    None
+}
+
 /// What is wrong with `.env`, without repeating any of it, since secrets stand there.
 fn env_file_trouble(e: &dotenvy::Error) -> String {
     match e {
@@ -279,7 +321,9 @@ fn env_file_trouble(e: &dotenvy::Error) -> String {
                 let setting = SETTINGS.iter().find(|setting| Some(setting.0) == given);
                 setting.map_or(format!(" {at}"), |setting| format!(" {at} ({})", setting.0))
             });
-            format!(".env: line{which} cannot be read; a line is NAME=VALUE, and a value with blanks, # or \\ stands in quotes")
+            format!(
+                ".env: line{which} cannot be read; a line is NAME=VALUE, and a value with blanks, #, $, \\ or quotes stands in single quotes"
+            )
         }
         dotenvy::Error::Io(e) => format!(".env cannot be read: {e}"),
         _ => ".env cannot be read; each line is NAME=VALUE".to_string(),
@@ -357,12 +401,12 @@ fn api_keys(given: &Given) -> Result<Vec<ApiKey>, StartError> {
         let (name, secret) = entry.split_once(':').unwrap_or(("default", entry));
         let named_well = (1..=64).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
         let secret_well = (1..=ApiKey::MAX_SECRET).contains(&secret.len()) && secret.bytes().all(|b| (0x21..0x7f).contains(&b));
-        let new = keys.iter().all(|key| &*key.name != name && key.secret != secret);
+        let new = keys.iter().all(|key| key.secret != secret);
         if !(named_well && secret_well && new) {
             return Err(given.bad(
                 "API_KEYS",
                 "NAME:SECRET,NAME:SECRET,... with names of 1 to 64 letters, digits, '.', '_' or '-', \
-                 secrets of 1 to 256 printable ASCII characters without blanks, and none of them twice",
+                 secrets of 1 to 256 printable ASCII characters without blanks, and no secret twice",
             ));
         }
         keys.push(ApiKey { name: name.into(), secret: secret.to_string() });
@@ -381,7 +425,10 @@ impl ApiKey {
 
 fn upstream_url(given: &Given) -> Result<UpstreamUrl, StartError> {
     let url = given.text("OPENAI_BASE_URL");
-    let bad = || given.bad("OPENAI_BASE_URL", "http:// or https://, a host, and a path such as /v1, without ? or #");
+    let bad = || {
+        let rule = "http:// or https://, a host, and a path such as /v1, without ? or #, and without /chat/completions";
+        given.bad("OPENAI_BASE_URL", rule)
+    };
     let (scheme, rest) = url.split_once("://").ok_or_else(bad)?;
     let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
     let (credentials, host) = match authority.rsplit_once('@') {
@@ -395,6 +442,7 @@ fn upstream_url(given: &Given) -> Result<UpstreamUrl, StartError> {
     let clean = !host.is_empty()
         && host.starts_with('[') == host.contains(']')
         && !host.starts_with(':')
+        && !path.trim_end_matches('/').ends_with("/chat/completions")
         && port_ok
         && rest.bytes().all(|b| (0x21..0x7f).contains(&b) && !b"?#\"<>\\^`{|}".contains(&b));
     if !clean || !matches!(scheme, "http" | "https") {
@@ -446,6 +494,7 @@ mod tests {
             ("OPENAI_BASE_URL", "ftp://x"),
             ("OPENAI_BASE_URL", "http://[::1"),
             ("OPENAI_BASE_URL", "http://[::1/v1"),
+            ("OPENAI_BASE_URL", "https://api.openai.com/v1/chat/completions/"),
             ("OPENAI_MODEL", "gpt\n2026-01-01 INFO all is well"),
             ("OPENAI_FALLBACK_MODELS", "a,b\tc"),
             ("HISTORY_SYNC", "off"),

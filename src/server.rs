@@ -55,7 +55,9 @@ pub fn serve(config: Config) -> Result<(), StartError> {
     log::info!("listening on http://{}", listener.local);
     log::info!("mode: {mode}");
     log::info!("history: {}", config.database_path.display());
-    let keys: Vec<&str> = config.api_keys.iter().map(|key| &*key.name).collect();
+    let mut keys: Vec<&str> = config.api_keys.iter().map(|key| &*key.name).collect();
+    // One that is being changed is there twice.
+    keys.dedup();
     log::info!("keys: {}", if keys.is_empty() { "none, everybody is served".to_string() } else { keys.join(", ") });
 
     let make_line = move || Line::new(&upstream);

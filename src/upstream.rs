@@ -145,7 +145,8 @@ impl Upstream {
             }
             e => (Code::UPSTREAM_BAD_ANSWER, format!("the LLM's answer is not HTTP as it should be: {e}"), false),
         };
-        Box::new(Failure { passing, ..self.failed(code, &text).into() })
+        let error = self.failed(code, &text);
+        Box::new(Failure { passing, logged: error.message.clone(), ..error.into() })
     }
 
     /// An answer with a status that is not a success.
@@ -155,18 +156,18 @@ impl Upstream {
         // Words that cannot be read are words that are not there.
         let _ = response.body_mut().as_reader().take(MAX_ERROR_BODY).read_to_end(&mut body);
         let words = openai::error_text(&body);
-        let (code, text) = match status {
-            300..=399 => {
-                (Code::UPSTREAM_ERROR, format!("the LLM redirected ({status}), which is not followed; check OPENAI_BASE_URL"))
-            }
-            400 | 413 | 422 => (Code::UPSTREAM_REJECTED, format!("the LLM rejected the request ({status}): {words}")),
-            401 | 403 => (Code::UPSTREAM_ERROR, format!("the LLM refused the server's key ({status}): {words}")),
-            408 => (Code::UPSTREAM_TIMEOUT, format!("the LLM was too slow ({status}): {words}")),
-            429 => (Code::UPSTREAM_RATE_LIMITED, format!("the LLM limits the rate ({status}): {words}")),
-            503 | 529 => (Code::UPSTREAM_UNAVAILABLE, format!("the LLM is not available ({status}): {words}")),
-            _ => (Code::UPSTREAM_ERROR, format!("the LLM failed ({status}): {words}")),
+        let (code, what) = match status {
+            300..=399 => (Code::UPSTREAM_ERROR, "redirected, which is not followed; check OPENAI_BASE_URL"),
+            400 | 413 | 422 => (Code::UPSTREAM_REJECTED, "rejected the request"),
+            401 | 403 => (Code::UPSTREAM_ERROR, "refused the server's key"),
+            404 => (Code::UPSTREAM_ERROR, "has nothing there; check OPENAI_BASE_URL and the model"),
+            408 => (Code::UPSTREAM_TIMEOUT, "was too slow"),
+            429 => (Code::UPSTREAM_RATE_LIMITED, "limits the rate"),
+            503 | 529 => (Code::UPSTREAM_UNAVAILABLE, "is not available"),
+            _ => (Code::UPSTREAM_ERROR, "failed"),
         };
-        let mut error = self.failed(code, &text);
+        let logged = format!("the LLM {what} ({status})");
+        let mut error = self.failed(code, &if status < 400 { logged.clone() } else { format!("{logged}: {words}") });
         let retry_after = retry_after(response.headers());
         if matches!(code.status(), 429 | 503) {
             let clean = retry_after.filter(|value| !self.has_secret(value));
@@ -182,13 +183,15 @@ impl Upstream {
         }
         let passing = matches!(status, 408 | 429 | 500..=599) && !quota;
         let refuses_usage = code == Code::UPSTREAM_REJECTED && words.contains("stream_options");
-        Box::new(Failure { error, passing, wait, unknown_model: status == 404, refuses_usage })
+        Box::new(Failure { error, logged, passing, wait, unknown_model: status == 404, refuses_usage })
     }
 }
 
 /// Why an attempt or a stream failed, and whether another may do better.
 pub struct Failure {
     pub error: ApiError,
+    /// For the log: what happened, in none but our own words; empty where the request's line says it all.
+    logged: String,
     /// It may go by: another attempt may succeed, or another model.
     pub passing: bool,
     /// How long the upstream asked to be left alone.
@@ -202,7 +205,7 @@ pub struct Failure {
 impl From<ApiError> for Failure {
     /// There is no use in another attempt.
     fn from(error: ApiError) -> Failure {
-        Failure { error, passing: false, wait: None, unknown_model: false, refuses_usage: false }
+        Failure { error, logged: String::new(), passing: false, wait: None, unknown_model: false, refuses_usage: false }
     }
 }
 
@@ -409,7 +412,7 @@ impl Line {
             if !(failure.passing || failure.unknown_model) || !self.fall_back(chat) {
                 return Err(failure.error);
             }
-            log::warn!("a model failed, the next one is asked: {}", failure.error.code.name());
+            log::warn!("{:.100?} is asked next, after {}", chat.model, failure.error.code.name());
         }
     }
 
@@ -446,12 +449,15 @@ impl Line {
             let then = Instant::now().checked_add(wait);
             let too_late = self.watch.until().is_some_and(|until| then.is_none_or(|then| then >= until));
             if !failure.passing || too_late || retries == self.upstream.config.upstream_retries {
+                if !failure.logged.is_empty() {
+                    log::warn!("{}", failure.logged);
+                }
                 return Err(failure);
             }
             retries += 1;
             self.has_retried = true;
             self.upstream.metrics.upstream_retries.inc();
-            log::debug!("attempt {retries} failed, next in {wait:?}: {}", failure.error.code.name());
+            log::debug!("attempt {retries} failed, next in {wait:?}: {}", failure.logged);
             self.think(wait)?;
         }
     }

@@ -193,6 +193,10 @@ fn incomplete(bytes: &[u8], in_request_line: bool) -> Result<Option<Head>, ApiEr
     }
     // What cannot begin a request is refused at once, not when the client tires of waiting.
     let method = bytes.split(|b| *b == b' ').next().unwrap_or_default();
+    // How a TLS handshake begins (RFC 8446, section 5.1).
+    if in_request_line && bytes.starts_with(b"\x16\x03") {
+        return Err(bad("it is TLS, and this port speaks plain HTTP; ask by http://, or a reverse proxy in front"));
+    }
     if in_request_line && !method.iter().all(|b| is_token(*b)) {
         return Err(bad("the method is not a token"));
     }

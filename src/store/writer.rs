@@ -582,6 +582,11 @@ impl Writer {
         lock(&self.state.readers).clear();
         if let Some(open) = self.open.take() {
             self.last_id = 0;
+            if open.files[0] != kernel::inode(&self.path) {
+                log::error!(
+                    "the database was deleted or replaced: what is at its path now is used, or a new one; stop, and restore a backup, where that was not meant"
+                );
+            }
             log_unmoved(open.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())));
         }
     }

@@ -214,14 +214,48 @@ fn a_bad_setting_is_one_line_that_names_it_and_exit_2() {
     }
 }
 
+/// Half a secret is one that others may guess, and none lets everybody in.
+#[test]
+fn a_variable_in_the_env_file_that_is_not_set_is_refused() {
+    for value in ["alice:hun$ter2", "${HUNTER2}", "alice:hunter$", "\"alice:hun$ter2\"", "alice:hun$HOME$ter2"] {
+        let env = format!("# costs $5\nHOME=/x\nAPI_KEYS={value}\n");
+        let ended = Setup::new().file(".env", &env).run(&[]);
+        let line = ended.expect_refusal(2);
+        assert!(line.contains("line 3 (API_KEYS)") && line.contains("single quotes"), "{line}");
+        assert!(!line.contains("hun") && !line.contains("ter2"), "{line}");
+    }
+    for (value, secret) in [
+        ("'alice:hun$ter2'", "hun$ter2"),
+        ("alice:hun\\$ter2", "hun$ter2"),
+        ("alice:${WORD}2", "hunter2"),
+        ("alice:hunter2 # $5", "hunter2"),
+    ] {
+        let env = format!("WORD=hunter\nOTHER=$nothing\nAPI_KEYS={value}\n");
+        let proxy = Setup::new().file(".env", &env).start();
+        assert_eq!(proxy.call(&post("/api/ask", &json!({"question": "q"})).key(secret)).status, 200, "{value}");
+    }
+}
+
+/// So a secret is changed without a moment in which neither is taken.
+#[test]
+fn a_name_may_have_two_secrets() {
+    let proxy = Setup::new().set("API_KEYS", "alice:old-secret,alice:new-secret,bob:secret2").start();
+    for secret in ["old-secret", "new-secret"] {
+        assert_eq!(proxy.call(&post("/api/ask", &json!({"question": "q"})).key(secret)).status, 200);
+    }
+    let pairs = proxy.call(&get("/api/history").key("new-secret")).json();
+    assert_eq!(pairs["items"].as_array().map(Vec::len), Some(2));
+    assert!(proxy.log().iter().any(|line| line.ends_with("keys: alice, bob")), "{:#?}", proxy.log());
+}
+
 #[test]
 fn a_bad_secret_is_refused_without_being_shown() {
     let cases: [(&str, &[&str]); 2] = [
         (
             "API_KEYS",
-            &["alice:", ":hunter2", "alice:hunter2,bob:hunter2", "alice:hunter2,alice:hunter3", "alice:hunt er2", "алиса:хантер"],
+            &["alice:", ":hunter2", "alice:hunter2,bob:hunter2", "alice:hunter2,alice:hunter2", "alice:hunt er2", "алиса:хантер"],
         ),
-        ("OPENAI_API_KEY", &["hunter2\nX-Injected: 1", "hunt er2", "хантер"]),
+        ("OPENAI_API_KEY", &["hunter2\nX-Injected: 1", "hunt er2", "\"hunter2\"", "хантер"]),
     ];
     for (name, values) in cases {
         for value in values {

@@ -150,6 +150,17 @@ fn a_stream_whose_client_is_gone_at_its_end_says_what_was_sent() {
 }
 
 #[test]
+fn the_log_says_why_the_llm_gave_no_answer_and_not_in_its_words() {
+    for (status, said) in [(401, "refused the server's key (401)"), (404, "has nothing there"), (500, "failed (500)")] {
+        let upstream = FakeUpstream::always(refusal(status, "words of its own"));
+        let proxy = Proxy::facing(&upstream).set("UPSTREAM_RETRIES", "0").start();
+        proxy.ask("Well?");
+        let told: Vec<String> = proxy.log().into_iter().filter(|line| line.contains("[WARN]")).collect();
+        assert!(told.len() == 1 && told[0].contains(said) && !told[0].contains("of its own"), "{told:?}");
+    }
+}
+
+#[test]
 fn no_question_answer_header_or_secret_is_in_any_line_at_any_level() {
     for level in ["info", "debug", "trace"] {
         let upstream = FakeUpstream::answering(|request| {

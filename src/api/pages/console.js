@@ -455,7 +455,7 @@ function showFigures(look) {
   const first = quantile(0.5, looks[0] === look ? null : looks[0].first, look.first);
   const figures = [
     ["In flight", value("requests_in_flight")],
-    ["Workers busy", `${value("workers_busy")} of ${value("workers_total")}`],
+    ["Workers busy", `${value("workers_busy")} of ${value("workers")}`],
     ["In the queue", value("queue_length")],
     ["Connections", value("connections")],
     ["First token p50", first === null ? "–" : seconds(first * 1000)],
