@@ -584,7 +584,8 @@ impl Writer {
             self.last_id = 0;
             if open.files[0] != kernel::inode(&self.path) {
                 log::error!(
-                    "the database was deleted or replaced: what is at its path now is used, or a new one; stop, and restore a backup, where that was not meant"
+                    "the database was deleted or replaced, and what is there now is used, or a new one; if that was not \
+                     meant, stop the server and restore a backup"
                 );
             }
             log_unmoved(open.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())));
