@@ -43,6 +43,22 @@ fn readyz_counts_what_runs_and_what_waits() {
     eventually("all is quiet", || proxy.get("/readyz").json()["workers_busy"] == 0);
 }
 
+/// A figure of the console that no metric has would be 0 for ever.
+#[test]
+fn the_console_reads_metrics_that_there_are() {
+    let proxy = Proxy::start();
+    proxy.answer("Who is counted?");
+    let metrics = proxy.get("/metrics").everything();
+    let console = include_str!("../../src/api/pages/console.js");
+    let names = [" sum(\"", "value(\""].into_iter().flat_map(|call| console.split(call).skip(1));
+    let names: Vec<&str> = names.filter_map(|rest| rest.split('"').next()).collect();
+    assert!(names.len() > 8, "{names:?}");
+    for name in names {
+        let samples = [format!("\nai_proxy_{name} "), format!("\nai_proxy_{name}{{")];
+        assert!(samples.iter().any(|sample| metrics.contains(sample)), "{name}");
+    }
+}
+
 #[test]
 fn the_metrics_count_what_happened() {
     let silence = Gate::new();
