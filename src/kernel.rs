@@ -7,6 +7,7 @@
 //! Why the sockets: the library's parser has no limits, and its connection type does not let go of the
 //! socket, so we read and write by a second descriptor for the same socket.
 
+use std::cell::Cell;
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, RawFd};
@@ -106,16 +107,20 @@ pub fn is_idle(stream: &TcpStream) -> bool {
     result == 0 && unsent == 0
 }
 
+thread_local! {
+    /// What this thread was told last.
+    static MAKES_WAY: Cell<Option<bool>> = const { Cell::new(None) };
+}
+
 /// Whether this thread, when it is woken, lets who runs go on first (`SCHED_BATCH`, sched(7)). Where that cannot be had,
 /// nothing changes.
 pub fn make_way(makes_way: bool) {
     let policy = if makes_way { libc::SCHED_BATCH } else { libc::SCHED_OTHER };
     let priority = libc::sched_param { sched_priority: 0 };
-    // SAFETY: 0 is this thread, and the kernel only reads the given place.
-    unsafe {
-        if libc::sched_getscheduler(0) != policy {
-            libc::sched_setscheduler(0, policy, &raw const priority);
-        }
+    // To ask the kernel would be a system call for each question. A new thread has what its parent had, so it is told once.
+    if MAKES_WAY.replace(Some(makes_way)) != Some(makes_way) {
+        // SAFETY: 0 is this thread, and the kernel only reads the given place.
+        unsafe { libc::sched_setscheduler(0, policy, &raw const priority) };
     }
 }
 

@@ -402,6 +402,10 @@ impl Line {
     fn call(&mut self, chat: &mut Chat) -> Result<Response<Body>, ApiError> {
         let upstream = Arc::clone(&self.upstream);
         loop {
+            // Whoever has left while another model failed is not worth a call.
+            if chat.has_fallen_back() {
+                self.think(Duration::ZERO)?;
+            }
             let failure = match self.attempts(&upstream.request, &chat.body) {
                 Ok(response) => return Ok(response),
                 Err(failure) => failure,
@@ -419,8 +423,6 @@ impl Line {
     /// The head of a successful answer, after as many attempts as are allowed and fit the time.
     fn attempts(&mut self, request: &http::request::Parts, body: &[u8]) -> Result<Response<Body>, Box<Failure>> {
         let mut retries = 0;
-        // Whoever has left by now, or waited for too long, is not worth a call.
-        self.think(Duration::ZERO)?;
         loop {
             self.watch.forget_reuse();
             self.upstream.metrics.upstream_attempts.inc();
