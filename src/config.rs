@@ -2,6 +2,7 @@
 //! `.env`, nothing else; knows no module but the start-up error.
 
 use std::collections::HashMap;
+use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -148,17 +149,17 @@ impl Config {
     /// has its default, also where `.env` has another. Errs with one line that names variable, value and rule.
     pub fn load() -> Result<Config, StartError> {
         let mut given = HashMap::new();
-        match dotenvy::from_path_iter(".env") {
-            Ok(lines) => {
-                if let Some(trouble) = std::fs::read_to_string(".env").ok().and_then(|text| unset_variable(&text)) {
+        match std::fs::read_to_string(".env") {
+            Ok(text) => {
+                if let Some(trouble) = unset_variable(&text) {
                     return Err(StartError::usage(trouble));
                 }
-                for line in lines {
-                    let (name, value) = line.map_err(|e| StartError::usage(env_file_trouble(&e)))?;
+                for line in dotenvy::from_read_iter(text.as_bytes()) {
+                    let (name, value) = line.map_err(|e| StartError::usage(env_file_trouble(&e, &text)))?;
                     given.insert(name, value);
                 }
             }
-            Err(e) if e.not_found() => {}
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
             Err(e) => return Err(StartError::usage(format!(".env cannot be read: {e}"))),
         }
         for Setting(name, ..) in SETTINGS {
@@ -269,65 +270,70 @@ impl Config {
     }
 }
 
+/// Which of our settings a line of `.env` sets.
+fn setting_in(line: &str) -> Option<&'static str> {
+    let name = name_in(line);
+    SETTINGS.iter().find(|setting| Some(setting.0) == name).map(|setting| setting.0)
+}
+
+fn name_in(line: &str) -> Option<&str> {
+    line.split_once('=').map(|(name, _)| name.trim().trim_start_matches("export ").trim())
+}
+
 /// Says which of our settings in `.env` names a variable that is not set: nothing would be put in its place, and half a secret
-/// is one that others may guess. Only in single quotes a `$` is a `$`.
+/// is one that others may guess.
 fn unset_variable(text: &str) -> Option<String> {
     let mut known: Vec<&str> = Vec::new();
     for (line, at) in text.lines().zip(1..) {
-        let Some((name, value)) = line.split_once('=').filter(|_| !line.trim_start().starts_with('#')) else { continue };
-        let name = name.trim().trim_start_matches("export ").trim();
-        let (mut single, mut double, mut before) = (false, false, ' ');
-        for (place, c) in value.char_indices() {
-            match c {
-                _ if before == '\\' && !single => {
-                    before = ' ';
-                    continue;
-                }
-                '\'' if !double => single = !single,
-                '"' if !single => double = !double,
-                '#' if before.is_whitespace() && !single && !double => break,
-                '$' if !single => {
-                    let rest = &value[place + 1..];
-                    let end = |rest: &str| rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(rest.len());
-                    let wanted = match rest.strip_prefix('{') {
-                        Some(rest) => rest.split('}').next().unwrap_or_default(),
-                        None => &rest[..end(rest)],
-                    };
-                    let is_set = known.contains(&wanted) || !wanted.is_empty() && std::env::var_os(wanted).is_some();
-                    if !is_set && SETTINGS.iter().any(|setting| setting.0 == name) {
-                        let rule = "it names a variable that is not set; a value with a $ of its own stands in single quotes";
-                        return Some(format!(".env: line {at} ({name}): {rule}"));
-                    }
-                }
-                _ => {}
-            }
-            before = c;
+        let is_set = |name: &&str| known.contains(name) || !name.is_empty() && std::env::var_os(name).is_some();
+        if let Some(setting) = setting_in(line).filter(|_| !variables(line).iter().all(is_set)) {
+            let rule = "it names a variable that is not set; a value with a $ of its own stands in single quotes";
+            return Some(format!(".env: line {at} ({setting}): {rule}"));
         }
-        known.push(name);
+        known.extend(name_in(line));
     }
     None
 }
 
-/// What is wrong with `.env`, without repeating any of it, since secrets stand there.
-fn env_file_trouble(e: &dotenvy::Error) -> String {
-    match e {
-        dotenvy::Error::LineParse(line, _) => {
-            let text = std::fs::read_to_string(".env").unwrap_or_default();
-            let end = line.lines().next().unwrap_or_default();
-            // Of a line with a name there is only the value.
-            let found = text.lines().zip(1..).find(|(line, _)| !end.is_empty() && line.trim_end().ends_with(end));
-            let which = found.map_or(String::new(), |(line, at)| {
-                let given = line.split_once('=').map(|(name, _)| name.trim());
-                let setting = SETTINGS.iter().find(|setting| Some(setting.0) == given);
-                setting.map_or(format!(" {at}"), |setting| format!(" {at} ({})", setting.0))
-            });
-            format!(
-                ".env: line{which} cannot be read; a line is NAME=VALUE, and a value with blanks, #, $, \\ or quotes stands in single quotes"
-            )
+/// The names behind each `$` in a line of `.env` that another value takes the place of: not in single quotes, behind a
+/// backslash or in a comment.
+fn variables(line: &str) -> Vec<&str> {
+    let (mut single, mut double, mut before) = (false, false, '\0');
+    let mut names = Vec::new();
+    for (at, c) in line.char_indices() {
+        let is_escaped = before == '\\' && !single;
+        match c {
+            _ if is_escaped => {}
+            '\'' if !double => single = !single,
+            '"' if !single => double = !double,
+            '#' if before.is_whitespace() && !single && !double => break,
+            '$' if !single => {
+                let rest = &line[at + 1..];
+                let name = match rest.strip_prefix('{') {
+                    Some(rest) => rest.split('}').next(),
+                    None => rest.split(|c: char| !c.is_alphanumeric() && c != '_').next(),
+                };
+                names.extend(name);
+            }
+            _ => {}
         }
-        dotenvy::Error::Io(e) => format!(".env cannot be read: {e}"),
-        _ => ".env cannot be read; each line is NAME=VALUE".to_string(),
+        before = if is_escaped { '\0' } else { c };
     }
+    names
+}
+
+/// What is wrong with `.env`, whose text this is, without repeating any of it, since secrets stand there.
+fn env_file_trouble(e: &dotenvy::Error, text: &str) -> String {
+    let dotenvy::Error::LineParse(line, _) = e else { return ".env cannot be read; each line is NAME=VALUE".to_string() };
+    let end = line.lines().next().unwrap_or_default();
+    // Of a line with a name there is only the value.
+    let found = text.lines().zip(1..).find(|(line, _)| !end.is_empty() && line.trim_end().ends_with(end));
+    let which = found
+        .map_or(String::new(), |(line, at)| setting_in(line).map_or(format!(" {at}"), |setting| format!(" {at} ({setting})")));
+    format!(
+        ".env: line{which} cannot be read; a line is NAME=VALUE, and a value with blanks, #, $, \\ or quotes stands in single \
+         quotes"
+    )
 }
 
 /// The settings as text, before they are checked.

@@ -107,14 +107,19 @@ impl Lines {
     /// Writes the text; how many bytes of it went out.
     fn put(&self) -> usize {
         const GLANCE: Duration = Duration::from_millis(5);
-        let (mut written, until) = (0, self.patience());
+        let (mut written, mut until) = (0, None);
         let Some(mut out) = self.out.as_ref() else { return 0 };
         while written < self.text.len() {
             match out.write(&self.text[written..]) {
                 Ok(more @ 1..) => written += more,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 // Only a terminal says so, and poll(2) says that it has room while it is stopped.
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock && Instant::now() < until => thread::sleep(GLANCE),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    if Instant::now() >= *until.get_or_insert_with(|| self.patience()) {
+                        break;
+                    }
+                    thread::sleep(GLANCE);
+                }
                 _ => break,
             }
         }

@@ -263,9 +263,8 @@ fn number(schema: &Value) -> Value {
     let limit = |name: &str| schema[name].as_f64();
     let [least, above, most, below] = [names[0], names[1], names[2], names[3]].map(limit);
     let step = limit("multipleOf").filter(|step| *step > 0.0).unwrap_or(1.0);
-    let low = [least, above].into_iter().flatten().fold(f64::NEG_INFINITY, f64::max);
-    let high = [most, below].into_iter().flatten().fold(f64::INFINITY, f64::min);
-    let (low, high) = (if low.is_finite() { low } else { 0.0 }, if high.is_finite() { high } else { 0.0 });
+    let low = [least, above].into_iter().flatten().reduce(f64::max).unwrap_or(0.0);
+    let high = [most, below].into_iter().flatten().reduce(f64::min).unwrap_or(0.0);
     let (up, down) = ((low / step).ceil() * step, (high / step).floor() * step);
     let candidates = [0.0, up, up + step, down, down - step, (low + high) / 2.0];
     let fits = |n: &f64| {

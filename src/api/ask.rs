@@ -122,8 +122,7 @@ impl Answer {
         match stored {
             Ok(mut pair) => {
                 let (body, headers) = self.as_it_came.unwrap_or_else(|| (json(&pair), Vec::new()));
-                let mut reply = Reply::json(200, body);
-                reply.headers = headers;
+                let reply = Reply { headers, ..Reply::json(200, body) };
                 let model = std::mem::take(&mut pair.model);
                 // The client may be slow to take what it says.
                 drop(pair);

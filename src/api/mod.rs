@@ -199,10 +199,7 @@ impl Api {
                 Ok(chat) => ask::prepare(self, &request, exit, chat),
                 Err(e) => exit.refuse(e),
             },
-            Endpoint::Models => {
-                let client = exit.responder.client();
-                Some(Errand::new(client, Kind::Models(Box::new(models::Models::new(&request, exit)))))
-            }
+            Endpoint::Models => Some(models::prepare(&request, exit)),
             Endpoint::History => match history::history(self, &request) {
                 Ok(reply) => self.give(exit, reply, None),
                 Err(e) => exit.refuse(e),
@@ -314,9 +311,7 @@ impl Api {
             Err(ApiError::shutting_down())
         } else if asks && !is_json(head) {
             Err(ApiError::new(Code::UNSUPPORTED_MEDIA_TYPE, "the body must be JSON: send Content-Type: application/json"))
-        } else if asks
-            && head.field("content-encoding").is_some_and(|coding| !coding.is_empty() && !coding.eq_ignore_ascii_case("identity"))
-        {
+        } else if asks && is_compressed(head) {
             Err(ApiError::new(Code::UNSUPPORTED_MEDIA_TYPE, "the body must not be compressed: send it without Content-Encoding"))
         } else {
             Ok(if asks { self.config.max_body_bytes } else { NEEDLESS_BODY })
@@ -359,4 +354,9 @@ fn is_json(head: &Head) -> bool {
     let Some(content_type) = head.field("content-type") else { return head.field("origin").is_none() };
     let media_type = media_type(content_type);
     media_type == "application/json" || (media_type.starts_with("application/") && media_type.ends_with("+json"))
+}
+
+/// The body is said to be coded, by whatever means.
+fn is_compressed(head: &Head) -> bool {
+    head.field("content-encoding").is_some_and(|coding| !coding.is_empty() && !coding.eq_ignore_ascii_case("identity"))
 }

@@ -3,7 +3,7 @@
 use std::net::TcpStream;
 use std::sync::Arc;
 
-use super::{Api, Exit, Parting, Request};
+use super::{Api, Errand, Exit, Kind, Parting, Request};
 use crate::http::Reply;
 use crate::upstream::Line;
 
@@ -14,21 +14,18 @@ pub struct Models {
     pub(super) exit: Exit,
 }
 
-impl Models {
-    /// The list, or the one that the request's path names.
-    pub fn new(request: &Request, exit: Exit) -> Models {
-        Models { path: request.head.path().strip_prefix("/v1/models").unwrap_or_default().to_string(), exit }
-    }
+/// Keeps a request for the list, or for the model that its path names, for a worker.
+pub fn prepare(request: &Request, exit: Exit) -> Errand {
+    let path = request.head.path().strip_prefix("/v1/models").unwrap_or_default().to_string();
+    Errand::new(exit.responder.client(), Kind::Models(Box::new(Models { path, exit })))
+}
 
+impl Models {
     /// Asks and answers; returns the answer where the client may be slow to take it.
     #[inline(never)]
     pub fn run(self: Box<Models>, api: &Api, line: &mut Line, client: Arc<TcpStream>) -> Option<Parting> {
         match line.models(client, &self.path) {
-            Ok((body, headers)) => {
-                let mut reply = Reply::json(200, body);
-                reply.headers = headers;
-                self.exit.send_or_part(api, reply, None)
-            }
+            Ok((body, headers)) => self.exit.send_or_part(api, Reply { headers, ..Reply::json(200, body) }, None),
             Err(e) => self.exit.refuse(e),
         }
     }

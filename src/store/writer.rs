@@ -144,18 +144,6 @@ impl Surplus {
         self.rows == 0 && self.days == 0
     }
 
-    /// The same, and where it fails the transaction that it is a part of can go on: what is damaged, such as the index of
-    /// words, is to keep nobody from asking.
-    fn delete_alone(&self, connection: &Connection, most: u64) -> rusqlite::Result<rusqlite::Result<u64>> {
-        if self.is_none() {
-            return Ok(Ok(0));
-        }
-        connection.execute_batch("SAVEPOINT surplus")?;
-        let deleted = self.delete(connection, most);
-        connection.execute_batch(if deleted.is_ok() { "RELEASE surplus" } else { "ROLLBACK TO surplus; RELEASE surplus" })?;
-        Ok(deleted)
-    }
-
     /// Deletes at most so many of them, the oldest; how many.
     fn delete(&self, connection: &Connection, most: u64) -> rusqlite::Result<u64> {
         let mut ids: Vec<i64> = Vec::new();
@@ -179,6 +167,18 @@ impl Surplus {
             forget_words.execute([id])?;
             deleted += forget.execute([id])? as u64;
         }
+        Ok(deleted)
+    }
+
+    /// The same, and where it fails the transaction that it is a part of can go on: what is damaged, such as the index of
+    /// words, is to keep nobody from asking.
+    fn delete_alone(&self, connection: &Connection, most: u64) -> rusqlite::Result<rusqlite::Result<u64>> {
+        if self.is_none() {
+            return Ok(Ok(0));
+        }
+        connection.execute_batch("SAVEPOINT surplus")?;
+        let deleted = self.delete(connection, most);
+        connection.execute_batch(if deleted.is_ok() { "RELEASE surplus" } else { "ROLLBACK TO surplus; RELEASE surplus" })?;
         Ok(deleted)
     }
 }

@@ -142,13 +142,19 @@ fn q_finds_words_in_questions_and_in_answers() {
     assert_eq!(found("nothing_like_it"), Vec::<String>::new());
 }
 
-#[test]
-fn who_asks_is_answered_whatever_became_of_the_index() {
-    let (_upstream, proxy) = echoing();
+/// One pair, with a whale, and an index that was damaged after it had found it.
+fn with_damaged_index() -> (FakeUpstream, Proxy, rusqlite::Connection) {
+    let (upstream, proxy) = echoing();
     proxy.answer("whale");
     assert_eq!(questions(&page(&proxy, "?q=whale")), ["whale"]);
     let database = rusqlite::Connection::open(proxy.database_path()).expect("it opens");
     assert_eq!(database.execute("UPDATE history_words_data SET block = x'00'", []).expect("damaged"), 3);
+    (upstream, proxy, database)
+}
+
+#[test]
+fn who_asks_is_answered_whatever_became_of_the_index() {
+    let (_upstream, proxy, _database) = with_damaged_index();
     for number in 0..30 {
         let question = format!("question {number}");
         proxy.answer(&question);
@@ -163,11 +169,7 @@ fn who_asks_is_answered_whatever_became_of_the_index() {
 /// Not even where the row, of which the index knew nothing, was deleted by hand and a failure made the server look anew.
 #[test]
 fn an_id_is_never_used_twice() {
-    let (_upstream, proxy) = echoing();
-    proxy.answer("whale");
-    assert_eq!(questions(&page(&proxy, "?q=whale")), ["whale"]);
-    let database = rusqlite::Connection::open(proxy.database_path()).expect("it opens");
-    assert_eq!(database.execute("UPDATE history_words_data SET block = x'00'", []).expect("damaged"), 3);
+    let (_upstream, proxy, database) = with_damaged_index();
     let id = proxy.answer("the last")["id"].as_i64().expect("an id");
     eventually("the index rests", || proxy.log().iter().any(|line| line.contains("cannot be indexed")));
     assert_eq!(database.execute("DELETE FROM history WHERE id = ?1", [id]).expect("deleted"), 1);
