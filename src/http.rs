@@ -493,15 +493,18 @@ impl Connection {
 
 impl Drop for Connection {
     /// Closes so that the client can still read the last answer: what it keeps sending is thrown away
-    /// for a moment, since closing over unread bytes would reset the connection (RFC 9112, section 9.6).
+    /// for a while, since closing over unread bytes would reset the connection (RFC 9112, section 9.6), and there are
+    /// clients that send all of a body before they read.
     fn drop(&mut self) {
-        const LINGER: Duration = Duration::from_millis(500);
-        const LINGER_BYTES: usize = 4 << 20;
+        const LINGER: Duration = Duration::from_secs(30);
+        const LINGER_SILENCE: Duration = Duration::from_millis(500);
+        const LINGER_BYTES: usize = 64 << 20;
         if self.lingers() {
             let until = Instant::now() + LINGER;
             let (mut sink, mut thrown) = ([0; 4096], 0);
             let _ = self.stream.shutdown(Shutdown::Write);
-            while thrown < LINGER_BYTES && wait(&self.stream, PollFlags::IN, until).is_ok_and(|there| there) {
+            let more = || wait(&self.stream, PollFlags::IN, until.min(Instant::now() + LINGER_SILENCE)).is_ok_and(|there| there);
+            while thrown < LINGER_BYTES && more() {
                 match (&*self.stream).read(&mut sink) {
                     Ok(n) if n > 0 => thrown += n,
                     _ => break,

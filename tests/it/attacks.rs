@@ -1795,6 +1795,7 @@ fn who_is_refused_before_its_body_came_can_still_send_it_and_read_why() {
     for (fields, size, status) in [
         ("Content-Length: 900000\r\n", 900_000, 401),
         ("Content-Length: 3000000\r\nAuthorization: Bearer secret-of-alice\r\n", 3_000_000, 413),
+        ("Content-Length: 20000000\r\nAuthorization: Bearer secret-of-alice\r\n", 20_000_000, 413),
         ("Content-Length: 900000\r\nExpect: nothing\r\n", 900_000, 417),
     ] {
         for _ in 0..10 {
