@@ -47,8 +47,8 @@ impl Code {
         self.1
     }
 
-    /// `error.type`, in OpenAI's vocabulary, by which SDKs choose an exception class.
-    pub fn kind(self) -> &'static str {
+    /// The usual `error.type`, in OpenAI's vocabulary, by which SDKs choose an exception class.
+    fn kind(self) -> &'static str {
         match self.status() {
             401 => "authentication_error",
             429 => "rate_limit_error",
@@ -65,7 +65,9 @@ pub struct ApiError {
     /// For people: the cause, and what to do about it.
     pub message: String,
     /// The request field at fault.
-    pub param: Option<String>,
+    pub param: Option<Box<str>>,
+    /// The upstream's account has no money left: `insufficient_quota` is then its `error.type`, as clients know it.
+    pub no_quota: bool,
     /// The value of the `Retry-After` header, passed on as it came or in seconds.
     pub retry_after: Option<String>,
     /// Further header fields of the answer.
@@ -79,7 +81,7 @@ impl ApiError {
     /// An error of `code` with a text for people; every 503 gets `Retry-After: 1` here.
     pub fn new(code: Code, message: impl Into<String>) -> ApiError {
         let retry_after = (code.status() == 503).then(|| "1".to_string());
-        ApiError { code, message: message.into(), param: None, retry_after, headers: Vec::new() }
+        ApiError { code, message: message.into(), param: None, no_quota: false, retry_after, headers: Vec::new() }
     }
 
     /// Nobody is there any more to be answered: it stands in the log only.
@@ -94,7 +96,7 @@ impl ApiError {
 
     /// A 422 that names the field at fault.
     pub fn invalid(param: &str, message: impl Into<String>) -> ApiError {
-        ApiError { param: Some(param.to_string()), ..ApiError::new(Code::INVALID_REQUEST, message) }
+        ApiError { param: Some(param.into()), ..ApiError::new(Code::INVALID_REQUEST, message) }
     }
 
     /// The same error with one more header field.
@@ -114,7 +116,7 @@ impl ApiError {
     pub fn to_json(&self, request_id: &str) -> String {
         serde_json::json!({"error": {
             "message": self.message,
-            "type": self.code.kind(),
+            "type": if self.no_quota { "insufficient_quota" } else { self.code.kind() },
             "code": self.code.name(),
             "param": self.param,
             "request_id": request_id,

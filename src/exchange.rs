@@ -216,7 +216,7 @@ mod tests {
     fn refused(body: &str) -> (&'static str, Option<String>) {
         match Question::parse(body.as_bytes(), 10) {
             Ok(asked) => panic!("accepted: {asked:?}"),
-            Err(e) => (e.code.name(), e.param),
+            Err(e) => (e.code.name(), e.param.map(String::from)),
         }
     }
 

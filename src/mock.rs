@@ -4,11 +4,12 @@
 
 use std::borrow::Cow;
 
+use percent_encoding::percent_decode_str;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-use crate::openai::{Text, each_message};
+use crate::openai::{each_message, text_of};
 
 /// Characters of a question that the answer repeats.
 const REPEATED: usize = 500;
@@ -17,20 +18,25 @@ const HEARD: usize = 128 * 1024;
 /// The most choices that are given.
 const MOST_CHOICES: u64 = 16;
 /// Nesting to which a JSON schema is followed.
-const DEEPEST: usize = 16;
+const DEEPEST: usize = 32;
+/// The most items of an array that are given.
+const MOST_ITEMS: usize = 1000;
 /// Bytes that are said for a JSON schema, about; where it asks for more, the rest is null or left out.
 const LONGEST_INSTANCE: usize = 16 * 1024;
 
 /// The body of a 200 for a chat request.
 pub fn completion(request: &[u8]) -> String {
     let said = say(request);
-    let (message, finish_reason) = match &said.tool {
-        Some(tool) => {
-            (json!({"role": "assistant", "content": null, "tool_calls": [tool.call(&said.id)], "refusal": null}), "tool_calls")
-        }
-        None => (json!({"role": "assistant", "content": said.answer, "refusal": null}), "stop"),
+    let choice = |index: u64| {
+        let (message, finish_reason) = match &said.tool {
+            Some(tool) => {
+                let call = tool.call(&said.id, index);
+                (json!({"role": "assistant", "content": null, "tool_calls": [call], "refusal": null}), "tool_calls")
+            }
+            None => (json!({"role": "assistant", "content": said.answer, "refusal": null}), "stop"),
+        };
+        json!({"index": index, "message": message, "logprobs": null, "finish_reason": finish_reason})
     };
-    let choice = |index: u64| json!({"index": index, "message": message, "logprobs": null, "finish_reason": finish_reason});
     json!({
         "id": said.id, "object": "chat.completion", "created": 0, "model": said.model,
         "choices": (0..said.choices).map(choice).collect::<Vec<Value>>(),
@@ -54,7 +60,7 @@ pub fn chunks(request: &[u8]) -> Vec<String> {
         };
         delta(json!({"role": "assistant", "content": ""}), Value::Null);
         if let Some(tool) = &said.tool {
-            let mut call = tool.call(&said.id);
+            let mut call = tool.call(&said.id, index);
             call["index"] = json!(0);
             delta(json!({"tool_calls": [call]}), Value::Null);
             delta(json!({}), json!("tool_calls"));
@@ -95,8 +101,12 @@ struct Tool {
 }
 
 impl Tool {
-    fn call(&self, id: &str) -> Value {
-        let id = id.replace("chatcmpl", "call");
+    /// The call in an answer of this id, in the choice of this index.
+    fn call(&self, id: &str, index: u64) -> Value {
+        let mut id = id.replace("chatcmpl", "call");
+        if index > 0 {
+            id += &format!("-{index}");
+        }
         json!({"id": id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}})
     }
 }
@@ -124,18 +134,22 @@ fn count(text: &str) -> usize {
 
 fn say(request: &[u8]) -> Said {
     let request: Request = serde_json::from_slice(request).unwrap_or_default();
-    let (mut question, mut prompt) = (String::new(), 0);
+    let (mut question, mut prompt, mut called) = (String::new(), 0, Vec::new());
     // Who asks was let in, so it is a list.
     let _ = request.messages.map(|messages| {
-        each_message(messages, |role, content| {
-            let Text(text) = content.and_then(|json| serde_json::from_str(json.get()).ok()).unwrap_or_default();
+        each_message(messages, |message| {
+            let text = message.content.map(|content| text_of(content.get(), "\n")).unwrap_or_default();
             prompt += count(&text);
-            if role.is_some_and(|role| role.get() == "\"user\"") {
+            if message.role.is_some_and(|role| role.get() == "\"user\"") {
                 question = text.into_owned();
+                called.clear();
             }
+            let calls = heard(message.tool_calls);
+            let names = calls.as_array().into_iter().flatten().filter_map(|call| call["function"]["name"].as_str());
+            called.extend(names.map(str::to_string));
         })
     });
-    let tool = demanded_tool(&heard(request.tools), &heard(request.tool_choice));
+    let tool = demanded_tool(&heard(request.tools), &heard(request.tool_choice), &called);
     let choices = heard(request.n).as_u64().unwrap_or(1).clamp(1, MOST_CHOICES);
     let format = heard(request.response_format);
     let answer = match format["type"].as_str() {
@@ -147,8 +161,10 @@ fn say(request: &[u8]) -> Said {
         _ => format!("This is a mock answer to: {}", repeated(&question)),
     };
     let completion = count(tool.as_ref().map_or(&answer, |tool| &tool.arguments)) * choices as usize;
-    // FNV-1a: the same question always has the same id.
-    let hash = question.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+    // FNV-1a: the same messages always have the same id, and each turn of a conversation one of its own, by which
+    // frameworks tell its messages.
+    let messages = request.messages.map_or("", RawValue::get);
+    let hash = messages.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
     Said {
         answer,
         tool,
@@ -169,19 +185,22 @@ fn heard(json: Option<&RawValue>) -> Value {
     json.and_then(|json| serde_json::from_str(json).ok()).unwrap_or_default()
 }
 
-/// The function that `tool_choice` names, or the first one where it says `required`, of all or of those that it allows.
-fn demanded_tool(tools: &Value, choice: &Value) -> Option<Tool> {
-    let tools = tools.as_array()?;
+/// The function that `tool_choice` names. Where it demands any, of all or of those that it allows: the first that was not
+/// `called` since the question, or the last, so that an agent that demands one at each step comes to the one that ends it.
+fn demanded_tool(tools: &Value, choice: &Value, called: &[String]) -> Option<Tool> {
+    let name = |tool: &Value| tool["function"]["name"].as_str().map(str::to_string);
+    let list = |tools: &Value| -> Vec<String> { tools.as_array().into_iter().flatten().filter_map(name).collect() };
     let allowed = &choice["allowed_tools"];
-    let choice = if allowed["mode"] == "required" { &allowed["tools"][0] } else { choice };
-    let tool = match choice["function"]["name"].as_str() {
-        Some(name) => tools.iter().find(|tool| tool["function"]["name"] == name)?,
-        None if *choice == "required" => tools.first()?,
-        None => return None,
+    let candidates = match choice.as_str() {
+        Some("required" | "any") => list(tools),
+        _ if allowed["mode"] == "required" => list(&allowed["tools"]),
+        _ => vec![name(choice)?],
     };
+    let name = candidates.iter().find(|name| !called.contains(name)).or(candidates.last())?;
+    let tool = tools.as_array()?.iter().find(|tool| tool["function"]["name"] == **name)?;
     let schema = &tool["function"]["parameters"];
     let arguments = instance(schema, schema, 0, &mut { LONGEST_INSTANCE }).to_string();
-    Some(Tool { name: tool["function"]["name"].as_str()?.to_string(), arguments })
+    Some(Tool { name: name.clone(), arguments })
 }
 
 /// A value that fits a JSON schema as it is used for structured output, of at most `left` bytes. A
@@ -191,13 +210,24 @@ fn instance(schema: &Value, root: &Value, depth: usize, left: &mut usize) -> Val
         return Value::Null;
     }
     if let Some(reference) = schema["$ref"].as_str().and_then(|reference| reference.strip_prefix('#')) {
-        let meant = if afford(left, reference.len()) { root.pointer(reference) } else { None };
+        // As a part of a URI it may be percent-encoded (RFC 6901, section 6).
+        let pointer = percent_decode_str(reference).decode_utf8_lossy();
+        let meant = if afford(left, reference.len()) { root.pointer(&pointer) } else { None };
         return meant.map_or(Value::Null, |schema| instance(schema, root, depth + 1, left));
     }
     if let Some(constant) = schema.get("const").or(schema["enum"].get(0)) {
         return repeat(constant, left);
     }
-    for choice in ["anyOf", "oneOf", "allOf"] {
+    if let Some([first, more @ ..]) = schema["allOf"].as_array().map(Vec::as_slice) {
+        let mut all = instance(first, root, depth + 1, left);
+        for schema in more {
+            if let (Value::Object(all), Value::Object(part)) = (&mut all, instance(schema, root, depth + 1, left)) {
+                all.extend(part);
+            }
+        }
+        return all;
+    }
+    for choice in ["anyOf", "oneOf"] {
         if let Some(first) = schema[choice].get(0) {
             // A chain that goes on for ever ends, where it may, before it has to.
             let is_end = |choice: &&Value| depth > DEEPEST / 2 && choice["type"] == "null";
@@ -212,18 +242,24 @@ fn instance(schema: &Value, root: &Value, depth: usize, left: &mut usize) -> Val
         "boolean" => json!(true),
         "null" => Value::Null,
         "array" => {
-            let first = schema["prefixItems"].as_array().map_or(&[][..], Vec::as_slice);
-            let least = (schema["minItems"].as_u64().unwrap_or(0) as usize).max(first.len()).min(16);
+            // An older name of the same.
+            let first = schema["prefixItems"].as_array().or(schema["items"].as_array()).map_or(&[][..], Vec::as_slice);
+            let least = (schema["minItems"].as_u64().unwrap_or(0) as usize).max(first.len()).min(MOST_ITEMS);
             let items = (0..least).map(|at| first.get(at).unwrap_or(&schema["items"]));
             items.map(|schema| instance(schema, root, depth + 1, left)).collect()
         }
         _ => {
             let mut object = Map::new();
-            for (name, schema) in schema["properties"].as_object().into_iter().flatten() {
+            let known = schema["properties"].as_object();
+            let required = schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str);
+            let others = required.filter(|name| known.is_none_or(|known| !known.contains_key(*name)));
+            let others = others.map(|name| (name, &schema["additionalProperties"]));
+            let known = known.into_iter().flatten().map(|(name, schema)| (name.as_str(), schema));
+            for (name, schema) in known.chain(others) {
                 if !afford(left, name.len()) {
                     break;
                 }
-                object.insert(name.clone(), instance(schema, root, depth + 1, left));
+                object.insert(name.to_string(), instance(schema, root, depth + 1, left));
             }
             Value::Object(object)
         }
@@ -242,7 +278,7 @@ fn text(schema: &Value, left: &mut usize) -> String {
         Some("ipv4") => "127.0.0.1",
         Some("ipv6") => "::1",
         Some("uri" | "iri" | "url") => "https://example.com/",
-        Some("uuid") => "00000000-0000-4000-8000-000000000000",
+        Some(format) if format.starts_with("uuid") => "00000000-0000-4000-8000-000000000000",
         _ => {
             let length = |name: &str| schema[name].as_u64().map(|length| length as usize);
             let (least, most) = (length("minLength").unwrap_or(0), length("maxLength").unwrap_or(usize::MAX));
@@ -342,9 +378,33 @@ mod tests {
             (json!({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}), json!(0.5)),
             (json!({"type": "number", "minimum": 0.5, "multipleOf": 0.25}), json!(0.5)),
             (json!({"type": "array", "prefixItems": [{"type": "integer"}, {"type": "boolean"}]}), json!([0, true])),
+            (json!({"type": "array", "items": [{"type": "integer"}, {"type": "boolean"}]}), json!([0, true])),
+            (json!({"type": "array", "minItems": 20, "items": {"type": "null"}}), json!(vec![Value::Null; 20])),
+            (json!({"type": "string", "format": "uuid4"}), json!("00000000-0000-4000-8000-000000000000")),
+            (json!({"required": ["a"], "additionalProperties": {"type": "integer"}}), json!({"a": 0})),
+            (json!({"$ref": "#/$defs/a%20b", "$defs": {"a b": {"const": 1}}}), json!(1)),
+            (
+                json!({"allOf": [{"properties": {"a": {"const": 1}}}, {"properties": {"b": {"const": 2}}}]}),
+                json!({"a": 1, "b": 2}),
+            ),
         ] {
             assert_eq!(said(schema.clone()), expected, "{schema}");
         }
+    }
+
+    #[test]
+    fn ten_models_in_each_other_are_followed() {
+        let mut definitions = json!({"m10": {"type": "object", "properties": {"end": {"const": "here"}}}});
+        for depth in 0..10 {
+            let next = json!({"anyOf": [{"$ref": format!("#/$defs/m{}", depth + 1)}]});
+            definitions[format!("m{depth}")] = json!({"type": "object", "properties": {"next": next}});
+        }
+        let schema = json!({"$defs": definitions, "$ref": "#/$defs/m0"});
+        let mut model = &instance(&schema, &schema, 0, &mut { LONGEST_INSTANCE });
+        while !model["next"].is_null() {
+            model = &model["next"];
+        }
+        assert_eq!(model["end"], "here");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use std::fmt;
 
 use percent_encoding::percent_decode_str;
-use serde::de::{Deserializer, SeqAccess, Visitor};
+use serde::de::{Deserializer, IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use serde_json::value::RawValue;
@@ -98,10 +98,10 @@ impl Chat {
         }
         let (mut any, mut wrong_role, mut question) = (false, false, None);
         if let Some(messages) = messages.filter(|messages| messages.get() != "null") {
-            let list = each_message(messages, |role, content| {
+            let list = each_message(messages, |message| {
                 any = true;
-                match read::<Words>(role, "role", "a string") {
-                    Ok(Some(Words(role))) if role == "user" => question = content,
+                match read::<Words>(message.role, "role", "a string") {
+                    Ok(Some(Words(role))) if role == "user" => question = message.content,
                     Ok(_) => {}
                     Err(_) => wrong_role = true,
                 }
@@ -114,8 +114,7 @@ impl Chat {
         if wrong_role {
             return Err(ApiError::invalid("messages", "a message's role must be a string"));
         }
-        let Text(question) = question.and_then(|content| wished(content.get())).unwrap_or_default();
-        let question = question.into_owned();
+        let question = question.map(|content| text_of(content.get(), "\n").into_owned()).unwrap_or_default();
         if is_longer(&question, max_chars) {
             return Err(ApiError::invalid("messages", format!("the question is longer than {max_chars} characters")));
         }
@@ -214,17 +213,22 @@ fn read<'a, T: Deserialize<'a>>(json: Option<&'a RawValue>, name: &str, kind: &s
     serde_json::from_str(json.get()).map_err(|_| ApiError::invalid(name, format!("{name} must be {kind}")))
 }
 
-/// Shows every message of a list: its role and its content.
-pub fn each_message<'a>(
-    list: &'a RawValue,
-    see: impl FnMut(Option<&'a RawValue>, Option<&'a RawValue>),
-) -> serde_json::Result<()> {
+/// What is read of a message of a request.
+#[derive(Default)]
+pub struct Sent<'a> {
+    pub role: Option<&'a RawValue>,
+    pub content: Option<&'a RawValue>,
+    pub tool_calls: Option<&'a RawValue>,
+}
+
+/// Shows every message of a list.
+pub fn each_message<'a>(list: &'a RawValue, see: impl FnMut(Sent<'a>)) -> serde_json::Result<()> {
     serde_json::Deserializer::from_str(list.get()).deserialize_seq(EachMessage(see))
 }
 
 struct EachMessage<F>(F);
 
-impl<'de, F: FnMut(Option<&'de RawValue>, Option<&'de RawValue>)> Visitor<'de> for EachMessage<F> {
+impl<'de, F: FnMut(Sent<'de>)> Visitor<'de> for EachMessage<F> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
@@ -233,16 +237,17 @@ impl<'de, F: FnMut(Option<&'de RawValue>, Option<&'de RawValue>)> Visitor<'de> f
 
     fn visit_seq<A: SeqAccess<'de>>(mut self, mut list: A) -> Result<(), A::Error> {
         loop {
-            let (mut role, mut content) = (None, None);
+            let mut sent = Sent::default();
             let message = EachField(|name: &str, value: &'de RawValue| match name {
-                "role" => role = Some(value),
-                "content" => content = Some(value),
+                "role" => sent.role = Some(value),
+                "content" => sent.content = Some(value),
+                "tool_calls" => sent.tool_calls = Some(value),
                 _ => {}
             });
             if list.next_element_seed(message)?.is_none() {
                 return Ok(());
             }
-            (self.0)(role, content);
+            (self.0)(sent);
         }
     }
 }
@@ -277,8 +282,8 @@ impl NoAnswer {
         format!("its answer is larger than {MAX_ANSWER} bytes").into()
     }
 
-    fn error(what: &str, error: &RawValue) -> NoAnswer {
-        let error = &readable(error.get());
+    fn error(what: &str, error: &str) -> NoAnswer {
+        let error = &readable(error);
         let code = &error["code"];
         let code = code.as_u64().or_else(|| code.as_str()?.parse().ok());
         NoAnswer { why: format!("{what}: {}", error_words(error)), passing: matches!(code, Some(404 | 408 | 429 | 500..=599)) }
@@ -289,7 +294,7 @@ impl NoAnswer {
 /// of one.
 pub fn parse_completion(body: &[u8]) -> Result<Completion, NoAnswer> {
     let answer: Answer = from_json(body).map_err(|e| format!("its answer is not a chat completion: {e}"))?;
-    no_error("it answered with an error", answer.error)?;
+    answer.no_error("it answered with an error", body)?;
     let mut choices = answer.choices.map_or_else(Vec::new, |Few(choices)| choices);
     if choices.is_empty() {
         return Err("its answer has no choices".to_string().into());
@@ -325,7 +330,7 @@ fn is_error(error: &RawValue) -> bool {
 
 /// Errs where an `error` field says that there is one; `what` its answer did.
 fn no_error(what: &str, error: Option<&RawValue>) -> Result<(), NoAnswer> {
-    error.filter(|error| is_error(error)).map_or(Ok(()), |error| Err(NoAnswer::error(what, error)))
+    error.filter(|error| is_error(error)).map_or(Ok(()), |error| Err(NoAnswer::error(what, error.get())))
 }
 
 /// The model whose name stands in a path, in which clients may encode any byte (RFC 3986, section 2.1); `None`: none can
@@ -373,7 +378,7 @@ fn reason(given: Option<Words>) -> Option<Cow<str>> {
 /// Reads the data of one event that is not `[DONE]`. Errs when it is an error or no chunk.
 pub fn parse_chunk(data: &[u8]) -> Result<Chunk<'_>, NoAnswer> {
     let answer: Answer = from_json(data).map_err(|e| format!("an event of its stream is not a chunk: {e}"))?;
-    no_error("its stream broke off with an error", answer.error)?;
+    answer.no_error("its stream broke off with an error", data)?;
     let usage = usage(answer.usage);
     let mut chunk = Chunk { model: answer.model.map(|Words(model)| model), usage, ..Chunk::default() };
     let choices = answer.choices.map_or_else(Vec::new, |Few(choices)| choices);
@@ -404,6 +409,12 @@ pub fn error_text(body: &[u8]) -> String {
         }
         Err(_) => one_line(String::from_utf8_lossy(body).trim()),
     }
+}
+
+/// The field of the request that an error answer blames.
+pub fn error_param(body: &[u8]) -> Option<String> {
+    let param = serde_json::from_slice::<Value>(body).ok()?["error"]["param"].as_str().map(one_line)?;
+    (1..=200).contains(&param.len()).then_some(param)
 }
 
 /// An error as it is, or what people and we read of it where it is large.
@@ -450,9 +461,20 @@ struct Answer<'a> {
     choices: Option<Few<Choice<'a>>>,
     usage: Option<Counts>,
     error: Option<&'a RawValue>,
+    object: Option<Words<'a>>,
 }
 
-object!(Answer<'de> { choices, error } wishes { model, usage });
+object!(Answer<'de> { choices, error } wishes { model, usage, object });
+
+impl Answer<'_> {
+    /// Errs where it is an error or has one, by what `json` says; `what` its sender did.
+    fn no_error(&self, what: &str, json: &[u8]) -> Result<(), NoAnswer> {
+        no_error(what, self.error)?;
+        // Another form of it, without a frame.
+        let is_error = self.choices.is_none() && self.object.as_ref().is_some_and(|Words(object)| object == "error");
+        if is_error { Err(NoAnswer::error(what, &String::from_utf8_lossy(json))) } else { Ok(()) }
+    }
+}
 
 #[derive(Default)]
 struct Choice<'a> {
@@ -524,8 +546,7 @@ impl Function<'_> {
     }
 }
 
-/// A call of a tool, or in a stream a piece of one: pieces of the same index belong together. Where servers give none,
-/// those of the same id do, and who has no id continues the piece before. History keeps it in this form.
+/// A call of a tool, or in a stream a piece of one. History keeps it in this form.
 #[derive(Debug, Default, Serialize, PartialEq)]
 struct ToolCall {
     #[serde(skip)]
@@ -573,24 +594,25 @@ pub struct ToolCalls {
     calls: Vec<ToolCall>,
     /// Counted while they come: they may come in a million pieces.
     size: usize,
-    /// Index of the call that the last piece belongs to.
+    /// Place of the call that the last piece belongs to.
     last: usize,
+}
+
+/// A field that says something: some servers send empty ones.
+fn given(text: &Option<String>) -> Option<&String> {
+    text.as_ref().filter(|text| !text.is_empty())
 }
 
 impl ToolCalls {
     /// Adds the pieces that a chunk brought.
     pub fn add(&mut self, pieces: ToolCalls) {
         for piece in pieces.calls {
-            self.last = match (piece.index, &piece.id) {
-                (Some(index), _) => index,
-                (None, Some(_)) => self.calls.iter().position(|call| call.id == piece.id).unwrap_or(self.calls.len()),
-                (None, None) => self.last,
-            };
+            self.last = self.place(&piece).unwrap_or(self.calls.len());
             if self.last >= MOST_PARTS {
                 continue;
             }
-            while self.calls.len() <= self.last {
-                self.calls.push(ToolCall::default());
+            if self.last == self.calls.len() {
+                self.calls.push(ToolCall { index: piece.index, ..ToolCall::default() });
                 self.size += ToolCall::FRAME;
             }
             let call = &mut self.calls[self.last];
@@ -600,6 +622,26 @@ impl ToolCalls {
                 call.arguments.get_or_insert_default().push_str(&arguments);
             }
         }
+    }
+
+    /// The call that a piece continues: the one of its index; where servers give none, the one of its id, or the last.
+    /// Some give all calls one index. Then one that is named begins anew: by another id, or where the call before is complete.
+    fn place(&self, piece: &ToolCall) -> Option<usize> {
+        let place = match (piece.index, given(&piece.id)) {
+            (Some(_), _) => self.calls.iter().rposition(|call| call.index == piece.index),
+            (None, Some(id)) => self.calls.iter().position(|call| call.id.as_ref() == Some(id)),
+            (None, None) => (self.last < self.calls.len()).then_some(self.last),
+        }?;
+        let call = &self.calls[place];
+        let (Some(_), Some(_)) = (given(&piece.name), given(&call.name)) else { return Some(place) };
+        let is_another = match (given(&piece.id), given(&call.id)) {
+            (Some(id), Some(known)) => id != known,
+            _ => call
+                .arguments
+                .as_ref()
+                .is_some_and(|json| json.ends_with('}') && from_json::<IgnoredAny>(json.as_bytes()).is_ok()),
+        };
+        (!is_another).then_some(place)
     }
 
     /// About how many bytes history keeps of them.
@@ -624,11 +666,12 @@ impl ToolCalls {
 
 /// Keeps the first that came; gives by how many bytes that is more.
 fn take_first(known: &mut Option<String>, new: Option<String>) -> usize {
-    if known.is_some() {
+    if given(known).is_some() {
         return 0;
     }
-    *known = new;
-    known.as_deref().map_or(0, size_in_json)
+    let before = known.as_deref().map_or(0, size_in_json);
+    *known = new.or(known.take());
+    known.as_deref().map_or(0, size_in_json) - before
 }
 
 #[derive(Serialize)]
@@ -661,18 +704,22 @@ fn usage(counts: Option<Counts>) -> Option<Usage> {
     })
 }
 
-/// Content: a string, or a list of parts whose texts count. Anything else is no text.
+/// The text of a content: a string, or a list of parts, with `between` between the texts among them that no white space keeps apart. Anything else is none.
+pub fn text_of<'a>(content: &'a str, between: &'static str) -> Cow<'a, str> {
+    match content.as_bytes().first() {
+        Some(b'"') => wished(content).map_or_else(Cow::default, |Words(text)| text),
+        Some(b'[') => serde_json::Deserializer::from_str(content).deserialize_seq(Texts { between }).unwrap_or_default(),
+        _ => Cow::default(),
+    }
+}
+
+/// The text of what a model says, which may come in parts anywhere.
 #[derive(Default)]
-pub struct Text<'a>(pub Cow<'a, str>);
+struct Text<'a>(Cow<'a, str>);
 
 impl<'de: 'a, 'a> Deserialize<'de> for Text<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Text<'a>, D::Error> {
-        let json = <&RawValue>::deserialize(deserializer)?.get();
-        Ok(match json.as_bytes().first() {
-            Some(b'"') => Text(wished(json).map_or_else(Cow::default, |Words(text)| text)),
-            Some(b'[') => serde_json::Deserializer::from_str(json).deserialize_seq(Text::default()).unwrap_or_default(),
-            _ => Text::default(),
-        })
+        <&RawValue>::deserialize(deserializer).map(|json| Text(text_of(json.get(), "")))
     }
 }
 
@@ -684,20 +731,28 @@ struct Part<'a> {
 
 object!(Part<'de> {} wishes { text });
 
-impl<'de> Visitor<'de> for Text<'de> {
-    type Value = Text<'de>;
+struct Texts {
+    between: &'static str,
+}
+
+impl<'de> Visitor<'de> for Texts {
+    type Value = Cow<'de, str>;
 
     fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str("a list of parts")
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(mut self, mut parts: A) -> Result<Text<'de>, A::Error> {
+    fn visit_seq<A: SeqAccess<'de>>(self, mut parts: A) -> Result<Cow<'de, str>, A::Error> {
+        let mut text = Cow::Borrowed("");
         while let Some(part) = parts.next_element::<&RawValue>()? {
             if let Some(Words(more)) = wished::<Part>(part.get()).and_then(|part| part.text) {
-                self.0 += more;
+                if !text.is_empty() && !text.ends_with(char::is_whitespace) && !more.starts_with(char::is_whitespace) {
+                    text += self.between;
+                }
+                text += more;
             }
         }
-        Ok(self)
+        Ok(text)
     }
 }
 
@@ -719,7 +774,7 @@ mod tests {
     fn a_clients_own_body_is_passed_on_as_it_is() {
         let body = br#"{ "seed": 1.50, "messages":[{"role":"user","content":[{"type":"text","text":"a"},{"type":"image_url"},{"type":"text","text":"b"}]},{"role":"tool","content":"c"}],"model":"x" }"#;
         let mut chat = Chat::from_body(body, "m", 10).expect("a chat request");
-        assert_eq!((chat.body.as_slice(), chat.question.as_str(), chat.model.as_str()), (&body[..], "ab", "x"));
+        assert_eq!((chat.body.as_slice(), chat.question.as_str(), chat.model.as_str()), (&body[..], "a\nb", "x"));
         chat.set_model("y");
         assert!(String::from_utf8_lossy(&chat.body).starts_with(r#"{"seed":1.50,"messages":["#));
         let mut chat =
@@ -820,6 +875,36 @@ mod tests {
         assert_eq!(answer, format!(r#"{{"tool_calls":[{first},{second}]}}"#));
     }
 
+    /// Bridges to other protocols give all calls the index 0, or an empty id.
+    #[test]
+    fn calls_of_one_index_are_told_by_id_name_and_what_is_complete() {
+        let kept = |pieces: &[&str]| {
+            let mut calls = ToolCalls::default();
+            for piece in pieces {
+                let chunk = format!(r#"{{"choices":[{{"delta":{{"tool_calls":[{piece}]}}}}]}}"#);
+                calls.add(parse_chunk(chunk.as_bytes()).expect("a chunk").tool_calls);
+            }
+            let told = |call: &ToolCall| format!("{:?} {:?}", given(&call.name), given(&call.arguments)).replace("Some", "");
+            calls.calls.iter().map(told).collect::<Vec<_>>().join(", ")
+        };
+        let paris = r#"{"index":0,"id":"c1","function":{"name":"f","arguments":"{\"a\":1}"}}"#;
+        let rome = paris.replace("c1", "c2");
+        let two = r#"("f") ("{\"a\":1}"), ("f") ("{\"a\":1}")"#;
+        assert_eq!(kept(&[paris, &rome]), two, "two ids");
+        let nameless = |id: &str| paris.replace("\"c1\"", id);
+        assert_eq!(kept(&[&nameless("\"\""), &nameless("\"\"")]), two, "no id and whole arguments");
+        assert_eq!(kept(&[&nameless("null"), &nameless("null")]), two, "no id and whole arguments");
+        let half = |id: &str, name: &str, half: &str| {
+            format!(r#"{{"index":0,"id":{id},"function":{{"name":{name},"arguments":{half:?}}}}}"#)
+        };
+        let one = r#"("f") ("{\"a\":1}")"#;
+        for (id, other, name) in [(r#""c1""#, r#""c1""#, r#""f""#), ("\"c1\"", "\"c2\"", "null"), ("\"\"", "\"\"", r#""f""#)] {
+            assert_eq!(kept(&[&half(id, r#""f""#, "{\"a\""), &half(other, name, ":1}")]), one, "{id} {other} {name}");
+        }
+        let later = r#"{"index":3,"id":"c1","function":{"name":"f","arguments":"{\"a\":1}"}}"#;
+        assert_eq!(kept(&[later]), one, "whatever the first index");
+    }
+
     #[test]
     fn a_completion_may_have_parts_a_refusal_or_nothing_to_say() {
         for (message, answer) in [
@@ -843,6 +928,7 @@ mod tests {
             ("<html>", "not a chat completion"),
             (r#"{"id":1}"#, "no choices"),
             (r#"{"choices":[]}"#, "no choices"),
+            (r#"{"object":"error","message":"Overloaded","code":503}"#, "with an error: Overloaded"),
             (r#"{"choices":[{}]}"#, "no message"),
             (r#"{"error":{"code":502,"message":"Provider down"}}"#, "Provider down"),
         ] {
@@ -885,7 +971,7 @@ mod tests {
         let mut calls = ToolCalls::default();
         for piece in [
             r#"{"index":2,"id":"i\"","function":{"name":"n","arguments":"\u0000\b\n\\"}}"#,
-            r#"{"index":2,"id":"other","function":{"name":"other","arguments":"é\u001f\u007f"}}"#,
+            r#"{"index":2,"id":"","function":{"name":"","arguments":"é\u001f\u007f"}}"#,
             r#"{"index":128,"id":"far"}"#,
         ] {
             let chunk = format!(r#"{{"choices":[{{"delta":{{"tool_calls":[{piece}]}}}}]}}"#);
@@ -894,7 +980,7 @@ mod tests {
         let mut answer = String::new();
         calls.append_to(&mut answer);
         // A null is written twice as long as two quotes, and the list has a frame of its own.
-        let nulls = 3 * "null".len() - 3 * "\"\"".len();
+        let nulls = 4 * "null".len() - 4 * "\"\"".len();
         assert_eq!(calls.size(), answer.len() + nulls - r#"{"tool_calls":[]}"#.len() + 1, "{answer}");
     }
 
@@ -915,6 +1001,9 @@ mod tests {
         let e = parse_chunk(br#"{"error":{"code":429,"message":"slow down"},"choices":[{"finish_reason":"error"}]}"#);
         let e = e.expect_err("an error");
         assert!(e.why.contains("slow down") && e.passing);
+        let e = parse_chunk(br#"{"object":"error","message":"out of memory","type":"InternalServerError","code":500}"#);
+        let e = e.expect_err("an error");
+        assert!(e.why.contains("out of memory") && e.passing);
     }
 
     #[test]

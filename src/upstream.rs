@@ -12,7 +12,7 @@ use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use ureq::http::{self, HeaderMap, HeaderValue, Method, Request, Response, Uri, header};
+use ureq::http::{self, HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
 use ureq::unversioned::transport::{Connector, RustlsConnector};
 use ureq::{Agent, Body, BodyReader};
 
@@ -178,11 +178,15 @@ impl Upstream {
         // OpenAI's word for an account without money, which no waiting fills.
         let quota = status == 429 && body.windows(18).any(|w| w == b"insufficient_quota");
         let wait = wait_in_ms(response.headers()).or(retry_after.and_then(wait_of));
+        if code == Code::UPSTREAM_REJECTED {
+            error.param = openai::error_param(&body).map(|param| self.redact(&param).into());
+        }
+        error.no_quota = quota;
         if quota || matches!(status, 300..=407 | 410..=428 | 430..=499) {
             error = error.pointless_to_retry();
         }
         let passing = matches!(status, 408 | 429 | 500..=599) && !quota;
-        let refuses_usage = code == Code::UPSTREAM_REJECTED && words.contains("stream_options");
+        let refuses_usage = code == Code::UPSTREAM_REJECTED && String::from_utf8_lossy(&body).contains("stream_options");
         Box::new(Failure { error, logged, passing, wait, unknown_model: status == 404, refuses_usage })
     }
 }
@@ -432,6 +436,11 @@ impl Line {
             };
             let failure = match attempt {
                 Ok(response) if response.status().is_success() => return Ok(response),
+                // What says farewell to an idle connection may cross our question on its way (RFC 9110, section 15.5.9).
+                Ok(response) if response.status() == StatusCode::REQUEST_TIMEOUT && self.watch.reused() => {
+                    self.agent = agent(&self.watch, &self.upstream.names);
+                    continue;
+                }
                 Ok(response) => self.upstream.refused(response),
                 Err(e) => {
                     let ended = self.watch.ended();

@@ -562,12 +562,13 @@ fn a_kept_connection_that_is_closed_at_any_moment_costs_no_client_an_error() {
         let _ = (&stream).write_all(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
     }
     type Deed = (&'static str, bool, fn(TcpStream));
-    let deeds: [Deed; 5] = [
+    let deeds: [Deed; 6] = [
         ("closes behind the answer", true, close),
         ("resets behind the answer", true, reset),
         ("says 408 behind the answer", true, say_408),
         ("closes when the next one comes", false, close),
         ("resets when the next one comes", false, reset),
+        ("says 408 when the next one comes", false, say_408),
     ];
     for (what, at_once, deed) in deeds {
         for streams in [false, true] {

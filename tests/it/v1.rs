@@ -8,6 +8,7 @@ use crate::support::upstream::{
     refusal, reply, reply_json, send, stream_head, streamed, usage,
 };
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 const CHAT: &str = "/v1/chat/completions";
@@ -154,6 +155,38 @@ fn a_server_that_refuses_stream_options_is_asked_again_without() {
     // The endpoint with a shape of its own copes as well.
     proxy.stream("What is it?").events();
     assert_eq!(proxy.newest_of(2)["answer"], "Yes");
+}
+
+#[test]
+fn a_server_may_name_the_refused_stream_options_beside_its_words() {
+    let refused = json!({"error": {"message": "Unknown parameter", "param": "stream_options", "code": "unknown_parameter"}});
+    let upstream = FakeUpstream::answering(move |request| match request.json().get("stream_options") {
+        Some(_) => reply_json(400, &refused),
+        None => streamed(&["Yes"]),
+    });
+    let proxy = Proxy::facing(&upstream).start();
+    assert_eq!(proxy.call(&chat_stream()).status, 200);
+    assert_eq!(upstream.calls(), 2);
+}
+
+/// As applications look for it: which field is at fault, and that no waiting helps (`insufficient_quota`).
+#[test]
+fn an_error_keeps_the_upstreams_param_and_its_word_for_no_quota() {
+    let error = |kind: &str, param: Value| json!({"error": {"message": "No.", "type": kind, "param": param, "code": kind}});
+    for (status, said, kind, param) in [
+        (400, error("invalid_request_error", json!("messages")), "invalid_request_error", json!("messages")),
+        (400, error("invalid_request_error", Value::Null), "invalid_request_error", Value::Null),
+        (401, error("invalid_request_error", json!("key")), "api_error", Value::Null),
+        (429, error("insufficient_quota", Value::Null), "insufficient_quota", Value::Null),
+        (429, error("requests", Value::Null), "rate_limit_error", Value::Null),
+    ] {
+        let upstream = FakeUpstream::always(reply_json(status, &said));
+        let proxy = Proxy::facing(&upstream).start();
+        for request in [chat(json!({})), chat_stream(), post("/api/ask", &json!({"question": "Well?"}))] {
+            let error = &proxy.call(&request).json()["error"];
+            assert_eq!((&error["type"], &error["param"]), (&json!(kind), &param), "{said}");
+        }
+    }
 }
 
 #[test]
@@ -1400,6 +1433,46 @@ fn the_mock_calls_a_tool_that_is_demanded() {
         let words = mock_says(&proxy, json!({"tools": tools, "tool_choice": choice}), "stop");
         assert!(words["content"].is_string());
     }
+    let both = mock_says(&proxy, json!({"tools": tools, "tool_choice": "required"}), "tool_calls");
+    assert_eq!(both, required, "the same request has the same answer");
+    let two = proxy.call(&chat(json!({"tools": tools, "tool_choice": "required", "n": 2}))).json();
+    assert_ne!(two["choices"][0]["message"]["tool_calls"][0]["id"], two["choices"][1]["message"]["tool_calls"][0]["id"]);
+}
+
+/// Agents demand a tool at each step, the one that ends their run among them.
+#[test]
+fn a_conversation_with_the_mock_comes_to_its_last_tool_and_each_turn_has_its_id() {
+    let proxy = mocked(&[]);
+    let custom = json!({"type": "custom", "custom": {"name": "grammar"}});
+    let last = json!({"type": "function", "function": {"name": "final_result"}});
+    let mut messages = vec![json!({"role": "user", "content": "Will it rain?"})];
+    let (mut names, mut ids) = (Vec::new(), BTreeSet::new());
+    let more = json!({"tools": [custom, weather(), last], "tool_choice": "any"});
+    for turn in ["", "", "", "And tomorrow?", ""] {
+        if !turn.is_empty() {
+            messages.push(json!({"role": "user", "content": turn}));
+        }
+        let mut body = chat_body(more.clone());
+        body["messages"] = json!(messages);
+        let answer = proxy.call(&post(CHAT, &body)).json();
+        let message = answer["choices"][0]["message"].clone();
+        let call = &message["tool_calls"][0];
+        names.push(call["function"]["name"].as_str().expect("a name").to_owned());
+        ids.extend([answer["id"].to_string(), call["id"].to_string()]);
+        messages.extend([message.clone(), json!({"role": "tool", "tool_call_id": call["id"], "content": "Yes."})]);
+    }
+    assert_eq!(names, ["weather", "final_result", "final_result", "weather", "final_result"]);
+    assert_eq!(ids.len(), 10, "{ids:?}");
+}
+
+#[test]
+fn parts_of_a_question_are_kept_as_lines_of_it() {
+    let proxy = mocked(&[]);
+    let parts = json!([{"type": "text", "text": "First block"}, {"type": "image_url"}, {"type": "text", "text": "second block"}]);
+    proxy.call(&post(CHAT, &json!({"messages": [{"role": "user", "content": parts}]})));
+    assert_eq!(proxy.history()[0]["question"], "First block\nsecond block");
+    let found = proxy.call(&get("/api/history?q=second")).json();
+    assert_eq!(found["items"].as_array().map(Vec::len), Some(1), "{found}");
 }
 
 #[test]
