@@ -317,7 +317,7 @@ impl Connection {
             // Streams are many and long, and this is not needed before the next request.
             self.unparsed = Vec::new();
         }
-        let own_id = head.as_ref().and_then(request_id);
+        let own_id = head.as_ref().and_then(|head| head.field("x-request-id")).filter(|id| is_sane_id(id)).map(str::to_string);
         let id = own_id.clone().unwrap_or_else(|| self.listed.connections.new_id());
         let responder = Responder::new(self, head.as_ref(), id.clone());
         Turn::Call(Box::new(Call { started, peer: self.peer, id, own_id: own_id.is_some(), head, admitted, body, responder }))
@@ -523,9 +523,4 @@ fn not_read(e: &io::Error) -> ApiError {
         }
         _ => ApiError::client_gone(),
     }
-}
-
-/// The client's `X-Request-Id`, unless it could break a log line.
-fn request_id(head: &Head) -> Option<String> {
-    head.field("x-request-id").filter(|id| is_sane_id(id)).map(str::to_string)
 }

@@ -9,8 +9,8 @@ mod handoff;
 mod http;
 mod json;
 mod kernel;
-mod lines;
 mod lock;
+mod logging;
 mod metrics;
 mod mock;
 mod openai;
@@ -46,7 +46,7 @@ fn run() -> Result<(), StartError> {
     match arguments[..] {
         [] | ["serve"] => {
             let config = Config::load()?;
-            lines::start(config.log_level);
+            logging::start(config.log_level);
             server::serve(config)
         }
         ["healthcheck"] => Config::load().and_then(|config| healthcheck(&config)).map_err(|e| StartError::machine(e.message)),

@@ -169,43 +169,34 @@ impl Metrics {
             "From a request's first byte to its stream's first event.",
             &self.time_to_first_token,
         );
-        text.one("ai_proxy_requests_in_flight", "gauge", "Requests being answered.", now.in_flight as f64);
-        text.one("ai_proxy_queue_length", "gauge", "Questions waiting for a worker.", now.queue_length as f64);
+        text.gauge("ai_proxy_requests_in_flight", "Requests being answered.", now.in_flight as f64);
+        text.gauge("ai_proxy_queue_length", "Questions waiting for a worker.", now.queue_length as f64);
         text.one_histogram("ai_proxy_queue_wait_seconds", "How long questions waited for a worker.", &self.queue_wait);
-        text.one("ai_proxy_workers_busy", "gauge", "Workers asking the LLM.", now.workers_busy as f64);
-        text.one("ai_proxy_workers", "gauge", "Workers there may be (WORKERS).", now.workers_total as f64);
-        text.one("ai_proxy_connections", "gauge", "Open connections of clients.", now.connections as f64);
-        text.one("ai_proxy_upstream_attempts_total", "counter", "Requests sent to the LLM.", self.upstream_attempts.get() as f64);
-        text.one(
-            "ai_proxy_upstream_retries_total",
-            "counter",
-            "Those sent again after a failure.",
-            self.upstream_retries.get() as f64,
-        );
+        text.gauge("ai_proxy_workers_busy", "Workers asking the LLM.", now.workers_busy as f64);
+        text.gauge("ai_proxy_workers", "Workers there may be (WORKERS).", now.workers_total as f64);
+        text.gauge("ai_proxy_connections", "Open connections of clients.", now.connections as f64);
+        text.counter("ai_proxy_upstream_attempts_total", "Requests sent to the LLM.", &self.upstream_attempts);
+        text.counter("ai_proxy_upstream_retries_total", "Those sent again after a failure.", &self.upstream_retries);
         text.describe("ai_proxy_upstream_errors_total", "counter", "Failed calls of the LLM, by error code.");
         for (code, count) in &self.upstream_errors {
             text.line("ai_proxy_upstream_errors_total", &format!("code=\"{code}\""), count.get() as f64);
         }
-        text.one(
-            "ai_proxy_upstream_cancelled_total",
-            "counter",
-            "Calls of the LLM ended because the client went away.",
-            self.upstream_cancelled.get() as f64,
-        );
+        let cancelled = "Calls of the LLM ended because the client went away.";
+        text.counter("ai_proxy_upstream_cancelled_total", cancelled, &self.upstream_cancelled);
         text.describe("ai_proxy_tokens_total", "counter", "Tokens as the LLM counted them, by model asked for and kind.");
         for (model, counts) in &self.tokens {
             for (kind, count) in ["prompt", "completion"].iter().zip(counts) {
                 text.line("ai_proxy_tokens_total", &format!("model=\"{}\",kind=\"{kind}\"", escape(model)), count.get() as f64);
             }
         }
-        text.one("ai_proxy_history_commits_total", "counter", "Commits of new pairs.", self.history_commits.get() as f64);
-        text.one("ai_proxy_history_rows_total", "counter", "Pairs written.", self.history_rows.get() as f64);
+        text.counter("ai_proxy_history_commits_total", "Commits of new pairs.", &self.history_commits);
+        text.counter("ai_proxy_history_rows_total", "Pairs written.", &self.history_rows);
         text.one_histogram("ai_proxy_history_batch_size", "Pairs in a commit.", &self.history_batch_size);
         text.one_histogram("ai_proxy_history_commit_seconds", "How long a commit took.", &self.history_commit);
         if let Some(bytes) = now.resident_memory {
-            text.one("process_resident_memory_bytes", "gauge", "Resident memory.", bytes as f64);
+            text.gauge("process_resident_memory_bytes", "Resident memory.", bytes as f64);
         }
-        text.one("ai_proxy_uptime_seconds", "gauge", "Since the start.", now.uptime.as_secs_f64());
+        text.gauge("ai_proxy_uptime_seconds", "Since the start.", now.uptime.as_secs_f64());
         text.describe("ai_proxy_build_info", "gauge", "The program's version.");
         text.line("ai_proxy_build_info", &format!("version=\"{}\"", env!("CARGO_PKG_VERSION")), 1.0);
         text.0
@@ -225,9 +216,14 @@ impl Text {
             if labels.is_empty() { writeln!(self.0, "{name} {value}") } else { writeln!(self.0, "{name}{{{labels}}} {value}") };
     }
 
-    fn one(&mut self, name: &str, kind: &str, help: &str, value: f64) {
-        self.describe(name, kind, help);
+    fn gauge(&mut self, name: &str, help: &str, value: f64) {
+        self.describe(name, "gauge", help);
         self.line(name, "", value);
+    }
+
+    fn counter(&mut self, name: &str, help: &str, counter: &Counter) {
+        self.describe(name, "counter", help);
+        self.line(name, "", counter.get() as f64);
     }
 
     fn one_histogram(&mut self, name: &str, help: &str, histogram: &Histogram) {

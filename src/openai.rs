@@ -8,8 +8,8 @@ use std::fmt;
 use percent_encoding::percent_decode_str;
 use serde::de::{Deserializer, IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use serde_json::value::RawValue;
+use serde_json::{Value, json};
 
 use crate::config::MAX_ANSWER;
 use crate::error::ApiError;
@@ -36,12 +36,7 @@ struct ChatRequest<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     stream: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    stream_options: Option<StreamOptions>,
-}
-
-#[derive(Serialize)]
-struct StreamOptions {
-    include_usage: bool,
+    stream_options: Option<Value>,
 }
 
 /// A chat request ready for the upstream, and what history wants to know of it.
@@ -73,7 +68,7 @@ impl Chat {
             temperature: asked.temperature,
             max_tokens: asked.max_tokens,
             stream: stream.then_some(true),
-            stream_options: stream.then_some(StreamOptions { include_usage: true }),
+            stream_options: stream.then(|| json!({"include_usage": true})),
         };
         let body = serde_json::to_vec(&request).unwrap_or_default();
         let model = request.model.to_string();
@@ -654,13 +649,10 @@ impl ToolCalls {
         if self.calls.is_empty() {
             return;
         }
-        let line = serde_json::to_string(&KeptCalls { tool_calls: &self.calls }).unwrap_or_default();
-        if answer.is_empty() {
-            *answer = line;
-        } else {
+        if !answer.is_empty() {
             answer.push('\n');
-            answer.push_str(&line);
         }
+        *answer += &format!("{{\"tool_calls\":{}}}", serde_json::to_string(&self.calls).unwrap_or_default());
     }
 }
 
@@ -672,11 +664,6 @@ fn take_first(known: &mut Option<String>, new: Option<String>) -> usize {
     let before = known.as_deref().map_or(0, size_in_json);
     *known = new.or(known.take());
     known.as_deref().map_or(0, size_in_json) - before
-}
-
-#[derive(Serialize)]
-struct KeptCalls<'a> {
-    tool_calls: &'a [ToolCall],
 }
 
 /// Counted in whole numbers, but some servers have only one kind of number.

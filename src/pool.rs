@@ -40,12 +40,8 @@ pub struct Load {
     pub queued: usize,
 }
 
-/// A front to the pool, cheap to share.
+/// The pool, shared by those who give it work and its threads.
 pub struct Pool<W> {
-    shared: Arc<Shared<W>>,
-}
-
-struct Shared<W> {
     state: Mutex<State<W>>,
     /// A thread became idle or a place in the queue free, while somebody waited for that.
     freed: Condvar,
@@ -79,7 +75,7 @@ impl<W: 'static> Pool<W> {
         queue_size: usize,
         patience: Duration,
         make: impl Fn() -> W + Send + Sync + 'static,
-    ) -> Pool<W> {
+    ) -> Arc<Pool<W>> {
         let state = State {
             idle: Vec::new(),
             queue: VecDeque::new(),
@@ -89,35 +85,31 @@ impl<W: 'static> Pool<W> {
             waiting: 0,
             numbers: 0,
         };
-        Pool {
-            shared: Arc::new(Shared {
-                state: Mutex::new(state),
-                freed: Condvar::new(),
-                name,
-                size,
-                queue_size,
-                patience,
-                make: Box::new(make),
-            }),
-        }
+        let (state, freed) = (Mutex::new(state), Condvar::new());
+        Arc::new(Pool { state, freed, name, size, queue_size, patience, make: Box::new(make) })
     }
 
     /// Has an idle thread do the job that `job` makes of `task`, else a new one, else queues it. With all threads busy and
     /// the queue full the caller first does the queued jobs that are vain, to make room. Where there is still none after
     /// a moment, the task comes back.
-    pub fn give<T>(&self, task: T, is_vain: impl FnOnce(&T) -> IsVain, job: impl FnOnce(T) -> Job<W>) -> Result<(), T> {
-        let mut state = lock(&self.shared.state);
+    pub fn give<T>(
+        self: &Arc<Self>,
+        task: T,
+        is_vain: impl FnOnce(&T) -> IsVain,
+        job: impl FnOnce(T) -> Job<W>,
+    ) -> Result<(), T> {
+        let mut state = lock(&self.state);
         let until = Instant::now() + MOMENT;
         let thread = loop {
             if let Some((_, idle)) = state.idle.pop() {
                 break idle;
             }
             let (new, coming) = handoff();
-            if self.shared.start(&mut state, Some(coming)) {
+            if self.start(&mut state, Some(coming)) {
                 break new;
             }
             // Where there is no thread at all, nobody would come for what is in the queue.
-            if state.queue.len() < self.shared.queue_size && state.threads > 0 {
+            if state.queue.len() < self.queue_size && state.threads > 0 {
                 let is_vain = is_vain(&task);
                 state.queue.push_back((job(task), is_vain));
                 return Ok(());
@@ -125,8 +117,8 @@ impl<W: 'static> Pool<W> {
             let vain = state.sweep();
             if !vain.is_empty() {
                 drop(state);
-                self.shared.be_done_with(vain);
-                state = lock(&self.shared.state);
+                self.be_done_with(vain);
+                state = lock(&self.state);
                 continue;
             }
             let left = until.saturating_duration_since(Instant::now());
@@ -134,37 +126,35 @@ impl<W: 'static> Pool<W> {
                 return Err(task);
             }
             state.waiting += 1;
-            state = wait_within(&self.shared.freed, state, left);
+            state = wait_within(&self.freed, state, left);
             state.waiting -= 1;
         };
         drop(state);
         // A thread that is promised a job waits for it.
         thread.give(job(task));
-        self.shared.spare();
+        self.spare();
         Ok(())
     }
 
     /// Somebody waits for a thread.
     pub fn is_wanted(&self) -> bool {
-        let state = lock(&self.shared.state);
+        let state = lock(&self.state);
         state.queue.len() + state.waiting > 0
     }
 
     /// All threads that there may be are at work.
     pub fn is_exhausted(&self) -> bool {
-        let state = lock(&self.shared.state);
-        state.idle.is_empty() && state.threads >= self.shared.size
+        let state = lock(&self.state);
+        state.idle.is_empty() && state.threads >= self.size
     }
 
     /// How busy it is now.
     pub fn load(&self) -> Load {
-        let state = lock(&self.shared.state);
+        let state = lock(&self.state);
         let busy = state.threads - state.idle.len() - usize::from(state.is_spare_coming);
-        Load { busy, total: self.shared.size, queued: state.queue.len() }
+        Load { busy, total: self.size, queued: state.queue.len() }
     }
-}
 
-impl<W: 'static> Shared<W> {
     /// Starts a thread, with a job that is coming where there is one; false: there may be no more.
     fn start(self: &Arc<Self>, state: &mut State<W>, coming: Option<Taker<Job<W>>>) -> bool {
         if state.threads >= self.size {
@@ -203,7 +193,7 @@ impl<W> State<W> {
     }
 }
 
-impl<W> Shared<W> {
+impl<W> Pool<W> {
     fn be_done_with(&self, vain: Vec<Job<W>>) {
         let mut own = (self.make)();
         vain.into_iter().for_each(|job| self.carry_out(job, &mut own));
@@ -289,18 +279,18 @@ mod tests {
     const LONG: Duration = Duration::from_secs(60);
 
     /// A pool of one thread that is busy until the returned sender is dropped.
-    fn one_busy(queue_size: usize) -> (Pool<()>, mpsc::Sender<()>) {
+    fn one_busy(queue_size: usize) -> (Arc<Pool<()>>, mpsc::Sender<()>) {
         let pool = Pool::new("test", 1, queue_size, LONG, || ());
         let (busy, until) = mpsc::channel::<()>();
         give(&pool, move || assert!(until.recv().is_err()));
         (pool, busy)
     }
 
-    fn give(pool: &Pool<()>, job: impl FnOnce() + Send + 'static) {
+    fn give(pool: &Arc<Pool<()>>, job: impl FnOnce() + Send + 'static) {
         assert!(pool.give((), |()| Box::new(|| false), |()| Box::new(|()| job())).is_ok(), "there is room");
     }
 
-    fn is_done(pool: &Pool<()>) -> mpsc::Receiver<()> {
+    fn is_done(pool: &Arc<Pool<()>>) -> mpsc::Receiver<()> {
         let (done, told) = mpsc::channel();
         give(pool, move || done.send(()).expect("the test waits"));
         told
@@ -322,12 +312,12 @@ mod tests {
         let pool = Pool::new("test", 5, 0, Duration::from_millis(1), || ());
         for _ in 0..3 {
             assert_eq!(is_done(&pool).recv_timeout(LONG), Ok(()));
-            while lock(&pool.shared.state).threads > 0 {
+            while lock(&pool.state).threads > 0 {
                 thread::yield_now();
             }
             // A thread that counts itself out twice does so after it has waited once more.
             thread::sleep(Duration::from_millis(20));
-            assert_eq!(lock(&pool.shared.state).threads, 0);
+            assert_eq!(lock(&pool.state).threads, 0);
         }
     }
 

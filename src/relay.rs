@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::TcpStream;
 use std::sync::{Arc, Mutex, Weak};
-use std::thread::{self, Thread};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::clock;
@@ -164,7 +164,6 @@ impl ClientEnd {
 /// has gone, since their workers wait for the upstream alone.
 pub struct Pulse {
     ends: Arc<Mutex<Vec<Weak<ClientEnd>>>>,
-    thread: Thread,
 }
 
 impl Pulse {
@@ -176,28 +175,18 @@ impl Pulse {
         let thread = thread::Builder::new().name("pulse".into()).stack_size(128 * 1024).spawn(move || {
             loop {
                 let mut kept = std::mem::take(&mut *lock(&beating));
-                if kept.is_empty() {
-                    thread::park();
-                    continue;
-                }
                 kept.retain(|end| end.upgrade().is_some_and(|end| end.beat(interval)));
                 lock(&beating).append(&mut kept);
                 thread::sleep(beat);
             }
         });
-        let thread = thread.map_err(|e| StartError::machine(format!("no thread for streams' heartbeats: {e}")))?;
-        Ok(Pulse { ends, thread: thread.thread().clone() })
+        thread.map_err(|e| StartError::machine(format!("no thread for streams' heartbeats: {e}")))?;
+        Ok(Pulse { ends })
     }
 
     /// Takes care of a stream until it is over.
     pub fn keep(&self, end: &Arc<ClientEnd>) {
-        let mut ends = lock(&self.ends);
-        let asleep = ends.is_empty();
-        ends.push(Arc::downgrade(end));
-        drop(ends);
-        if asleep {
-            self.thread.unpark();
-        }
+        lock(&self.ends).push(Arc::downgrade(end));
     }
 }
 

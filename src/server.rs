@@ -63,7 +63,7 @@ pub fn serve(config: Config) -> Result<(), StartError> {
     let make_line = move || Line::new(&upstream);
     let workers = Pool::new("worker", config.workers, config.queue_size, config::UPSTREAM_KEEP_ALIVE, make_line);
     let readers = Pool::new("reader", config.max_connections, config.max_connections, READER_PATIENCE, || ());
-    let (workers, grace) = (Arc::new(workers), config.shutdown_grace);
+    let grace = config.shutdown_grace;
     let connections = Arc::clone(&listener.connections);
     let api = Api::new(config, Arc::clone(&store), Arc::clone(&workers), Arc::clone(&connections), metrics)?;
     let staff = Arc::new(Staff { api, readers, workers });
@@ -89,7 +89,7 @@ pub fn serve(config: Config) -> Result<(), StartError> {
 /// Who does what: readers wait for requests and answer what needs no LLM, workers ask the LLM.
 struct Staff {
     api: Api,
-    readers: Pool<()>,
+    readers: Arc<Pool<()>>,
     workers: Arc<Pool<Line>>,
 }
 

@@ -5,7 +5,7 @@ use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::once::{First, Part};
+use super::idempotency::{First, Part};
 use super::route::Endpoint;
 use super::{Api, Errand, Exit, Kind, Parting, Request};
 use crate::clock;
@@ -33,7 +33,7 @@ pub fn prepare(api: &Api, request: &Request, exit: Exit, chat: Chat) -> Option<E
     let as_it_came = request.endpoint == Endpoint::ChatCompletions;
     // As the history notes it.
     let path = if as_it_came { "/v1/chat/completions" } else { "/api/ask" };
-    let first = match api.once.turn(api, request, path, || exit.responder.is_client_gone()) {
+    let first = match api.idempotency.turn(api, request, path, || exit.responder.is_client_gone()) {
         Ok(None) => None,
         Ok(Some(Part::First(first, unique))) => Some((first, unique)),
         Ok(Some(Part::Again(remembered, place))) => {

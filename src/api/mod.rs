@@ -7,8 +7,8 @@
 mod ask;
 mod exit;
 mod history;
+mod idempotency;
 mod models;
-mod once;
 mod pages;
 mod places;
 mod route;
@@ -35,7 +35,7 @@ use crate::relay::Pulse;
 use crate::store::Store;
 use crate::upstream::Line;
 use exit::{Done, Entry, Exit, InFlight};
-use once::Once;
+use idempotency::Idempotency;
 use places::{Places, Taken};
 use route::Endpoint;
 
@@ -67,7 +67,7 @@ pub struct Api {
     started: Instant,
     pulse: Pulse,
     rate_limit: RateLimit,
-    once: Arc<Once>,
+    idempotency: Arc<Idempotency>,
     /// For pages of history and repetitions that are put together.
     making: Arc<Places>,
     /// For the bytes of large answers on their way to slow clients.
@@ -135,7 +135,7 @@ impl Api {
         Ok(Api {
             pulse: Pulse::start(config.stream_heartbeat)?,
             rate_limit: RateLimit::new(config.rate_limit_per_minute),
-            once: Arc::default(),
+            idempotency: Arc::default(),
             making: Places::new(MOST_MAKING),
             leaving: Places::new(MOST_LEAVING),
             config,

@@ -19,8 +19,8 @@ use crate::error::ApiError;
 use crate::exchange::{Pair, Usage};
 use crate::handoff::Giver;
 use crate::kernel;
-use crate::lines;
 use crate::lock::lock;
+use crate::logging;
 use crate::metrics::Metrics;
 
 /// Numbered from 1; the database's `user_version` is the number of the last one applied.
@@ -394,7 +394,7 @@ impl Writer {
                 self.last_id = ids.last().copied().unwrap_or(self.last_id);
                 self.wanted_room = 0;
                 let rows = ids.len();
-                lines::together(|| {
+                logging::together(|| {
                     for (arrival, id) in batch.into_iter().zip(ids) {
                         tell(arrival.then, Ok(Pair { id, ..arrival.pair }));
                     }
@@ -833,7 +833,7 @@ mod tests {
 
     #[test]
     fn what_did_not_fit_is_not_asked_for_before_there_is_room() {
-        let mut writer = writer("room");
+        let mut writer = writer("wanted-room");
         let works = |writer: &mut Writer| {
             let (done, answer) = handoff();
             writer.probe(done);

@@ -48,7 +48,9 @@ fn readyz_counts_what_runs_and_what_waits() {
 fn the_console_reads_metrics_that_there_are() {
     let proxy = Proxy::start();
     proxy.answer("Who is counted?");
-    let metrics = proxy.get("/metrics").everything();
+    let metrics = || proxy.get("/metrics").everything();
+    eventually("the answer is counted", || metrics().contains("route=\"ask\",status=\"200\""));
+    let metrics = metrics();
     let console = include_str!("../../src/api/pages/console.js");
     let names = [" sum(\"", "value(\""].into_iter().flat_map(|call| console.split(call).skip(1));
     let names: Vec<&str> = names.filter_map(|rest| rest.split('"').next()).collect();

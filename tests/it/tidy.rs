@@ -26,7 +26,7 @@ const HOUSE: &[Room] = &[
     room("upstream", 2, &["log", "ureq", "rustix", "httpdate"]),
     room("store", 2, &["log", "rusqlite", "crossbeam_channel"]),
     room("pool", 1, &["log"]),
-    room("lines", 1, &["log", "simplelog", "rustix"]),
+    room("logging", 1, &["log", "simplelog", "rustix"]),
     room("sse", 1, PURE),
     room("openai", 1, PURE),
     room("exchange", 1, PURE),

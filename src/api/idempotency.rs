@@ -20,7 +20,7 @@ type Name = (Arc<str>, String);
 
 /// The requests with an `Idempotency-Key` that are running now.
 #[derive(Default)]
-pub struct Once {
+pub struct Idempotency {
     running: Mutex<HashMap<Name, Running>>,
     ended: Condvar,
 }
@@ -42,26 +42,26 @@ pub enum Part {
 
 /// The turn of the first of some equal requests.
 pub struct First {
-    once: Arc<Once>,
+    idempotency: Arc<Idempotency>,
     name: Name,
 }
 
 impl Drop for First {
     fn drop(&mut self) {
-        let over = lock(&self.once.running).remove(&self.name);
+        let over = lock(&self.idempotency.running).remove(&self.name);
         // Whoever waits for any request is woken, so not without need.
         if over.is_some_and(|over| over.is_awaited) {
-            self.once.ended.notify_all();
+            self.idempotency.ended.notify_all();
         }
     }
 }
 
-impl Once {
+impl Idempotency {
     /// The request's turn, after any equal one that is running; `None` where it has no
     /// `Idempotency-Key`. Errs with 422 where the key came with another request before, with 503 where equal
     /// ones are running for longer than a call may take, and where `is_gone` says that the client left meanwhile.
     pub fn turn(
-        self: &Arc<Once>,
+        self: &Arc<Idempotency>,
         api: &Api,
         request: &Request,
         path: &'static str,
@@ -95,7 +95,7 @@ impl Once {
             running = wait_within(&self.ended, running, GLANCE);
         }
         drop(running);
-        let first = First { once: Arc::clone(self), name };
+        let first = First { idempotency: Arc::clone(self), name };
         let place = api.make()?;
         match api.store.remembered(request.key, given)? {
             None => {
