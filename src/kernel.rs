@@ -36,11 +36,25 @@ pub fn inode(path: &Path) -> Option<u64> {
     rustix::fs::statx(rustix::fs::CWD, path, AtFlags::empty(), StatxFlags::INO).map(|file| file.stx_ino).ok()
 }
 
-/// Bytes that the file system of a path has left for us; `None` where that is not known.
-pub fn room(path: &Path) -> Option<u64> {
+/// The bytes of the file at a path, 0 where there is none.
+pub fn size(path: &Path) -> u64 {
+    rustix::fs::statx(rustix::fs::CWD, path, AtFlags::empty(), StatxFlags::SIZE).map_or(0, |file| file.stx_size)
+}
+
+/// Bytes of the file system of a path.
+#[derive(Clone, Copy)]
+pub struct Room {
+    /// Left for us.
+    pub left: u64,
+    pub total: u64,
+}
+
+/// How large the file system of a path is; `None` where that is not known.
+pub fn room(path: &Path) -> Option<Room> {
     // Some file systems of a network have no numbers, and say so with zeros.
     let system = rustix::fs::statvfs(path).ok().filter(|system| system.f_blocks > 0)?;
-    Some(system.f_bavail.saturating_mul(system.f_frsize))
+    let bytes = |blocks: u64| blocks.saturating_mul(system.f_frsize);
+    Some(Room { left: bytes(system.f_bavail), total: bytes(system.f_blocks) })
 }
 
 /// A second descriptor for the connection that was accepted last: `lowest` was the lowest free

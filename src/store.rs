@@ -9,18 +9,19 @@ use std::borrow::Cow;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, RwLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rusqlite::config::DbConfig;
-use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params};
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, ffi, params};
 
 use crate::config::{self, Config};
 use crate::error::{ApiError, Code, StartError};
 use crate::exchange::{Pair, Usage, size_in_json};
 use crate::handoff::{Giver, Nothing, Taker, handoff};
-use crate::lock::lock;
+use crate::kernel;
+use crate::lock::{lock, share};
 use crate::metrics::Metrics;
 use desk::Desk;
 use writer::Writer;
@@ -93,10 +94,23 @@ struct State {
     failing: AtomicBool,
     /// How often the database was opened: readers of an earlier opening are of no use.
     opening: AtomicU64,
+    /// The inode of the database that is open, or was last; 0: none.
+    inode: AtomicU64,
+    /// Shared by all who use a read connection. Another database at the same path has its journal's index at the same
+    /// path, too, and whoever opens it cuts that short, which ends the process where somebody still looks into it
+    /// (SIGBUS). So who opens it is alone.
+    reading: RwLock<()>,
     /// Read connections that nobody uses, each of an opening.
     readers: Mutex<Vec<(u64, Connection)>>,
     /// A probe is under way; one is enough.
     probing: AtomicBool,
+}
+
+impl State {
+    /// The database at the path is the one that is open.
+    fn is_at(&self, path: &Path) -> bool {
+        kernel::inode(path).unwrap_or(0) == self.inode.load(Ordering::Relaxed)
+    }
 }
 
 impl Store {
@@ -237,10 +251,17 @@ impl Store {
     }
 
     fn read<T>(&self, query: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, ApiError> {
+        let mut reading = share(&self.state.reading);
+        if !self.state.is_at(&self.path) {
+            // The writer has not noticed yet.
+            drop(reading);
+            self.writable();
+            reading = share(&self.state.reading);
+        }
         let opening = self.state.opening.load(Ordering::Relaxed);
         let kept = lock(&self.state.readers).pop();
         let kept = kept.filter(|(of, _)| *of == opening).map(|(_, connection)| Ok(connection));
-        let result = kept.unwrap_or_else(|| reader(&self.path)).and_then(|connection| {
+        let result = kept.unwrap_or_else(|| reader(&self.path, &self.state)).and_then(|connection| {
             let found = query(&connection)?;
             let mut readers = lock(&self.state.readers);
             if readers.len() < READERS && self.state.opening.load(Ordering::Relaxed) == opening {
@@ -248,6 +269,7 @@ impl Store {
             }
             Ok(found)
         });
+        drop(reading);
         result.map_err(|e| {
             log::error!("history cannot be read: {}", writer::advice(&e.into()));
             unavailable()
@@ -369,8 +391,14 @@ fn pair(row: &Row) -> rusqlite::Result<Pair> {
     })
 }
 
-fn reader(path: &Path) -> rusqlite::Result<Connection> {
+/// A read connection, for who shares `state.reading`, to the database that the writer has open.
+fn reader(path: &Path, state: &State) -> rusqlite::Result<Connection> {
     let connection = connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+    // Looked at after it is open, and before anything is read.
+    if !state.is_at(path) {
+        let text = "another database has taken its place";
+        return Err(rusqlite::Error::SqliteFailure(ffi::Error::new(ffi::SQLITE_CANTOPEN), Some(text.to_string())));
+    }
     connection.execute_batch("PRAGMA query_only = on; PRAGMA cache_size = -1024; PRAGMA temp_store = MEMORY;")?;
     Ok(connection)
 }
@@ -388,6 +416,36 @@ fn connect(path: &Path, flags: OpenFlags) -> rusqlite::Result<Connection> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Whoever opens another database at the same path would pull the index of the journal from under who reads.
+    #[test]
+    fn who_reads_is_waited_for_before_another_database_is_opened() {
+        let path = std::env::temp_dir().join(format!("ai-proxy-{}-replaced.db", std::process::id()));
+        let (state, metrics) = (Arc::new(State::default()), Arc::new(Metrics::new(&[], &[])));
+        let mut writer = Writer::new(path.clone(), config::Durability::Normal, Arc::clone(&state), metrics);
+        assert_eq!(writer.prove(), Ok(()));
+        let desk = Arc::new(Desk::new(writer));
+        let clerk = Mutex::new(Some(desk.staff().expect("a thread")));
+        let store = Store { desk, path: path.clone(), state, one_key: true, clerk };
+        let keep = || store.keep(Pair { key: "k".into(), ..Pair::default() }, None, false).is_ok();
+        let count =
+            |connection: &Connection| connection.query_row("SELECT count(*) FROM history", [], |row| row.get::<_, i64>(0));
+        assert!(keep());
+        let other = path.with_extension("other");
+        let copied = Connection::open(&path).and_then(|shell| shell.execute("VACUUM INTO ?1", [other.to_string_lossy()]));
+        assert!(copied.is_ok());
+        let read = store.read(|connection| {
+            let before = count(connection)?;
+            fs::rename(&other, &path).expect("it is there");
+            assert!(!store.writable(), "it is not opened yet");
+            Ok((before, count(connection)?))
+        });
+        assert_eq!(read.expect("it is read"), (1, 1));
+        assert!(keep() && keep());
+        assert_eq!(store.read(count).expect("it is read"), 3);
+        store.close();
+        fs::remove_file(path).expect("it is there");
+    }
 
     #[test]
     fn any_text_is_a_query_for_words() {

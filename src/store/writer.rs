@@ -4,22 +4,22 @@
 use std::fs;
 use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
-use rusqlite::{Connection, OpenFlags, params, params_from_iter};
+use rusqlite::{Connection, OpenFlags, ffi, params, params_from_iter};
 
 use super::{Arrival, Order, PROBE_WAIT, State, Then, Unique, connect, reader, unavailable};
 use crate::config::Durability;
 use crate::error::ApiError;
 use crate::exchange::{Pair, Usage};
 use crate::handoff::Giver;
-use crate::kernel;
-use crate::lock::lock;
+use crate::kernel::{self, Room};
+use crate::lock::{lock, own, share};
 use crate::logging;
 use crate::metrics::Metrics;
 
@@ -55,8 +55,10 @@ const MOST_UNINDEXED_BYTES: i64 = 64 << 20;
 const RETAIN_ROWS: u64 = 50;
 /// How often retention looks at the clock, and how long the index rests where it failed.
 const RETENTION_TICK: Duration = Duration::from_secs(60);
-/// Bytes that the smallest write may take.
-const WORKING_ROOM: u64 = 64 << 10;
+/// Bytes of room that new pairs leave alone, or a sixteenth of a small disk: deleting takes some, too.
+const KEPT_ROOM: u64 = 4 << 20;
+/// Bytes that a row takes beside its texts, at most, in the journal and in the database.
+const ROW: u64 = 1 << 10;
 
 /// Why the database is not ready.
 pub enum Trouble {
@@ -120,6 +122,12 @@ fn bite(connection: &Connection) -> rusqlite::Result<Option<(i64, i64)>> {
 /// commit.
 fn log_unmoved(moved: rusqlite::Result<()>) {
     moved.unwrap_or_else(|e| log::debug!("the history's journal was not moved over: {e}"));
+}
+
+/// As SQLite says it.
+fn disk_full() -> rusqlite::Error {
+    let text = "what is left is needed for what is written already";
+    rusqlite::Error::SqliteFailure(ffi::Error::new(ffi::SQLITE_FULL), Some(text.to_string()))
 }
 
 /// A number that changes when another connection writes (<https://sqlite.org/pragma.html#pragma_data_version>).
@@ -232,8 +240,10 @@ pub struct Writer {
     next_forgetting: Instant,
     /// The index rests after a failure.
     next_indexing: Instant,
-    /// Bytes of room that the pairs wanted which could not be written last; 0: they could.
+    /// Bytes that the pairs take which could not be written last; 0: they could.
     wanted_room: u64,
+    /// How full the disk is; tests have disks of their own.
+    room: fn(&Path) -> Option<Room>,
 }
 
 impl Writer {
@@ -271,6 +281,7 @@ impl Writer {
             next_forgetting: Instant::now(),
             next_indexing: Instant::now(),
             wanted_room: 0,
+            room: kernel::room,
         }
     }
 
@@ -341,7 +352,7 @@ impl Writer {
     fn probe(&mut self, done: Giver<bool>) {
         let fresh = !self.state.failing.load(Ordering::Relaxed) && self.last_write.elapsed() < PROBE_WAIT && self.is_in_place();
         // A trial write is small: it works where the next answer, already paid for, would not fit.
-        let fits = self.wanted_room == 0 || kernel::room(&self.path).is_none_or(|room| room >= self.wanted_room);
+        let fits = !self.is_closed && (self.wanted_room == 0 || self.has_room(self.wanted_room));
         let mut probe = || self.attempt("probed", |connection| connection.execute_batch(PROBE)).is_some();
         let fine = fits && (fresh || probe());
         self.state.probing.store(false, Ordering::Relaxed);
@@ -354,8 +365,17 @@ impl Writer {
         let last_id = self.last_id;
         // Those that come make room for themselves, and for as many again where there are too many already.
         let (surplus, most) = (self.surplus(batch.len()), 2 * batch.len() as u64);
-        let bytes: usize = batch.iter().map(|arrival| arrival.pair.question.len() + arrival.pair.answer.len()).sum();
+        let text = |arrival: &Arrival| arrival.pair.question.len() + arrival.pair.answer.len();
+        let bytes: usize = batch.iter().map(text).sum();
+        let noted = |unique: &Unique| unique.request.len() + unique.response.as_ref().map_or(0, Vec::len);
+        let noted: usize = batch.iter().filter_map(|arrival| arrival.unique.as_ref()).map(noted).sum();
+        // Once in the journal and once in the database.
+        let wanted_room = 2 * (bytes + noted) as u64 + ROW * batch.len() as u64;
+        let has_room = self.has_room(wanted_room);
         let written = self.attempt("written", |connection| {
+            if !has_room {
+                return Err(disk_full());
+            }
             let mut append = connection.prepare_cached(include_str!("../../sql/queries/append.sql"))?;
             let mut ids: Vec<i64> = Vec::with_capacity(batch.len());
             for Arrival { pair, unique, .. } in &batch {
@@ -402,8 +422,7 @@ impl Writer {
                 self.grew(rows, bytes);
             }
             None => {
-                // Once in the journal and once in the database.
-                self.wanted_room = 2 * bytes as u64 + WORKING_ROOM;
+                self.wanted_room = wanted_room;
                 batch.into_iter().for_each(|arrival| tell(arrival.then, Err(unavailable())));
             }
         }
@@ -419,12 +438,32 @@ impl Writer {
             log_unmoved(moved.unwrap_or(Ok(())));
         } else if self.pages >= CHECKPOINT_PAGES && self.checkpoint.is_none() {
             self.pages = 0;
-            let path = self.path.clone();
+            let (path, state) = (self.path.clone(), Arc::clone(&self.state));
             let checkpoint = thread::Builder::new().name("checkpoint".into()).spawn(move || {
-                log_unmoved(reader(&path).and_then(|connection| connection.query_row(CHECKPOINT, [], |_| Ok(()))));
+                let _reading = share(&state.reading);
+                log_unmoved(reader(&path, &state).and_then(|connection| connection.query_row(CHECKPOINT, [], |_| Ok(()))));
             });
             self.checkpoint = checkpoint.ok();
         }
+    }
+
+    /// Whether so many bytes more fit on the disk, and beside them what only the journal has: that must find its place in
+    /// the database, or nothing could be written any more, not even what deletes. On a disk that is nearly full it is moved
+    /// over first. Where something else is wrong the write says so.
+    fn has_room(&mut self, bytes: u64) -> bool {
+        let Some(room) = (self.room)(&self.path) else { return true };
+        let wanted = bytes.saturating_add(KEPT_ROOM.min(room.total / 16));
+        if room.left >= wanted.saturating_add(kernel::size(&self.journal)) {
+            return true;
+        }
+        if let Some(running) = self.checkpoint.take() {
+            let _ = running.join();
+        }
+        let (Ok(()), Some(open)) = (self.ready(), &self.open) else { return true };
+        log_unmoved(open.connection.query_row(CHECKPOINT, [], |_| Ok(())));
+        self.pages = 0;
+        let free = open.connection.query_row(include_str!("../../sql/queries/free.sql"), [], |row| row.get::<_, i64>(0));
+        (self.room)(&self.path).is_none_or(|room| room.left + free.unwrap_or(0) as u64 >= wanted)
     }
 
     /// Under a load that never pauses: one bite of the index after each batch where a search waits for it. Where
@@ -442,7 +481,11 @@ impl Writer {
             return false;
         }
         let last_id = self.last_id;
+        let has_room = self.has_room(2 * CHORE_BYTES as u64);
         let done = self.transact("indexed", |connection| {
+            if !has_room {
+                return Err(disk_full());
+            }
             let Some((up_to, bytes)) = bite(connection)? else { return Ok(None) };
             connection.prepare_cached(include_str!("../../sql/queries/index_words.sql"))?.execute([up_to])?;
             connection.prepare_cached(include_str!("../../sql/queries/indexed_up_to.sql"))?.execute([up_to, last_id])?;
@@ -535,9 +578,6 @@ impl Writer {
     /// Does `work` in one transaction. `None` where it failed, which is logged; the database is then
     /// opened anew for the next. Trouble with the index alone keeps nobody from asking.
     fn transact<T>(&mut self, what: &str, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Option<T> {
-        if !self.is_in_place() {
-            self.let_go();
-        }
         let result = self.ready().and_then(|()| self.write(work).map_err(Trouble::Sql));
         if let Err(trouble) = &result {
             log::error!("history cannot be {what}: {}", advice(trouble));
@@ -578,7 +618,9 @@ impl Writer {
     /// first; a journal that is left must not be taken for that of another database.
     fn let_go(&mut self) {
         // What reads by the old index of the journal would keep it for all that this process opens.
+        let _alone = own(&self.state.reading);
         self.state.opening.fetch_add(1, Ordering::Relaxed);
+        self.state.inode.store(0, Ordering::Relaxed);
         lock(&self.state.readers).clear();
         if let Some(open) = self.open.take() {
             self.last_id = 0;
@@ -592,11 +634,12 @@ impl Writer {
         }
     }
 
-    /// Opens and migrates the database where it is not open.
+    /// Opens and migrates the database where it is not open, or not the one at its path.
     fn ready(&mut self) -> Result<(), Trouble> {
-        if self.open.is_some() {
+        if self.is_in_place() {
             return Ok(());
         }
+        self.let_go();
         if self.is_closed {
             return Err(Trouble::Sql(rusqlite::Error::InvalidQuery));
         }
@@ -629,7 +672,9 @@ impl Writer {
             connection.execute_batch("PRAGMA synchronous = FULL")?;
         }
         self.learn(&connection)?;
-        self.open = Some(Open { connection, files: self.files() });
+        let files = self.files();
+        self.state.inode.store(files[0].unwrap_or(0), Ordering::Relaxed);
+        self.open = Some(Open { connection, files });
         self.state.opening.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
@@ -847,6 +892,36 @@ mod tests {
         assert_eq!(works(&mut writer), Some(true));
         append(&mut writer, 1, 2);
         assert_eq!(writer.wanted_room, 0);
+        remove(writer);
+    }
+
+    /// What is full could not even delete: the journal must be moved over, and takes some room of its own.
+    #[test]
+    fn a_nearly_full_disk_takes_what_fits_beside_the_journal_and_what_deleting_frees() {
+        let mut writer = writer("nearly-full");
+        let kept = |writer: &mut Writer| {
+            let (done, answer) = handoff();
+            let pair = Pair { key: "k".into(), question: "w ".repeat(50_000), ..Pair::default() };
+            let then = Box::new(move |result: Result<Pair, ApiError>| done.give(result.is_ok()));
+            writer.append(vec![Arrival { pair, unique: None, then }]);
+            answer.take() == Some(true)
+        };
+        for _ in 0..20 {
+            assert!(kept(&mut writer));
+        }
+        let (in_database, in_journal) = (kernel::size(&writer.path), kernel::size(&writer.journal));
+        assert!(in_database < 1 << 20 && in_journal > 2 << 20, "{in_database} {in_journal}");
+        writer.room = |_| Some(Room { left: KEPT_ROOM + (300 << 10), total: u64::MAX });
+        assert!(kept(&mut writer));
+        assert!(kernel::size(&writer.path) > in_database + (1 << 20), "the journal is moved over first");
+        writer.room = |_| Some(Room { left: KEPT_ROOM + (100 << 10), total: u64::MAX });
+        assert!(!kept(&mut writer) && !kept(&mut writer));
+        writer.max_rows = 10;
+        assert!(writer.ready().is_ok());
+        while writer.retain() {}
+        assert!(kept(&mut writer), "new rows take the place of old ones");
+        writer.room = |_| Some(Room { left: 300 << 10, total: 1 << 20 });
+        assert!(kept(&mut writer), "of a small disk less is kept");
         remove(writer);
     }
 
