@@ -1,0 +1,146 @@
+//! Errors as upstreams tell them, with a status or in the midst of an answer: their words for people, and whether they may
+//! go by.
+
+use serde_json::Value;
+use serde_json::value::RawValue;
+
+use crate::config::MAX_ANSWER;
+use crate::json::{Words, each_field};
+
+/// An error of more bytes is not kept as a whole, only its words.
+const LARGE_ERROR: usize = 64 * 1024;
+
+/// Why what came is no answer.
+#[derive(Debug, PartialEq)]
+pub struct NoAnswer {
+    /// For people.
+    pub why: String,
+    /// An error that may not be there the next time, or with another model, by the code in it.
+    pub passing: bool,
+}
+
+impl From<String> for NoAnswer {
+    fn from(why: String) -> NoAnswer {
+        NoAnswer { why, passing: false }
+    }
+}
+
+impl NoAnswer {
+    /// Holds more than an answer may.
+    pub fn too_large() -> NoAnswer {
+        format!("its answer is larger than {MAX_ANSWER} bytes").into()
+    }
+
+    pub(super) fn error(what: &str, error: &str) -> NoAnswer {
+        let error = &readable(error);
+        let code = &error["code"];
+        let code = code.as_u64().or_else(|| code.as_str()?.parse().ok());
+        NoAnswer { why: format!("{what}: {}", error_words(error)), passing: matches!(code, Some(404 | 408 | 429 | 500..=599)) }
+    }
+}
+
+/// Whether an `error` field says that there is one: some servers send it always.
+pub(super) fn is_error(error: &RawValue) -> bool {
+    !matches!(error.get(), "null" | "false" | "\"\"" | "{}" | "[]")
+}
+
+/// Errs where an `error` field says that there is one; `what` its answer did.
+pub(super) fn no_error(what: &str, error: Option<&RawValue>) -> Result<(), NoAnswer> {
+    error.filter(|error| is_error(error)).map_or(Ok(()), |error| Err(NoAnswer::error(what, error.get())))
+}
+
+/// The words for people in the body of an error answer, of any length: the message of an `error` in any of the usual
+/// shapes, or whatever text it is.
+pub fn error_text(body: &[u8]) -> String {
+    match serde_json::from_slice::<Value>(body) {
+        // Google's come in a list of one.
+        Ok(value) => {
+            let value = value.get(0).unwrap_or(&value);
+            error_words(value.get("error").filter(|error| !error.is_null() && **error != "").unwrap_or(value))
+        }
+        Err(_) => one_line(String::from_utf8_lossy(body).trim()),
+    }
+}
+
+/// The field of the request that an error answer blames.
+pub fn error_param(body: &[u8]) -> Option<String> {
+    let param = serde_json::from_slice::<Value>(body).ok()?["error"]["param"].as_str().map(one_line)?;
+    (1..=200).contains(&param.len()).then_some(param)
+}
+
+/// An error as it is, or what people and we read of it where it is large.
+fn readable(json: &str) -> Value {
+    let part = |json: &str| -> Option<Value> {
+        if json.len() <= LARGE_ERROR {
+            return serde_json::from_str(json).ok();
+        }
+        let Words(text) = serde_json::from_str(json).ok()?;
+        Some(text.chars().take(LARGE_ERROR).collect::<String>().into())
+    };
+    if let Some(error) = part(json) {
+        return error;
+    }
+    let mut fields = serde_json::Map::new();
+    // What is no object has no fields.
+    let _ = each_field(json.as_bytes(), |name, value| {
+        if let ("code" | "message" | "detail" | "msg", Some(value)) = (name, part(value.get())) {
+            fields.insert(name.to_string(), value);
+        }
+    });
+    if fields.is_empty() { format!("{} bytes without a message", json.len()).into() } else { fields.into() }
+}
+
+/// What people read of an error; its code, where that is a word, by which programs tell it from others.
+fn error_words(error: &Value) -> String {
+    let text = ["message", "detail", "msg"].iter().find_map(|name| error.get(name)?.as_str());
+    match text.or(error.as_str()) {
+        Some(text) => match error.get("code").and_then(Value::as_str).filter(|code| !code.is_empty() && !text.contains(code)) {
+            Some(code) => one_line(&format!("{text} ({code})")),
+            None => one_line(text),
+        },
+        None => one_line(&error.to_string()),
+    }
+}
+
+fn one_line(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::openai::parse_completion;
+
+    #[test]
+    fn of_a_large_error_the_words_are_kept() {
+        let much = "[0],".repeat(LARGE_ERROR);
+        let long = "é".repeat(LARGE_ERROR);
+        for (error, why, passing) in [
+            (format!(r#"{{"a":[{much}0],"message":"Overfull","code":"503"}}"#), "Overfull", true),
+            (format!(r#"{{"a":[{much}0],"code":400}}"#), r#"{"code":400}"#, false),
+            (format!(r#"{{"message":"Long: {long}","code":500}}"#), "Long: é", true),
+            (format!(r#""Long: {long}""#), "Long: é", false),
+            (format!("[{much}0]"), "bytes without a message", false),
+            (format!("{}{}", "[".repeat(1000), "]".repeat(1000)), "2000 bytes", false),
+        ] {
+            let e = parse_completion(format!(r#"{{"error":{error}}}"#).as_bytes()).expect_err("an error");
+            assert!(e.why.contains(why) && e.passing == passing, "{why}: {:.100} {}", e.why, e.passing);
+            assert!(e.why.len() < 3 * LARGE_ERROR, "{why}");
+        }
+    }
+
+    #[test]
+    fn errors_are_found_in_every_usual_shape() {
+        for (body, text) in [
+            (&br#"{"error":{"message":"a","code":"x"}}"#[..], "a (x)"),
+            (br#"{"error":{"message":"too long: x","code":"x"}}"#, "too long: x"),
+            (br#"{"error":"b"}"#, "b"),
+            (br#"[{"error":{"message":"l"}}]"#, "l"),
+            (br#"{"detail":"c"}"#, "c"),
+            (b"bad gateway\n", "bad gateway"),
+            (br#"{"error":{"code":7}}"#, r#"{"code":7}"#),
+        ] {
+            assert_eq!(error_text(body), text);
+        }
+    }
+}
