@@ -2,34 +2,33 @@
 //! limits, retries, and the upstream's failures translated into ours. Mocks the LLM where there is
 //! none. Knows neither clients' HTTP nor the history.
 
+mod events;
+mod failure;
 mod wire;
 
-use std::collections::VecDeque;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
-use std::io::{self, Read};
+use std::io::Read;
 use std::net::TcpStream;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use ureq::http::{self, HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
 use ureq::unversioned::transport::{Connector, RustlsConnector};
-use ureq::{Agent, Body, BodyReader};
+use ureq::{Agent, Body};
 
 use crate::config::{self, Config, Mode};
-use crate::error::{ApiError, Code, Header, StartError, is_sane_id, media_type};
+use crate::error::{ApiError, Code, Header, StartError, is_sane_id};
 use crate::metrics::Metrics;
 use crate::mock;
-use crate::openai::{self, Chat, Completion, NoAnswer};
-use crate::sse::{Event, Splitter};
-use wire::{Ended, Names, NoResolver, Watch, WireConnector};
+use crate::openai::{self, Chat, Completion};
+use wire::{Names, NoResolver, Watch, WireConnector};
 
-/// An error answer is read so far for its words.
-const MAX_ERROR_BODY: u64 = 64 * 1024;
+pub use events::Events;
+pub use failure::Failure;
+
 /// Characters of a message that repeats the upstream's words.
 const MAX_WORDS: usize = 1200;
-/// Comments and other noise of a stream between two events, in bytes.
-const MAX_NOISE: usize = 1 << 20;
 const FIRST_BACKOFF: Duration = Duration::from_millis(250);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(8);
 
@@ -120,103 +119,6 @@ impl Upstream {
         });
         fields.collect()
     }
-
-    /// A call that was over before the upstream had answered, and not by its doing.
-    fn ended(&self, ended: Ended) -> ApiError {
-        match ended {
-            Ended::ClientGone => ApiError::client_gone(),
-            Ended::TimedOut => {
-                let text =
-                    format!("the LLM did not answer within {} s (UPSTREAM_TIMEOUT_SECS)", self.config.upstream_timeout.as_secs());
-                self.failed(Code::UPSTREAM_TIMEOUT, &text)
-            }
-        }
-    }
-
-    /// An attempt that failed without an answer's head.
-    fn unanswered(&self, error: &ureq::Error) -> Box<Failure> {
-        let (code, text, passing) = match error {
-            ureq::Error::HostNotFound => {
-                (Code::UPSTREAM_UNAVAILABLE, "the LLM's host name cannot be resolved; check OPENAI_BASE_URL".to_string(), true)
-            }
-            ureq::Error::Io(e) => (Code::UPSTREAM_UNAVAILABLE, format!("the LLM cannot be reached: {e}"), true),
-            e @ (ureq::Error::Tls(_) | ureq::Error::Rustls(_)) => {
-                (Code::UPSTREAM_UNAVAILABLE, format!("no secure connection to the LLM: {e}"), true)
-            }
-            e => (Code::UPSTREAM_BAD_ANSWER, format!("the LLM's answer is not HTTP as it should be: {e}"), false),
-        };
-        let error = self.failed(code, &text);
-        Box::new(Failure { passing, logged: error.message.clone(), ..error.into() })
-    }
-
-    /// An answer with a status that is not a success.
-    fn refused(&self, mut response: Response<Body>) -> Box<Failure> {
-        let status = response.status().as_u16();
-        let mut body = Vec::new();
-        // Words that cannot be read are words that are not there.
-        let _ = response.body_mut().as_reader().take(MAX_ERROR_BODY).read_to_end(&mut body);
-        let words = openai::error_text(&body);
-        let (code, what) = match status {
-            300..=399 => (Code::UPSTREAM_ERROR, "redirected, which is not followed; check OPENAI_BASE_URL"),
-            400 | 413 | 422 => (Code::UPSTREAM_REJECTED, "rejected the request"),
-            401 | 403 => (Code::UPSTREAM_ERROR, "refused the server's key"),
-            404 => (Code::UPSTREAM_ERROR, "has nothing there; check OPENAI_BASE_URL and the model"),
-            408 => (Code::UPSTREAM_TIMEOUT, "was too slow"),
-            429 => (Code::UPSTREAM_RATE_LIMITED, "limits the rate"),
-            503 | 529 => (Code::UPSTREAM_UNAVAILABLE, "is not available"),
-            _ => (Code::UPSTREAM_ERROR, "failed"),
-        };
-        let logged = format!("the LLM {what} ({status})");
-        let mut error = self.failed(code, &if status < 400 { logged.clone() } else { format!("{logged}: {words}") });
-        let retry_after = retry_after(response.headers());
-        if matches!(code.status(), 429 | 503) {
-            let clean = retry_after.filter(|value| !self.has_secret(value));
-            error.retry_after = clean.map(str::to_string).or(error.retry_after);
-        }
-        let limits = self.passed_on(response.headers()).into_iter().filter(|(name, _)| name.starts_with("x-ratelimit-"));
-        error.headers.extend(limits);
-        // OpenAI's word for an account without money, which no waiting fills.
-        let quota = status == 429 && body.windows(18).any(|w| w == b"insufficient_quota");
-        let wait = wait_in_ms(response.headers()).or(retry_after.and_then(wait_of));
-        if code == Code::UPSTREAM_REJECTED {
-            error.param = openai::error_param(&body).map(|param| self.redact(&param).into());
-        }
-        error.no_quota = quota;
-        if quota || matches!(status, 300..=407 | 410..=428 | 430..=499) {
-            error = error.pointless_to_retry();
-        }
-        let passing = matches!(status, 408 | 429 | 500..=599) && !quota;
-        let refuses_usage = code == Code::UPSTREAM_REJECTED && String::from_utf8_lossy(&body).contains("stream_options");
-        Box::new(Failure { error, logged, passing, wait, unknown_model: status == 404, refuses_usage })
-    }
-}
-
-/// Why an attempt or a stream failed, and whether another may do better.
-pub struct Failure {
-    pub error: ApiError,
-    /// For the log: what happened, in none but our own words; empty where the request's line says it all.
-    logged: String,
-    /// It may go by: another attempt may succeed, or another model.
-    pub passing: bool,
-    /// How long the upstream asked to be left alone.
-    wait: Option<Duration>,
-    /// A 404: another model may be there.
-    unknown_model: bool,
-    /// The server does not know the option by which a stream tells its usage.
-    refuses_usage: bool,
-}
-
-impl From<ApiError> for Failure {
-    /// There is no use in another attempt.
-    fn from(error: ApiError) -> Failure {
-        Failure { error, logged: String::new(), passing: false, wait: None, unknown_model: false, refuses_usage: false }
-    }
-}
-
-impl From<ApiError> for Box<Failure> {
-    fn from(error: ApiError) -> Box<Failure> {
-        Box::new(error.into())
-    }
 }
 
 /// A whole answer.
@@ -226,27 +128,6 @@ pub struct Answered {
     pub completion: Completion,
     /// Fields of its head that clients understand.
     pub headers: Vec<Header>,
-}
-
-/// The `Retry-After` as it came, where it can stand in our answer.
-fn retry_after(headers: &HeaderMap) -> Option<&str> {
-    let value = headers.get(header::RETRY_AFTER)?.to_str().ok()?;
-    (1..=64).contains(&value.len()).then_some(value)
-}
-
-/// What OpenAI's own clients look at first.
-fn wait_in_ms(headers: &HeaderMap) -> Option<Duration> {
-    let ms: f64 = headers.get("retry-after-ms")?.to_str().ok()?.trim().parse().ok()?;
-    Duration::try_from_secs_f64(ms / 1000.0).ok()
-}
-
-/// `Retry-After` in either of its forms (RFC 9110, section 10.2.3); nonsense is none.
-fn wait_of(text: &str) -> Option<Duration> {
-    if let Ok(seconds) = text.trim().parse::<f64>() {
-        return Duration::try_from_secs_f64(seconds).ok();
-    }
-    let date = httpdate::parse_http_date(text).ok()?;
-    Some(date.duration_since(SystemTime::now()).unwrap_or_default())
 }
 
 /// One worker's line to the LLM: at most one connection, kept while it is used.
@@ -329,38 +210,6 @@ impl Line {
     /// Turns to the next fallback model, where there is one and time for it.
     pub fn fall_back(&self, chat: &mut Chat) -> bool {
         Instant::now() < self.deadline && chat.fall_back(&self.upstream.config.fallback_models)
-    }
-
-    /// Sends a streaming chat request; returns when the upstream begins to answer, in the time of the question that was begun.
-    pub fn stream(&mut self, client: Arc<TcpStream>, chat: &mut Chat) -> Result<Events<'_>, ApiError> {
-        self.watch.begin(client, self.deadline);
-        match self.source(chat) {
-            Ok((source, headers)) => {
-                if !matches!(source, Source::Upstream { shape: Shape::Json, .. }) {
-                    self.watch.only_silence(self.upstream.config.upstream_idle);
-                }
-                Ok(Events { line: self, source, began: false, headers })
-            }
-            Err(e) => {
-                self.watch.end();
-                Err(self.give_up(e))
-            }
-        }
-    }
-
-    fn source(&mut self, chat: &mut Chat) -> Result<(Source, Vec<Header>), ApiError> {
-        if self.upstream.config.mode != Mode::Upstream {
-            self.think(self.upstream.config.mock_delay)?;
-            let chunks = mock::chunks(&chat.body).into_iter().chain(["[DONE]".to_string()]);
-            return Ok((Source::Mock(chunks.collect()), Vec::new()));
-        }
-        let response = self.call(chat)?;
-        let headers = self.upstream.passed_on(response.headers());
-        let content_type = response.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-        let says_json = content_type.is_some_and(|value| media_type(value).ends_with("json"));
-        let shape = if says_json { Shape::Json } else { Shape::Unknown };
-        let splitter = Splitter::new(config::MAX_ANSWER, MAX_NOISE);
-        Ok((Source::Upstream { reader: response.into_body().into_reader(), splitter, shape }, headers))
     }
 
     /// The list of models, or the one whose name stands in `path` (`/NAME`), as JSON, and the fields of its head that
@@ -527,183 +376,9 @@ fn backoff(retries: u32) -> Duration {
     most.mul_f64(0.5 + 0.5 * (random as f64 / u64::MAX as f64))
 }
 
-/// The events of a stream under way.
-pub struct Events<'a> {
-    line: &'a mut Line,
-    source: Source,
-    /// There was an event.
-    began: bool,
-    /// Fields of the answer's head that clients understand.
-    pub headers: Vec<Header>,
-}
-
-/// What an answer to a request for a stream is.
-#[derive(Clone, Copy, PartialEq)]
-enum Shape {
-    /// So it says; until it turns out otherwise, it has to be whole before the deadline.
-    Json,
-    Unknown,
-    Stream,
-}
-
-enum Source {
-    Upstream { reader: BodyReader<'static>, splitter: Splitter, shape: Shape },
-    Mock(VecDeque<String>),
-    Over,
-}
-
-impl Events<'_> {
-    /// Waits for the next events and appends them: those that arrived together. False: the stream
-    /// ended as HTTP has it. Errs when it broke off, was silent for too long, or the client has gone.
-    // Not inlined: what is read from then on would stand below the buffer on a stack that each stream keeps.
-    #[inline(never)]
-    pub fn next(&mut self, events: &mut Vec<Event>) -> Result<bool, Box<Failure>> {
-        let before = events.len();
-        match &mut self.source {
-            Source::Over => return Ok(false),
-            Source::Mock(chunks) => {
-                if self.began {
-                    // Slow enough that a person sees it stream.
-                    let gap = (self.line.upstream.config.mock_delay / 10).min(Duration::from_millis(50));
-                    self.line.think(gap)?;
-                }
-                let Some(data) = chunks.pop_front() else { return Ok(false) };
-                events.push(Event { lines: format!("data: {data}\n").into_bytes() });
-            }
-            Source::Upstream { reader, splitter, shape } => {
-                let mut buffer = [0; 1024];
-                while events.len() == before {
-                    let read = match reader.read(&mut buffer) {
-                        Ok(0) => return Ok(self.last(events)),
-                        Ok(read) => &buffer[..read],
-                        Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                        Err(e) => return Err(self.broke_off(&e)),
-                    };
-                    // Whatever it calls itself: no line of a stream begins as JSON does.
-                    if *shape != Shape::Stream
-                        && let Some(first) = read.trim_ascii_start().first()
-                    {
-                        if matches!(first, b'{' | b'[') {
-                            return Err(self.no_stream(read));
-                        }
-                        *shape = Shape::Stream;
-                        self.line.watch.only_silence(self.line.upstream.config.upstream_idle);
-                    }
-                    if splitter.push(read, events).is_err() {
-                        let text = "an event of the LLM's stream is too long, or there are only comments";
-                        return Err(self.failed(Code::UPSTREAM_BAD_ANSWER, text).into());
-                    }
-                }
-            }
-        }
-        self.began = true;
-        Ok(true)
-    }
-
-    /// What the end of the body leaves; false: nothing.
-    #[inline(never)]
-    fn last(&mut self, events: &mut Vec<Event>) -> bool {
-        let last = match std::mem::replace(&mut self.source, Source::Over) {
-            Source::Upstream { splitter, .. } => splitter.finish(),
-            _ => None,
-        };
-        let any = last.is_some();
-        events.extend(last);
-        any
-    }
-
-    #[inline(never)]
-    fn broke_off(&self, e: &io::Error) -> Box<Failure> {
-        let upstream = &self.line.upstream;
-        let is_json = matches!(self.source, Source::Upstream { shape: Shape::Json, .. });
-        let error = match self.line.watch.ended() {
-            Some(Ended::TimedOut) if !is_json => {
-                let idle = upstream.config.upstream_idle.as_secs();
-                self.failed(Code::UPSTREAM_TIMEOUT, &format!("the LLM's stream was silent for {idle} s (UPSTREAM_IDLE_SECS)"))
-            }
-            Some(ended) => upstream.ended(ended),
-            None if !self.began => {
-                self.failed(Code::UPSTREAM_BAD_ANSWER, &format!("the LLM's answer broke off before it began: {e}"))
-            }
-            None => self.failed(Code::UPSTREAM_ERROR, &format!("the LLM's stream broke off: {e}")),
-        };
-        error.into()
-    }
-
-    /// What came in place of a stream and began so.
-    #[inline(never)]
-    fn no_stream(&mut self, start: &[u8]) -> Box<Failure> {
-        let Source::Upstream { reader, shape, .. } = std::mem::replace(&mut self.source, Source::Over) else {
-            return self.failed(Code::UPSTREAM_BAD_ANSWER, "the LLM did not stream").into();
-        };
-        if shape != Shape::Json {
-            self.line.watch.within(self.line.upstream.config.upstream_timeout);
-        }
-        let no = match self.line.whole(reader, start.to_vec()).map(|body| openai::parse_completion(&body)) {
-            Ok(Ok(_)) => NoAnswer::from("a whole answer where a stream was asked for".to_string()),
-            Ok(Err(no)) => no,
-            Err(e) => return e.into(),
-        };
-        self.no_answer(Code::UPSTREAM_BAD_ANSWER, "did not stream", &no)
-    }
-
-    /// After the last event: reads what is left, if it comes at once, so that the connection can be used
-    /// again.
-    pub fn settle(&mut self) {
-        if let Source::Upstream { reader, .. } = &mut self.source {
-            let mut buffer = [0; 256];
-            self.line.watch.without_client(Duration::from_millis(20));
-            let mut left = 16;
-            while left > 0 && reader.read(&mut buffer).is_ok_and(|read| read > 0) {
-                left -= 1;
-            }
-        }
-    }
-
-    /// A word of the upstream's that goes into log and history.
-    pub fn redact(&self, word: &str) -> String {
-        self.line.upstream.redact(word)
-    }
-
-    /// A failure by what came, without secrets; `what` the LLM did.
-    pub fn no_answer(&self, code: Code, what: &str, no: &NoAnswer) -> Box<Failure> {
-        Box::new(Failure { passing: no.passing, ..self.failed(code, &format!("the LLM {what}: {}", no.why)).into() })
-    }
-
-    /// A failure in the stream's own words, without secrets.
-    pub fn failed(&self, code: Code, text: &str) -> ApiError {
-        self.line.upstream.failed(code, text)
-    }
-}
-
-impl Drop for Events<'_> {
-    fn drop(&mut self) {
-        self.line.watch.end();
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn retry_after_is_a_number_a_date_or_nothing() {
-        assert_eq!(wait_of("3"), Some(Duration::from_secs(3)));
-        assert_eq!(wait_of("0.5"), Some(Duration::from_millis(500)));
-        assert_eq!(wait_of("Wed, 21 Oct 2015 07:28:00 GMT"), Some(Duration::ZERO));
-        for nonsense in ["soon", "-1", "NaN", "1e300", ""] {
-            assert_eq!(wait_of(nonsense), None, "{nonsense}");
-        }
-    }
-
-    #[test]
-    fn the_wait_may_come_in_milliseconds() {
-        let wait = |ms: &'static str| {
-            wait_in_ms(&[("retry-after-ms".parse().expect("a name"), HeaderValue::from_static(ms))].into_iter().collect())
-        };
-        assert_eq!(wait("1500"), Some(Duration::from_millis(1500)));
-        assert_eq!((wait("soon"), wait("-1"), wait_in_ms(&HeaderMap::new())), (None, None, None));
-    }
 
     #[test]
     fn backoff_grows_and_stays_bounded() {

@@ -1,0 +1,212 @@
+//! A stream of the upstream's while it runs: its events, one by one or as many as came together. Knows what is an event, not
+//! what is in it.
+
+use std::collections::VecDeque;
+use std::io::{self, Read};
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ureq::BodyReader;
+use ureq::http::header;
+
+use super::Line;
+use super::failure::Failure;
+use super::wire::Ended;
+use crate::config::{self, Mode};
+use crate::error::{ApiError, Code, Header, media_type};
+use crate::mock;
+use crate::openai::{self, Chat, NoAnswer};
+use crate::sse::{Event, Splitter};
+
+/// Comments and other noise of a stream between two events, in bytes.
+const MAX_NOISE: usize = 1 << 20;
+
+/// The events of a stream under way.
+pub struct Events<'a> {
+    line: &'a mut Line,
+    source: Source,
+    /// There was an event.
+    began: bool,
+    /// Fields of the answer's head that clients understand.
+    pub headers: Vec<Header>,
+}
+
+/// What an answer to a request for a stream is.
+#[derive(Clone, Copy, PartialEq)]
+enum Shape {
+    /// So it says; until it turns out otherwise, it has to be whole before the deadline.
+    Json,
+    Unknown,
+    Stream,
+}
+
+enum Source {
+    Upstream { reader: BodyReader<'static>, splitter: Splitter, shape: Shape },
+    Mock(VecDeque<String>),
+    Over,
+}
+
+impl Line {
+    /// Sends a streaming chat request; returns when the upstream begins to answer, in the time of the question that was begun.
+    pub fn stream(&mut self, client: Arc<TcpStream>, chat: &mut Chat) -> Result<Events<'_>, ApiError> {
+        self.watch.begin(client, self.deadline);
+        match self.source(chat) {
+            Ok((source, headers)) => {
+                if !matches!(source, Source::Upstream { shape: Shape::Json, .. }) {
+                    self.watch.only_silence(self.upstream.config.upstream_idle);
+                }
+                Ok(Events { line: self, source, began: false, headers })
+            }
+            Err(e) => {
+                self.watch.end();
+                Err(self.give_up(e))
+            }
+        }
+    }
+
+    fn source(&mut self, chat: &mut Chat) -> Result<(Source, Vec<Header>), ApiError> {
+        if self.upstream.config.mode != Mode::Upstream {
+            self.think(self.upstream.config.mock_delay)?;
+            let chunks = mock::chunks(&chat.body).into_iter().chain(["[DONE]".to_string()]);
+            return Ok((Source::Mock(chunks.collect()), Vec::new()));
+        }
+        let response = self.call(chat)?;
+        let headers = self.upstream.passed_on(response.headers());
+        let content_type = response.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+        let says_json = content_type.is_some_and(|value| media_type(value).ends_with("json"));
+        let shape = if says_json { Shape::Json } else { Shape::Unknown };
+        let splitter = Splitter::new(config::MAX_ANSWER, MAX_NOISE);
+        Ok((Source::Upstream { reader: response.into_body().into_reader(), splitter, shape }, headers))
+    }
+}
+
+impl Events<'_> {
+    /// Waits for the next events and appends them: those that arrived together. False: the stream
+    /// ended as HTTP has it. Errs when it broke off, was silent for too long, or the client has gone.
+    // Not inlined: what is read from then on would stand below the buffer on a stack that each stream keeps.
+    #[inline(never)]
+    pub fn next(&mut self, events: &mut Vec<Event>) -> Result<bool, Box<Failure>> {
+        let before = events.len();
+        match &mut self.source {
+            Source::Over => return Ok(false),
+            Source::Mock(chunks) => {
+                if self.began {
+                    // Slow enough that a person sees it stream.
+                    let gap = (self.line.upstream.config.mock_delay / 10).min(Duration::from_millis(50));
+                    self.line.think(gap)?;
+                }
+                let Some(data) = chunks.pop_front() else { return Ok(false) };
+                events.push(Event { lines: format!("data: {data}\n").into_bytes() });
+            }
+            Source::Upstream { reader, splitter, shape } => {
+                let mut buffer = [0; 1024];
+                while events.len() == before {
+                    let read = match reader.read(&mut buffer) {
+                        Ok(0) => return Ok(self.last(events)),
+                        Ok(read) => &buffer[..read],
+                        Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                        Err(e) => return Err(self.broke_off(&e)),
+                    };
+                    // Whatever it calls itself: no line of a stream begins as JSON does.
+                    if *shape != Shape::Stream
+                        && let Some(first) = read.trim_ascii_start().first()
+                    {
+                        if matches!(first, b'{' | b'[') {
+                            return Err(self.no_stream(read));
+                        }
+                        *shape = Shape::Stream;
+                        self.line.watch.only_silence(self.line.upstream.config.upstream_idle);
+                    }
+                    if splitter.push(read, events).is_err() {
+                        let text = "an event of the LLM's stream is too long, or there are only comments";
+                        return Err(self.failed(Code::UPSTREAM_BAD_ANSWER, text).into());
+                    }
+                }
+            }
+        }
+        self.began = true;
+        Ok(true)
+    }
+
+    /// What the end of the body leaves; false: nothing.
+    #[inline(never)]
+    fn last(&mut self, events: &mut Vec<Event>) -> bool {
+        let last = match std::mem::replace(&mut self.source, Source::Over) {
+            Source::Upstream { splitter, .. } => splitter.finish(),
+            _ => None,
+        };
+        let any = last.is_some();
+        events.extend(last);
+        any
+    }
+
+    #[inline(never)]
+    fn broke_off(&self, e: &io::Error) -> Box<Failure> {
+        let upstream = &self.line.upstream;
+        let is_json = matches!(self.source, Source::Upstream { shape: Shape::Json, .. });
+        let error = match self.line.watch.ended() {
+            Some(Ended::TimedOut) if !is_json => {
+                let idle = upstream.config.upstream_idle.as_secs();
+                self.failed(Code::UPSTREAM_TIMEOUT, &format!("the LLM's stream was silent for {idle} s (UPSTREAM_IDLE_SECS)"))
+            }
+            Some(ended) => upstream.ended(ended),
+            None if !self.began => {
+                self.failed(Code::UPSTREAM_BAD_ANSWER, &format!("the LLM's answer broke off before it began: {e}"))
+            }
+            None => self.failed(Code::UPSTREAM_ERROR, &format!("the LLM's stream broke off: {e}")),
+        };
+        error.into()
+    }
+
+    /// What came in place of a stream and began so.
+    #[inline(never)]
+    fn no_stream(&mut self, start: &[u8]) -> Box<Failure> {
+        let Source::Upstream { reader, shape, .. } = std::mem::replace(&mut self.source, Source::Over) else {
+            return self.failed(Code::UPSTREAM_BAD_ANSWER, "the LLM did not stream").into();
+        };
+        if shape != Shape::Json {
+            self.line.watch.within(self.line.upstream.config.upstream_timeout);
+        }
+        let no = match self.line.whole(reader, start.to_vec()).map(|body| openai::parse_completion(&body)) {
+            Ok(Ok(_)) => NoAnswer::from("a whole answer where a stream was asked for".to_string()),
+            Ok(Err(no)) => no,
+            Err(e) => return e.into(),
+        };
+        self.no_answer(Code::UPSTREAM_BAD_ANSWER, "did not stream", &no)
+    }
+
+    /// After the last event: reads what is left, if it comes at once, so that the connection can be used
+    /// again.
+    pub fn settle(&mut self) {
+        if let Source::Upstream { reader, .. } = &mut self.source {
+            let mut buffer = [0; 256];
+            self.line.watch.without_client(Duration::from_millis(20));
+            let mut left = 16;
+            while left > 0 && reader.read(&mut buffer).is_ok_and(|read| read > 0) {
+                left -= 1;
+            }
+        }
+    }
+
+    /// A word of the upstream's that goes into log and history.
+    pub fn redact(&self, word: &str) -> String {
+        self.line.upstream.redact(word)
+    }
+
+    /// A failure by what came, without secrets; `what` the LLM did.
+    pub fn no_answer(&self, code: Code, what: &str, no: &NoAnswer) -> Box<Failure> {
+        Box::new(Failure { passing: no.passing, ..self.failed(code, &format!("the LLM {what}: {}", no.why)).into() })
+    }
+
+    /// A failure in the stream's own words, without secrets.
+    pub fn failed(&self, code: Code, text: &str) -> ApiError {
+        self.line.upstream.failed(code, text)
+    }
+}
+
+impl Drop for Events<'_> {
+    fn drop(&mut self) {
+        self.line.watch.end();
+    }
+}

@@ -1,0 +1,162 @@
+//! What the upstream's failures are to our clients, and whether another attempt or another model may do better. Knows answers
+//! that are none, not how they were asked for.
+
+use std::io::Read;
+use std::time::{Duration, SystemTime};
+
+use ureq::Body;
+use ureq::http::{HeaderMap, Response, header};
+
+use super::Upstream;
+use super::wire::Ended;
+use crate::error::{ApiError, Code};
+use crate::openai;
+
+/// Why an attempt or a stream failed, and whether another may do better.
+pub struct Failure {
+    pub error: ApiError,
+    /// For the log: what happened, in none but our own words; empty where the request's line says it all.
+    pub(super) logged: String,
+    /// It may go by: another attempt may succeed, or another model.
+    pub passing: bool,
+    /// How long the upstream asked to be left alone.
+    pub(super) wait: Option<Duration>,
+    /// A 404: another model may be there.
+    pub(super) unknown_model: bool,
+    /// The server does not know the option by which a stream tells its usage.
+    pub(super) refuses_usage: bool,
+}
+
+impl From<ApiError> for Failure {
+    /// There is no use in another attempt.
+    fn from(error: ApiError) -> Failure {
+        Failure { error, logged: String::new(), passing: false, wait: None, unknown_model: false, refuses_usage: false }
+    }
+}
+
+impl From<ApiError> for Box<Failure> {
+    fn from(error: ApiError) -> Box<Failure> {
+        Box::new(error.into())
+    }
+}
+
+/// The `Retry-After` as it came, where it can stand in our answer.
+fn retry_after(headers: &HeaderMap) -> Option<&str> {
+    let value = headers.get(header::RETRY_AFTER)?.to_str().ok()?;
+    (1..=64).contains(&value.len()).then_some(value)
+}
+
+/// What OpenAI's own clients look at first.
+fn wait_in_ms(headers: &HeaderMap) -> Option<Duration> {
+    let ms: f64 = headers.get("retry-after-ms")?.to_str().ok()?.trim().parse().ok()?;
+    Duration::try_from_secs_f64(ms / 1000.0).ok()
+}
+
+/// `Retry-After` in either of its forms (RFC 9110, section 10.2.3); nonsense is none.
+fn wait_of(text: &str) -> Option<Duration> {
+    if let Ok(seconds) = text.trim().parse::<f64>() {
+        return Duration::try_from_secs_f64(seconds).ok();
+    }
+    let date = httpdate::parse_http_date(text).ok()?;
+    Some(date.duration_since(SystemTime::now()).unwrap_or_default())
+}
+
+/// An error answer is read so far for its words.
+const MAX_ERROR_BODY: u64 = 64 * 1024;
+
+impl Upstream {
+    /// A call that was over before the upstream had answered, and not by its doing.
+    pub(super) fn ended(&self, ended: Ended) -> ApiError {
+        match ended {
+            Ended::ClientGone => ApiError::client_gone(),
+            Ended::TimedOut => {
+                let text =
+                    format!("the LLM did not answer within {} s (UPSTREAM_TIMEOUT_SECS)", self.config.upstream_timeout.as_secs());
+                self.failed(Code::UPSTREAM_TIMEOUT, &text)
+            }
+        }
+    }
+
+    /// An attempt that failed without an answer's head.
+    pub(super) fn unanswered(&self, error: &ureq::Error) -> Box<Failure> {
+        let (code, text, passing) = match error {
+            ureq::Error::HostNotFound => {
+                (Code::UPSTREAM_UNAVAILABLE, "the LLM's host name cannot be resolved; check OPENAI_BASE_URL".to_string(), true)
+            }
+            ureq::Error::Io(e) => (Code::UPSTREAM_UNAVAILABLE, format!("the LLM cannot be reached: {e}"), true),
+            e @ (ureq::Error::Tls(_) | ureq::Error::Rustls(_)) => {
+                (Code::UPSTREAM_UNAVAILABLE, format!("no secure connection to the LLM: {e}"), true)
+            }
+            e => (Code::UPSTREAM_BAD_ANSWER, format!("the LLM's answer is not HTTP as it should be: {e}"), false),
+        };
+        let error = self.failed(code, &text);
+        Box::new(Failure { passing, logged: error.message.clone(), ..error.into() })
+    }
+
+    /// An answer with a status that is not a success.
+    pub(super) fn refused(&self, mut response: Response<Body>) -> Box<Failure> {
+        let status = response.status().as_u16();
+        let mut body = Vec::new();
+        // Words that cannot be read are words that are not there.
+        let _ = response.body_mut().as_reader().take(MAX_ERROR_BODY).read_to_end(&mut body);
+        let words = openai::error_text(&body);
+        let (code, what) = match status {
+            300..=399 => (Code::UPSTREAM_ERROR, "redirected, which is not followed; check OPENAI_BASE_URL"),
+            400 | 413 | 422 => (Code::UPSTREAM_REJECTED, "rejected the request"),
+            401 | 403 => (Code::UPSTREAM_ERROR, "refused the server's key"),
+            404 => (Code::UPSTREAM_ERROR, "has nothing there; check OPENAI_BASE_URL and the model"),
+            408 => (Code::UPSTREAM_TIMEOUT, "was too slow"),
+            429 => (Code::UPSTREAM_RATE_LIMITED, "limits the rate"),
+            503 | 529 => (Code::UPSTREAM_UNAVAILABLE, "is not available"),
+            _ => (Code::UPSTREAM_ERROR, "failed"),
+        };
+        let logged = format!("the LLM {what} ({status})");
+        let mut error = self.failed(code, &if status < 400 { logged.clone() } else { format!("{logged}: {words}") });
+        let retry_after = retry_after(response.headers());
+        if matches!(code.status(), 429 | 503) {
+            let clean = retry_after.filter(|value| !self.has_secret(value));
+            error.retry_after = clean.map(str::to_string).or(error.retry_after);
+        }
+        let limits = self.passed_on(response.headers()).into_iter().filter(|(name, _)| name.starts_with("x-ratelimit-"));
+        error.headers.extend(limits);
+        // OpenAI's word for an account without money, which no waiting fills.
+        let quota = status == 429 && body.windows(18).any(|w| w == b"insufficient_quota");
+        let wait = wait_in_ms(response.headers()).or(retry_after.and_then(wait_of));
+        if code == Code::UPSTREAM_REJECTED {
+            error.param = openai::error_param(&body).map(|param| self.redact(&param).into());
+        }
+        error.no_quota = quota;
+        if quota || matches!(status, 300..=407 | 410..=428 | 430..=499) {
+            error = error.pointless_to_retry();
+        }
+        let passing = matches!(status, 408 | 429 | 500..=599) && !quota;
+        let refuses_usage = code == Code::UPSTREAM_REJECTED && String::from_utf8_lossy(&body).contains("stream_options");
+        Box::new(Failure { error, logged, passing, wait, unknown_model: status == 404, refuses_usage })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ureq::http::HeaderValue;
+
+    use super::*;
+
+    #[test]
+    fn retry_after_is_a_number_a_date_or_nothing() {
+        assert_eq!(wait_of("3"), Some(Duration::from_secs(3)));
+        assert_eq!(wait_of("0.5"), Some(Duration::from_millis(500)));
+        assert_eq!(wait_of("Wed, 21 Oct 2015 07:28:00 GMT"), Some(Duration::ZERO));
+        for nonsense in ["soon", "-1", "NaN", "1e300", ""] {
+            assert_eq!(wait_of(nonsense), None, "{nonsense}");
+        }
+    }
+
+    #[test]
+    fn the_wait_may_come_in_milliseconds() {
+        let wait = |ms: &'static str| {
+            wait_in_ms(&[("retry-after-ms".parse().expect("a name"), HeaderValue::from_static(ms))].into_iter().collect())
+        };
+        assert_eq!(wait("1500"), Some(Duration::from_millis(1500)));
+        assert_eq!((wait("soon"), wait("-1"), wait_in_ms(&HeaderMap::new())), (None, None, None));
+    }
+}
