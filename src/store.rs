@@ -3,6 +3,7 @@
 //! and pages, nothing of HTTP or the LLM.
 
 mod desk;
+mod schema;
 mod writer;
 
 use std::borrow::Cow;
@@ -271,7 +272,7 @@ impl Store {
         });
         drop(reading);
         result.map_err(|e| {
-            log::error!("history cannot be read: {}", writer::advice(&e.into()));
+            log::error!("history cannot be read: {}", schema::advice(&e.into()));
             unavailable()
         })
     }

@@ -1,5 +1,8 @@
-//! The writer of the history: commits together what waits together, and does the housekeeping: migrations, the
-//! index of words, retention, moving the journal. Knows rows and files, not who asks for them.
+//! The writer of the history: commits together what waits together, moves the journal, and sees to the housekeeping. Knows
+//! rows and files, not who asks for them.
+
+mod index;
+mod retention;
 
 use std::fs;
 use std::os::unix::fs::OpenOptionsExt;
@@ -11,8 +14,9 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
-use rusqlite::{Connection, OpenFlags, ffi, params, params_from_iter};
+use rusqlite::{Connection, OpenFlags, ffi, params};
 
+use super::schema::{self, Trouble, advice};
 use super::{Arrival, Order, PROBE_WAIT, State, Then, Unique, connect, reader, unavailable};
 use crate::config::Durability;
 use crate::error::ApiError;
@@ -22,14 +26,6 @@ use crate::kernel::{self, Room};
 use crate::lock::{lock, own, share};
 use crate::logging;
 use crate::metrics::Metrics;
-
-/// Numbered from 1; the database's `user_version` is the number of the last one applied.
-const MIGRATIONS: &[&str] = &[
-    include_str!("../../sql/migrations/0001_history.sql"),
-    include_str!("../../sql/migrations/0002_idempotency.sql"),
-    include_str!("../../sql/migrations/0003_deletemerge.sql"),
-    include_str!("../../sql/migrations/0004_ids.sql"),
-];
 
 const PROBE: &str = include_str!("../../sql/queries/probe.sql");
 /// At most so many pairs in one transaction.
@@ -43,80 +39,12 @@ const CHECKPOINT: &str = "PRAGMA wal_checkpoint(PASSIVE)";
 const MOST_PAGES: usize = 4 * CHECKPOINT_PAGES;
 /// The writer does its housekeeping when nothing came for this long.
 pub const QUIET: Duration = Duration::from_millis(100);
-/// Housekeeping takes so many rows at a time, so that a new pair never waits long.
-const CHORE_ROWS: i64 = 500;
-/// The index takes no more bytes of text at a time, but at least one row.
-const CHORE_BYTES: i64 = 256 << 10;
-/// Words of more rows than this are not left for quiet times.
-const MOST_UNINDEXED: i64 = 200_000;
-/// The same in bytes of text.
-const MOST_UNINDEXED_BYTES: i64 = 64 << 20;
-/// Retention takes so many in a quiet moment: their words are in the index, and a new pair waits about a millisecond.
-const RETAIN_ROWS: u64 = 50;
 /// How often retention looks at the clock, and how long the index rests where it failed.
 const RETENTION_TICK: Duration = Duration::from_secs(60);
 /// Bytes of room that new pairs leave alone, or a sixteenth of a small disk: deleting takes some, too.
 const KEPT_ROOM: u64 = 4 << 20;
 /// Bytes that a row takes beside its texts, at most, in the journal and in the database.
 const ROW: u64 = 1 << 10;
-
-/// Why the database is not ready.
-pub enum Trouble {
-    Sql(rusqlite::Error),
-    Newer(i64),
-}
-
-impl From<rusqlite::Error> for Trouble {
-    fn from(e: rusqlite::Error) -> Trouble {
-        Trouble::Sql(e)
-    }
-}
-
-/// The trouble in words, with what to do about it.
-pub fn advice(trouble: &Trouble) -> String {
-    use rusqlite::ErrorCode::{
-        CannotOpen, DatabaseBusy, DatabaseCorrupt, DatabaseLocked, DiskFull, NotADatabase, PermissionDenied, ReadOnly,
-        SystemIoFailure,
-    };
-    let e = match trouble {
-        Trouble::Newer(version) => {
-            return format!(
-                "it is of version {version}, made by a newer program than this one, which knows {}; run that program, or set DATABASE_PATH",
-                MIGRATIONS.len()
-            );
-        }
-        Trouble::Sql(e) => e,
-    };
-    let what = match e.sqlite_error_code() {
-        Some(CannotOpen | PermissionDenied | ReadOnly) => {
-            "it cannot be written; check the rights of file and folder, or set DATABASE_PATH"
-        }
-        Some(NotADatabase | DatabaseCorrupt) => {
-            "it is damaged or no SQLite database; move it away and start again, or restore a backup"
-        }
-        Some(DatabaseBusy | DatabaseLocked) => "another process holds its lock; end that process",
-        Some(DiskFull | SystemIoFailure) => "the disk is full or failing; make room",
-        _ => "it cannot be used",
-    };
-    // rusqlite's own text goes on with the statement, which may have many lines.
-    let said = if let rusqlite::Error::SqlInputError { msg, .. } = e { msg.clone() } else { e.to_string() };
-    format!("{what} ({said})")
-}
-
-/// The last of the rows that are indexed next, and the bytes of their texts; `None` where there are no rows.
-fn bite(connection: &Connection) -> rusqlite::Result<Option<(i64, i64)>> {
-    let mut next = connection.prepare_cached(include_str!("../../sql/queries/index_next.sql"))?;
-    let mut rows = next.query([CHORE_ROWS])?;
-    let mut bite: Option<(i64, i64)> = None;
-    while let Some(row) = rows.next()? {
-        let bytes = row.get::<_, i64>(1)? + bite.map_or(0, |(_, bytes)| bytes);
-        if bite.is_some() && bytes > CHORE_BYTES {
-            break;
-        }
-        bite = Some((row.get(0)?, bytes));
-    }
-    Ok(bite)
-}
 
 /// Nothing is lost where the journal was not moved over: it is tried again later, and a disk that fails shows in the next
 /// commit.
@@ -137,58 +65,6 @@ fn data_version(connection: &Connection) -> rusqlite::Result<i64> {
 
 fn count(connection: &Connection) -> rusqlite::Result<u64> {
     connection.query_row(include_str!("../../sql/queries/count.sql"), [], |row| row.get::<_, i64>(0)).map(|rows| rows as u64)
-}
-
-/// What retention says has to go.
-struct Surplus {
-    /// Rows more than may be kept.
-    rows: u64,
-    /// Rows of more than so many days ago; 0: it is not the time to look for them.
-    days: u64,
-}
-
-impl Surplus {
-    fn is_none(&self) -> bool {
-        self.rows == 0 && self.days == 0
-    }
-
-    /// Deletes at most so many of them, the oldest; how many.
-    fn delete(&self, connection: &Connection, most: u64) -> rusqlite::Result<u64> {
-        let mut ids: Vec<i64> = Vec::new();
-        let mut find = |oldest: &str, parameters: &[i64]| {
-            let mut oldest = connection.prepare_cached(oldest)?;
-            for id in oldest.query_map(params_from_iter(parameters), |row| row.get(0))? {
-                ids.push(id?);
-            }
-            Ok::<(), rusqlite::Error>(())
-        };
-        if self.rows > 0 {
-            find(include_str!("../../sql/queries/oldest_over_count.sql"), &[self.rows.min(most) as i64])?;
-        }
-        if self.days > 0 {
-            find(include_str!("../../sql/queries/oldest_over_age.sql"), &[most as i64, self.days as i64])?;
-        }
-        let mut forget_words = connection.prepare_cached(include_str!("../../sql/queries/forget_words.sql"))?;
-        let mut forget = connection.prepare_cached(include_str!("../../sql/queries/forget.sql"))?;
-        let mut deleted = 0;
-        for id in ids {
-            forget_words.execute([id])?;
-            deleted += forget.execute([id])? as u64;
-        }
-        Ok(deleted)
-    }
-
-    /// The same, and where it fails the transaction that it is a part of can go on: what is damaged, such as the index of
-    /// words, is to keep nobody from asking.
-    fn delete_alone(&self, connection: &Connection, most: u64) -> rusqlite::Result<rusqlite::Result<u64>> {
-        if self.is_none() {
-            return Ok(Ok(0));
-        }
-        connection.execute_batch("SAVEPOINT surplus")?;
-        let deleted = self.delete(connection, most);
-        connection.execute_batch(if deleted.is_ok() { "RELEASE surplus" } else { "ROLLBACK TO surplus; RELEASE surplus" })?;
-        Ok(deleted)
-    }
 }
 
 /// A panic in what follows costs this one request, not the history.
@@ -466,97 +342,6 @@ impl Writer {
         (self.room)(&self.path).is_none_or(|room| room.left + free.unwrap_or(0) as u64 >= wanted)
     }
 
-    /// Under a load that never pauses: one bite of the index after each batch where a search waits for it. Where
-    /// very much is not indexed, the more bites the more that is, so that it does not grow for ever.
-    pub fn catch_up(&mut self) {
-        let behind = ((self.last_id - self.indexed) / MOST_UNINDEXED).max(self.unindexed_bytes / MOST_UNINDEXED_BYTES);
-        for _ in 0..behind.max(i64::from(!self.searches.is_empty())) {
-            self.index();
-        }
-    }
-
-    /// Indexes the words of some rows, one bite; true when there may be more to do.
-    fn index(&mut self) -> bool {
-        if self.indexed >= self.last_id || self.is_index_failing() {
-            return false;
-        }
-        let last_id = self.last_id;
-        let has_room = self.has_room(2 * CHORE_BYTES as u64);
-        let done = self.transact("indexed", |connection| {
-            if !has_room {
-                return Err(disk_full());
-            }
-            let Some((up_to, bytes)) = bite(connection)? else { return Ok(None) };
-            connection.prepare_cached(include_str!("../../sql/queries/index_words.sql"))?.execute([up_to])?;
-            connection.prepare_cached(include_str!("../../sql/queries/indexed_up_to.sql"))?.execute([up_to, last_id])?;
-            Ok(Some((up_to, bytes)))
-        });
-        if let Some(bitten) = done {
-            // The newest rows may have been deleted before they were indexed.
-            let (up_to, bytes) = bitten.unwrap_or((last_id, 0));
-            self.grew(0, 2 * bytes as usize);
-            self.indexed = up_to;
-            self.unindexed_bytes = if up_to < self.last_id { (self.unindexed_bytes - bytes).max(0) } else { 0 };
-        } else {
-            self.next_indexing = Instant::now() + RETENTION_TICK;
-        }
-        done.is_some()
-    }
-
-    fn is_index_failing(&self) -> bool {
-        self.state.failing.load(Ordering::Relaxed) || Instant::now() < self.next_indexing
-    }
-
-    /// Tells the searches that miss nothing any more, and all of them where indexing fails. Who gave up waiting is
-    /// forgotten.
-    fn let_searches_go(&mut self) {
-        let failing = self.is_index_failing();
-        // A giver that is dropped wakes who waits.
-        self.searches.retain(|(up_to, search)| *up_to > self.indexed && !failing && search.is_awaited());
-    }
-
-    /// What has to go when so many pairs come.
-    fn surplus(&mut self, coming: usize) -> Surplus {
-        if Instant::now() < self.next_pruning {
-            return Surplus { rows: 0, days: 0 };
-        }
-        if self.max_rows > 0 && self.rows + coming as u64 > self.max_rows {
-            self.look_again();
-        }
-        let rows = if self.max_rows > 0 { (self.rows + coming as u64).saturating_sub(self.max_rows) } else { 0 };
-        Surplus { rows, days: if Instant::now() >= self.next_retention { self.max_days } else { 0 } }
-    }
-
-    /// Deletes some of what has to go, one bite; true when there may be more to do.
-    fn retain(&mut self) -> bool {
-        let surplus = self.surplus(0);
-        if surplus.is_none() {
-            return false;
-        }
-        let deleted = self.attempt("pruned", |connection| surplus.delete_alone(connection, RETAIN_ROWS));
-        let deleted = deleted.map_or(0, |deleted| self.pruned(deleted));
-        self.shrank(&surplus, deleted, RETAIN_ROWS);
-        self.grew(deleted as usize, 0);
-        deleted > 0
-    }
-
-    /// How many rows were deleted; where that failed, retention rests.
-    fn pruned(&mut self, deleted: rusqlite::Result<u64>) -> u64 {
-        deleted.unwrap_or_else(|e| {
-            log::error!("history cannot be pruned: {}", advice(&Trouble::Sql(e)));
-            self.next_pruning = Instant::now() + RETENTION_TICK;
-            0
-        })
-    }
-
-    /// After so many rows were deleted, of `most` that would have been.
-    fn shrank(&mut self, surplus: &Surplus, deleted: u64, most: u64) {
-        self.rows = self.rows.saturating_sub(deleted);
-        if surplus.days > 0 && deleted < most {
-            self.next_retention = Instant::now() + RETENTION_TICK;
-        }
-    }
-
     /// Drops old notes of requests that must not be asked twice.
     fn forget_remembered(&mut self) {
         if Instant::now() >= self.next_forgetting {
@@ -646,26 +431,14 @@ impl Writer {
         // Made before SQLite makes it, since what people ask is for the owner's eyes only.
         let _ = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&self.path);
         let mut connection = connect(&self.path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE)?;
-        let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
-        if version > MIGRATIONS.len() as i64 {
-            return Err(Trouble::Newer(version));
-        }
+        schema::check(&connection)?;
         connection.query_row("PRAGMA journal_mode = wal", [], |_| Ok(()))?;
         // Migrations need not wait for the disk: one that a power cut takes back is made again.
         connection.execute_batch(&format!(
             "PRAGMA synchronous = NORMAL; PRAGMA cache_size = -2048; PRAGMA journal_size_limit = 67108864;
              PRAGMA wal_autocheckpoint = {MOST_PAGES};"
         ))?;
-        for (number, migration) in (1..).zip(MIGRATIONS).skip(version as usize) {
-            let transaction = connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
-            // Another process may have made it meanwhile.
-            if transaction.query_row("PRAGMA user_version", [], |row| row.get::<_, i64>(0))? >= number {
-                continue;
-            }
-            transaction.execute_batch(migration)?;
-            transaction.pragma_update(None, "user_version", number)?;
-            transaction.commit()?;
-        }
+        schema::migrate(&mut connection)?;
         // A migration may sort what is large; what the index puts by is small, and must not need a folder somewhere else.
         connection.execute_batch("PRAGMA temp_store = MEMORY")?;
         if self.sync == Durability::Full {
@@ -721,6 +494,7 @@ impl Writer {
 #[cfg(test)]
 mod tests {
     use super::super::desk::Desk;
+    use super::index::{MOST_UNINDEXED, MOST_UNINDEXED_BYTES};
     use super::*;
     use crate::handoff::{Nothing, handoff};
 
@@ -817,7 +591,7 @@ mod tests {
     fn a_history_of_before_is_taken_over_with_its_ids() {
         let path = std::env::temp_dir().join(format!("ai-proxy-{}-before.db", std::process::id()));
         let before = Connection::open(&path).expect("a file");
-        for (number, migration) in (1..).zip(&MIGRATIONS[..3]) {
+        for (number, migration) in (1..).zip(&schema::MIGRATIONS[..3]) {
             before.execute_batch(&format!("{migration}; PRAGMA user_version = {number}")).expect("a migration");
         }
         let row =

@@ -1,0 +1,84 @@
+//! The index of words, which the writer makes in quiet moments, or when a search waits for it. Knows which rows are in it,
+//! not what is searched for.
+
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use rusqlite::Connection;
+
+use super::{RETENTION_TICK, Writer, disk_full};
+
+/// Housekeeping takes so many rows at a time, so that a new pair never waits long.
+const CHORE_ROWS: i64 = 500;
+/// The index takes no more bytes of text at a time, but at least one row.
+const CHORE_BYTES: i64 = 256 << 10;
+/// Words of more rows than this are not left for quiet times.
+pub(super) const MOST_UNINDEXED: i64 = 200_000;
+/// The same in bytes of text.
+pub(super) const MOST_UNINDEXED_BYTES: i64 = 64 << 20;
+
+/// The last of the rows that are indexed next, and the bytes of their texts; `None` where there are no rows.
+fn bite(connection: &Connection) -> rusqlite::Result<Option<(i64, i64)>> {
+    let mut next = connection.prepare_cached(include_str!("../../../sql/queries/index_next.sql"))?;
+    let mut rows = next.query([CHORE_ROWS])?;
+    let mut bite: Option<(i64, i64)> = None;
+    while let Some(row) = rows.next()? {
+        let bytes = row.get::<_, i64>(1)? + bite.map_or(0, |(_, bytes)| bytes);
+        if bite.is_some() && bytes > CHORE_BYTES {
+            break;
+        }
+        bite = Some((row.get(0)?, bytes));
+    }
+    Ok(bite)
+}
+
+impl Writer {
+    /// Under a load that never pauses: one bite of the index after each batch where a search waits for it. Where
+    /// very much is not indexed, the more bites the more that is, so that it does not grow for ever.
+    pub fn catch_up(&mut self) {
+        let behind = ((self.last_id - self.indexed) / MOST_UNINDEXED).max(self.unindexed_bytes / MOST_UNINDEXED_BYTES);
+        for _ in 0..behind.max(i64::from(!self.searches.is_empty())) {
+            self.index();
+        }
+    }
+
+    /// Indexes the words of some rows, one bite; true when there may be more to do.
+    pub(super) fn index(&mut self) -> bool {
+        if self.indexed >= self.last_id || self.is_index_failing() {
+            return false;
+        }
+        let last_id = self.last_id;
+        let has_room = self.has_room(2 * CHORE_BYTES as u64);
+        let done = self.transact("indexed", |connection| {
+            if !has_room {
+                return Err(disk_full());
+            }
+            let Some((up_to, bytes)) = bite(connection)? else { return Ok(None) };
+            connection.prepare_cached(include_str!("../../../sql/queries/index_words.sql"))?.execute([up_to])?;
+            connection.prepare_cached(include_str!("../../../sql/queries/indexed_up_to.sql"))?.execute([up_to, last_id])?;
+            Ok(Some((up_to, bytes)))
+        });
+        if let Some(bitten) = done {
+            // The newest rows may have been deleted before they were indexed.
+            let (up_to, bytes) = bitten.unwrap_or((last_id, 0));
+            self.grew(0, 2 * bytes as usize);
+            self.indexed = up_to;
+            self.unindexed_bytes = if up_to < self.last_id { (self.unindexed_bytes - bytes).max(0) } else { 0 };
+        } else {
+            self.next_indexing = Instant::now() + RETENTION_TICK;
+        }
+        done.is_some()
+    }
+
+    pub(super) fn is_index_failing(&self) -> bool {
+        self.state.failing.load(Ordering::Relaxed) || Instant::now() < self.next_indexing
+    }
+
+    /// Tells the searches that miss nothing any more, and all of them where indexing fails. Who gave up waiting is
+    /// forgotten.
+    pub(super) fn let_searches_go(&mut self) {
+        let failing = self.is_index_failing();
+        // A giver that is dropped wakes who waits.
+        self.searches.retain(|(up_to, search)| *up_to > self.indexed && !failing && search.is_awaited());
+    }
+}
