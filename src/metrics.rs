@@ -72,6 +72,7 @@ pub struct Metrics {
     pub queue_wait: Histogram,
     pub upstream_attempts: Counter,
     pub upstream_retries: Counter,
+    pub upstream_fallbacks: Counter,
     pub upstream_cancelled: Counter,
     pub history_commits: Counter,
     pub history_rows: Counter,
@@ -116,6 +117,7 @@ impl Metrics {
             queue_wait: Histogram::new(SHORT),
             upstream_attempts: Counter::default(),
             upstream_retries: Counter::default(),
+            upstream_fallbacks: Counter::default(),
             upstream_cancelled: Counter::default(),
             history_commits: Counter::default(),
             history_rows: Counter::default(),
@@ -177,6 +179,7 @@ impl Metrics {
         text.gauge("ai_proxy_connections", "Open connections of clients.", now.connections as f64);
         text.counter("ai_proxy_upstream_attempts_total", "Requests sent to the LLM.", &self.upstream_attempts);
         text.counter("ai_proxy_upstream_retries_total", "Those sent again after a failure.", &self.upstream_retries);
+        text.counter("ai_proxy_upstream_fallbacks_total", "Questions turned to another model.", &self.upstream_fallbacks);
         text.describe("ai_proxy_upstream_errors_total", "counter", "Failed calls of the LLM, by error code.");
         for (code, count) in &self.upstream_errors {
             text.line("ai_proxy_upstream_errors_total", &format!("code=\"{code}\""), count.get() as f64);

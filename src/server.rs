@@ -1,6 +1,7 @@
 //! The running server: puts the doors together, accepts clients until a signal says stop, lets what
 //! runs come to its end. Knows no endpoint.
 
+use std::collections::BTreeSet;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -55,9 +56,9 @@ pub fn serve(config: Config) -> Result<(), StartError> {
     log::info!("listening on http://{}", listener.local);
     log::info!("mode: {mode}");
     log::info!("history: {}", config.database_path.display());
-    let mut keys: Vec<&str> = config.api_keys.iter().map(|key| &*key.name).collect();
     // One that is being changed is there twice.
-    keys.dedup();
+    let keys: BTreeSet<&str> = config.api_keys.iter().map(|key| &*key.name).collect();
+    let keys: Vec<&str> = keys.into_iter().collect();
     log::info!("keys: {}", if keys.is_empty() { "none, everybody is served".to_string() } else { keys.join(", ") });
 
     let make_line = move || Line::new(&upstream);

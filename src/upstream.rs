@@ -209,7 +209,9 @@ impl Line {
 
     /// Turns to the next fallback model, where there is one and time for it.
     pub fn fall_back(&self, chat: &mut Chat) -> bool {
-        Instant::now() < self.deadline && chat.fall_back(&self.upstream.config.fallback_models)
+        let falls_back = Instant::now() < self.deadline && chat.fall_back(&self.upstream.config.fallback_models);
+        self.upstream.metrics.upstream_fallbacks.add(falls_back.into());
+        falls_back
     }
 
     /// The list of models, or the one whose name stands in `path` (`/NAME`), as JSON, and the fields of its head that

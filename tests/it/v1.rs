@@ -919,6 +919,7 @@ fn fallback_models_are_tried_in_order_and_who_spoke_is_said() {
         assert_eq!(models_asked(&upstream), expected);
         proxy.newest_of(4);
         assert!(proxy.history().iter().all(|pair| pair["model"] == "good"), "history says who");
+        assert!(proxy.get("/metrics").everything().contains("ai_proxy_upstream_fallbacks_total 8\n"));
     }
 }
 
