@@ -287,8 +287,7 @@ impl Line {
             };
             let failure = match attempt {
                 Ok(response) if response.status().is_success() => return Ok(response),
-                // What says farewell to an idle connection may cross our question on its way (RFC 9110, section 15.5.9).
-                Ok(response) if response.status() == StatusCode::REQUEST_TIMEOUT && self.watch.reused() => {
+                Ok(response) if self.watch.reused() && is_farewell(&response) => {
                     self.agent = agent(&self.watch, &self.upstream.names);
                     continue;
                 }
@@ -368,6 +367,12 @@ fn agent(watch: &Watch, names: &Names) -> Agent {
         .build();
     let connector = WireConnector { watch: watch.clone(), names: names.clone() };
     Agent::with_parts(config, connector.chain(RustlsConnector::default()), NoResolver)
+}
+
+/// What an upstream says that closes an idle connection, which may cross our question on its way (RFC 9110, section 15.5.9).
+fn is_farewell(response: &Response<Body>) -> bool {
+    let closes = response.headers().get(header::CONNECTION).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"close"));
+    response.status() == StatusCode::REQUEST_TIMEOUT && closes
 }
 
 /// Exponential, shortened by up to half at random, so that many clients' retries do not meet.
