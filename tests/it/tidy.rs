@@ -259,6 +259,36 @@ fn unsafe_stands_in_one_place() {
     }
 }
 
+/// The README says where each limit stands.
+#[test]
+fn the_limits_are_where_the_readme_has_them() {
+    let readme = include_str!("../../README.md");
+    let sources = sources();
+    let mut seen = 0;
+    for row in readme.lines().filter(|row| row.starts_with('|') && row.contains("`src/")) {
+        let mut names = Vec::new();
+        for code in row.split('`').skip(1).step_by(2) {
+            if !code.starts_with("src/") {
+                names.push(code);
+                continue;
+            }
+            let source = sources.iter().find(|source| source.path == code);
+            let source = source.unwrap_or_else(|| panic!("there is no {code}: {row}"));
+            for name in names.drain(..).filter(|name| name.chars().all(|c| c.is_ascii_uppercase() || c == '_')) {
+                seen += 1;
+                let constant = format!("const {name}:");
+                assert!(source.code.contains(&constant) || !is_limit(name), "{code} has no {name}: {row}");
+            }
+        }
+    }
+    assert!(seen > 10, "the table was read");
+}
+
+/// A word in capitals that is none of the settings.
+fn is_limit(name: &str) -> bool {
+    !include_str!("../../.env.example").contains(&format!("{name}="))
+}
+
 #[test]
 fn there_is_no_library() {
     assert!(!Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/src/lib.rs")).exists());
