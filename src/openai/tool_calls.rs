@@ -163,9 +163,8 @@ fn take_first(known: &mut Option<String>, new: Option<String>) -> usize {
     if given(known).is_some() {
         return 0;
     }
-    let before = known.as_deref().map_or(0, size_in_json);
     *known = new.or(known.take());
-    known.as_deref().map_or(0, size_in_json) - before
+    known.as_deref().map_or(0, size_in_json)
 }
 
 #[cfg(test)]
