@@ -209,31 +209,14 @@ fn instance(schema: &Value, root: &Value, depth: usize, left: &mut usize) -> Val
     if !afford(left, 8) || depth > DEEPEST {
         return Value::Null;
     }
-    if let Some(reference) = schema["$ref"].as_str().and_then(|reference| reference.strip_prefix('#')) {
-        // As a part of a URI it may be percent-encoded (RFC 6901, section 6).
-        let pointer = percent_decode_str(reference).decode_utf8_lossy();
-        let meant = if afford(left, reference.len()) { root.pointer(&pointer) } else { None };
-        return meant.map_or(Value::Null, |schema| instance(schema, root, depth + 1, left));
-    }
     if let Some(constant) = schema.get("const").or(schema["enum"].get(0)) {
         return repeat(constant, left);
     }
-    if let Some([first, more @ ..]) = schema["allOf"].as_array().map(Vec::as_slice) {
-        let mut all = instance(first, root, depth + 1, left);
-        for schema in more {
-            if let (Value::Object(all), Value::Object(part)) = (&mut all, instance(schema, root, depth + 1, left)) {
-                all.extend(part);
-            }
-        }
-        return all;
-    }
-    for choice in ["anyOf", "oneOf"] {
-        if let Some(first) = schema[choice].get(0) {
-            // A chain that goes on for ever ends, where it may, before it has to.
-            let is_end = |choice: &&Value| depth > DEEPEST / 2 && choice["type"] == "null";
-            let end = schema[choice].as_array().and_then(|choices| choices.iter().find(is_end));
-            return instance(end.unwrap_or(first), root, depth + 1, left);
-        }
+    let has_fields = ["properties", "required"].iter().any(|name| schema.get(name).is_some());
+    match combined(schema, root, depth, left) {
+        Some(Value::Object(object)) if has_fields => return fields(object, schema, root, depth, left).into(),
+        Some(value) if !has_fields => return value,
+        _ => {}
     }
     let kind = schema["type"].as_str().or(schema["type"][0].as_str()).unwrap_or("object");
     match kind {
@@ -248,22 +231,52 @@ fn instance(schema: &Value, root: &Value, depth: usize, left: &mut usize) -> Val
             let items = (0..least).map(|at| first.get(at).unwrap_or(&schema["items"]));
             items.map(|schema| instance(schema, root, depth + 1, left)).collect()
         }
-        _ => {
-            let mut object = Map::new();
-            let known = schema["properties"].as_object();
-            let required = schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str);
-            let others = required.filter(|name| known.is_none_or(|known| !known.contains_key(*name)));
-            let others = others.map(|name| (name, &schema["additionalProperties"]));
-            let known = known.into_iter().flatten().map(|(name, schema)| (name.as_str(), schema));
-            for (name, schema) in known.chain(others) {
-                if !afford(left, name.len()) {
-                    break;
-                }
-                object.insert(name.to_string(), instance(schema, root, depth + 1, left));
+        _ => fields(Map::new(), schema, root, depth, left).into(),
+    }
+}
+
+/// What the schemas say that one refers to or is put together of; `None`: there are none.
+fn combined(schema: &Value, root: &Value, depth: usize, left: &mut usize) -> Option<Value> {
+    if let Some(reference) = schema["$ref"].as_str().and_then(|reference| reference.strip_prefix('#')) {
+        // As a part of a URI it may be percent-encoded (RFC 6901, section 6).
+        let pointer = percent_decode_str(reference).decode_utf8_lossy();
+        let meant = if afford(left, reference.len()) { root.pointer(&pointer) } else { None };
+        return Some(meant.map_or(Value::Null, |schema| instance(schema, root, depth + 1, left)));
+    }
+    if let Some([first, more @ ..]) = schema["allOf"].as_array().map(Vec::as_slice) {
+        let mut all = instance(first, root, depth + 1, left);
+        for schema in more {
+            if let (Value::Object(all), Value::Object(part)) = (&mut all, instance(schema, root, depth + 1, left)) {
+                all.extend(part);
             }
-            Value::Object(object)
+        }
+        return Some(all);
+    }
+    let choices = schema["anyOf"].as_array().or(schema["oneOf"].as_array())?;
+    // A chain that goes on for ever ends, where it may, before it has to.
+    let is_end = |choice: &&Value| {
+        depth > DEEPEST / 2 && matches!(choice["type"].as_str(), Some("null" | "string" | "integer" | "number" | "boolean"))
+    };
+    let choice = choices.iter().find(is_end).or(choices.first())?;
+    Some(instance(choice, root, depth + 1, left))
+}
+
+/// The object with the properties of the schema, and what else that requires.
+fn fields(mut object: Map<String, Value>, schema: &Value, root: &Value, depth: usize, left: &mut usize) -> Map<String, Value> {
+    let known = schema["properties"].as_object();
+    let required = schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    let others = required.filter(|name| known.is_none_or(|known| !known.contains_key(*name)));
+    let others = others.map(|name| (name, &schema["additionalProperties"]));
+    let known = known.into_iter().flatten().map(|(name, schema)| (name.as_str(), schema));
+    for (name, schema) in known.chain(others) {
+        if !afford(left, name.len()) {
+            break;
+        }
+        if !schema.is_null() || !object.contains_key(name) {
+            object.insert(name.to_string(), instance(schema, root, depth + 1, left));
         }
     }
+    object
 }
 
 /// A text of the format that the schema names (JSON Schema, validation, section 7.3), or of the length.
@@ -384,6 +397,15 @@ mod tests {
             (json!({"required": ["a"], "additionalProperties": {"type": "integer"}}), json!({"a": 0})),
             (json!({"$ref": "#/$defs/a%20b", "$defs": {"a b": {"const": 1}}}), json!(1)),
             (
+                json!({"anyOf": [{"required": ["a"]}], "properties": {"a": {"type": "string"}}, "required": ["b"]}),
+                json!({"a": "mock", "b": {}}),
+            ),
+            (
+                json!({"$ref": "#/$defs/m", "properties": {"a": {"const": 1}}, "required": ["b"],
+                       "$defs": {"m": {"properties": {"b": {"const": 2}}}}}),
+                json!({"a": 1, "b": 2}),
+            ),
+            (
                 json!({"allOf": [{"properties": {"a": {"const": 1}}}, {"properties": {"b": {"const": 2}}}]}),
                 json!({"a": 1, "b": 2}),
             ),
@@ -416,6 +438,16 @@ mod tests {
             assert_eq!(node["v"], 0, "{node}");
             node = &node["next"];
         }
+    }
+
+    #[test]
+    fn a_tree_ends_in_leaves() {
+        let tree = json!({"anyOf": [{"type": "object", "properties": {"left": {"$ref": "#"}}, "required": ["left"]}, {"type": "integer"}]});
+        let mut node = &instance(&tree, &tree, 0, &mut { LONGEST_INSTANCE });
+        while node.is_object() {
+            node = &node["left"];
+        }
+        assert_eq!(*node, json!(0));
     }
 
     #[test]

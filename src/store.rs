@@ -254,9 +254,11 @@ impl Store {
     fn read<T>(&self, query: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, ApiError> {
         let mut reading = share(&self.state.reading);
         if !self.state.is_at(&self.path) {
-            // The writer has not noticed yet.
             drop(reading);
-            self.writable();
+            // The writer has not noticed yet; any order makes it look.
+            let (done, noticed) = handoff();
+            self.desk.order(Order::Probe(done), false);
+            let _ = noticed.take_within(PROBE_WAIT);
             reading = share(&self.state.reading);
         }
         let opening = self.state.opening.load(Ordering::Relaxed);
@@ -398,7 +400,7 @@ fn reader(path: &Path, state: &State) -> rusqlite::Result<Connection> {
     // Looked at after it is open, and before anything is read.
     if !state.is_at(path) {
         let text = "another database has taken its place";
-        return Err(rusqlite::Error::SqliteFailure(ffi::Error::new(ffi::SQLITE_CANTOPEN), Some(text.to_string())));
+        return Err(rusqlite::Error::SqliteFailure(ffi::Error::new(ffi::SQLITE_ABORT), Some(text.to_string())));
     }
     connection.execute_batch("PRAGMA query_only = on; PRAGMA cache_size = -1024; PRAGMA temp_store = MEMORY;")?;
     Ok(connection)

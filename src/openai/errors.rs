@@ -53,19 +53,23 @@ pub(super) fn no_error(what: &str, error: Option<&RawValue>) -> Result<(), NoAns
 /// shapes, or whatever text it is.
 pub fn error_text(body: &[u8]) -> String {
     match serde_json::from_slice::<Value>(body) {
-        // Google's come in a list of one.
-        Ok(value) => {
-            let value = value.get(0).unwrap_or(&value);
-            error_words(value.get("error").filter(|error| !error.is_null() && **error != "").unwrap_or(value))
-        }
+        Ok(value) => error_words(bare(&value)),
         Err(_) => one_line(String::from_utf8_lossy(body).trim()),
     }
 }
 
+/// The error in the body of an error answer, where it has a frame without that.
+fn bare(value: &Value) -> &Value {
+    // Google's come in a list of one.
+    let value = value.get(0).unwrap_or(value);
+    value.get("error").filter(|error| !error.is_null() && **error != "").unwrap_or(value)
+}
+
 /// The field of the request that an error answer blames.
 pub fn error_param(body: &[u8]) -> Option<String> {
-    let param = serde_json::from_slice::<Value>(body).ok()?["error"]["param"].as_str().map(one_line)?;
-    (1..=200).contains(&param.len()).then_some(param)
+    let error = serde_json::from_slice::<Value>(body).ok()?;
+    let param = bare(&error)["param"].as_str()?;
+    ((1..=200).contains(&param.len()) && !param.contains(char::is_control)).then(|| param.to_string())
 }
 
 /// An error as it is, or what people and we read of it where it is large.
@@ -131,6 +135,17 @@ mod tests {
 
     #[test]
     fn errors_are_found_in_every_usual_shape() {
+        for (body, param) in [
+            (&br#"{"error":{"message":"a","param":"p"}}"#[..], Some("p")),
+            (br#"[{"error":{"param":"p"}}]"#, Some("p")),
+            (br#"{"object":"error","message":"a","param":"p"}"#, Some("p")),
+            (br#"{"error":{"param":"p\nq"}}"#, None),
+            (br#"{"error":{"param":["p"]}}"#, None),
+            (br#"{"error":"a"}"#, None),
+            (b"a", None),
+        ] {
+            assert_eq!(error_param(body).as_deref(), param);
+        }
         for (body, text) in [
             (&br#"{"error":{"message":"a","code":"x"}}"#[..], "a (x)"),
             (br#"{"error":{"message":"too long: x","code":"x"}}"#, "too long: x"),

@@ -70,6 +70,16 @@ impl ToolCall {
     /// What a call takes in history beside its texts, in bytes: empty ones are many.
     const FRAME: usize = r#"{"arguments":null,"id":null,"name":null},"#.len();
 
+    fn begins_an_object(&self) -> bool {
+        self.arguments.as_deref().unwrap_or_default().trim_start().starts_with('{')
+    }
+
+    /// Its arguments are an object to its end.
+    fn is_complete(&self) -> bool {
+        let arguments = self.arguments.as_deref().unwrap_or_default();
+        arguments.trim_end().ends_with('}') && from_json::<IgnoredAny>(arguments.as_bytes()).is_ok()
+    }
+
     fn size(&self) -> usize {
         Self::FRAME + [&self.arguments, &self.name, &self.id].into_iter().flatten().map(|text| size_in_json(text)).sum::<usize>()
     }
@@ -121,22 +131,21 @@ impl ToolCalls {
         }
     }
 
-    /// The call that a piece continues: the one of its index; where servers give none, the one of its id, or the last.
-    /// Some give all calls one index. Then one that is named begins anew: by another id, or where the call before is complete.
+    /// The call that a piece continues: the one of its id; else the one of its index, or the last where servers give none.
+    /// Some give all calls one index. Then a piece with a name begins anew: where its id or name is another, or where it
+    /// begins an object and the one that came is complete.
     fn place(&self, piece: &ToolCall) -> Option<usize> {
-        let place = match (piece.index, given(&piece.id)) {
+        let with_id = given(&piece.id).and_then(|id| self.calls.iter().position(|call| call.id.as_ref() == Some(id)));
+        let place = with_id.or_else(|| match (piece.index, given(&piece.id)) {
             (Some(_), _) => self.calls.iter().rposition(|call| call.index == piece.index),
-            (None, Some(id)) => self.calls.iter().position(|call| call.id.as_ref() == Some(id)),
+            (None, Some(_)) => None,
             (None, None) => (self.last < self.calls.len()).then_some(self.last),
-        }?;
+        })?;
         let call = &self.calls[place];
-        let (Some(_), Some(_)) = (given(&piece.name), given(&call.name)) else { return Some(place) };
+        let (Some(name), Some(known), None) = (given(&piece.name), given(&call.name), with_id) else { return Some(place) };
         let is_another = match (given(&piece.id), given(&call.id)) {
             (Some(id), Some(known)) => id != known,
-            _ => call
-                .arguments
-                .as_ref()
-                .is_some_and(|json| json.ends_with('}') && from_json::<IgnoredAny>(json.as_bytes()).is_ok()),
+            _ => name != known || piece.begins_an_object() && call.is_complete(),
         };
         (!is_another).then_some(place)
     }
@@ -237,6 +246,17 @@ mod tests {
         for (id, other, name) in [(r#""c1""#, r#""c1""#, r#""f""#), ("\"c1\"", "\"c2\"", "null"), ("\"\"", "\"\"", r#""f""#)] {
             assert_eq!(kept(&[&half(id, r#""f""#, "{\"a\""), &half(other, name, ":1}")]), one, "{id} {other} {name}");
         }
+        let two = |first: &str, second: &str| kept(&[first, second]);
+        let named =
+            |name: &str, arguments: &str| format!(r#"{{"index":0,"function":{{"name":"{name}","arguments":{arguments:?}}}}}"#);
+        assert_eq!(two(&named("f", ""), &named("g", "")), r#"("f") None, ("g") None"#, "another name");
+        assert_eq!(two(&named("f", "{}"), &named("f", "")), r#"("f") ("{}")"#, "an empty end is no call");
+        assert_eq!(two(&named("f", "{}\n"), &named("f", "{}\n")), r#"("f") ("{}\n"), ("f") ("{}\n")"#, "a line end");
+        let by_id = |id: &str, name: &str, arguments: &str| {
+            format!(r#"{{"index":0,"id":"{id}","function":{{"name":{name},"arguments":{arguments:?}}}}}"#)
+        };
+        let mixed = [by_id("a", "\"f\"", "{"), by_id("b", "\"g\"", "["), by_id("a", "null", "}"), by_id("b", "null", "]")];
+        assert_eq!(kept(&mixed.each_ref().map(String::as_str)), r#"("f") ("{}"), ("g") ("[]")"#, "by their ids");
         let later = r#"{"index":3,"id":"c1","function":{"name":"f","arguments":"{\"a\":1}"}}"#;
         assert_eq!(kept(&[later]), one, "whatever the first index");
     }

@@ -35,6 +35,8 @@ const BATCH: usize = 1000;
 const CHECKPOINT_PAGES: usize = 1000;
 /// Passive: it waits for nobody and nobody for it (<https://sqlite.org/pragma.html#pragma_wal_checkpoint>).
 const CHECKPOINT: &str = "PRAGMA wal_checkpoint(PASSIVE)";
+/// Bytes of a page.
+const PAGE: usize = 4096;
 /// With so many pages the writer does not wait for that any more.
 const MOST_PAGES: usize = 4 * CHECKPOINT_PAGES;
 /// The writer does its housekeeping when nothing came for this long.
@@ -48,8 +50,17 @@ const ROW: u64 = 1 << 10;
 
 /// Nothing is lost where the journal was not moved over: it is tried again later, and a disk that fails shows in the next
 /// commit.
-fn log_unmoved(moved: rusqlite::Result<()>) {
-    moved.unwrap_or_else(|e| log::debug!("the history's journal was not moved over: {e}"));
+fn log_unmoved<T>(moved: &rusqlite::Result<T>) {
+    if let Err(e) = moved {
+        log::debug!("the history's journal was not moved over: {e}");
+    }
+}
+
+/// Moves the journal over, as far as nobody reads an older state; the pages that are left in it.
+fn move_journal(connection: &Connection) -> rusqlite::Result<i64> {
+    let left = connection.query_row(CHECKPOINT, [], |row| Ok(row.get::<_, i64>(1)? - row.get::<_, i64>(2)?));
+    log_unmoved(&left);
+    left
 }
 
 /// As SQLite says it.
@@ -228,7 +239,7 @@ impl Writer {
     fn probe(&mut self, done: Giver<bool>) {
         let fresh = !self.state.failing.load(Ordering::Relaxed) && self.last_write.elapsed() < PROBE_WAIT && self.is_in_place();
         // A trial write is small: it works where the next answer, already paid for, would not fit.
-        let fits = !self.is_closed && (self.wanted_room == 0 || self.has_room(self.wanted_room));
+        let fits = !self.is_closed && (self.wanted_room == 0 || self.has_room(self.wanted_room, self.quarters()));
         let mut probe = || self.attempt("probed", |connection| connection.execute_batch(PROBE)).is_some();
         let fine = fits && (fresh || probe());
         self.state.probing.store(false, Ordering::Relaxed);
@@ -247,7 +258,7 @@ impl Writer {
         let noted: usize = batch.iter().filter_map(|arrival| arrival.unique.as_ref()).map(noted).sum();
         // Once in the journal and once in the database.
         let wanted_room = 2 * (bytes + noted) as u64 + ROW * batch.len() as u64;
-        let has_room = self.has_room(wanted_room);
+        let has_room = self.has_room(wanted_room, self.quarters());
         let written = self.attempt("written", |connection| {
             if !has_room {
                 return Err(disk_full());
@@ -306,29 +317,27 @@ impl Writer {
 
     /// After a commit of so many rows and bytes of text: has the journal moved over beside the writing where it is time.
     fn grew(&mut self, rows: usize, bytes: usize) {
-        const PAGE: usize = 4096;
         self.pages += 3 + rows / 8 + 2 * bytes / PAGE;
         if self.checkpoint.take_if(|running| running.is_finished()).is_some() {
             // What came meanwhile is little, and the journal begins anew only when all of it is moved.
-            let moved = self.open.as_ref().map(|open| open.connection.query_row(CHECKPOINT, [], |_| Ok(())));
-            log_unmoved(moved.unwrap_or(Ok(())));
+            self.open.iter().for_each(|open| drop(move_journal(&open.connection)));
         } else if self.pages >= CHECKPOINT_PAGES && self.checkpoint.is_none() {
             self.pages = 0;
             let (path, state) = (self.path.clone(), Arc::clone(&self.state));
             let checkpoint = thread::Builder::new().name("checkpoint".into()).spawn(move || {
                 let _reading = share(&state.reading);
-                log_unmoved(reader(&path, &state).and_then(|connection| connection.query_row(CHECKPOINT, [], |_| Ok(()))));
+                log_unmoved(&reader(&path, &state).and_then(|connection| move_journal(&connection)));
             });
             self.checkpoint = checkpoint.ok();
         }
     }
 
-    /// Whether so many bytes more fit on the disk, and beside them what only the journal has: that must find its place in
-    /// the database, or nothing could be written any more, not even what deletes. On a disk that is nearly full it is moved
-    /// over first. Where something else is wrong the write says so.
-    fn has_room(&mut self, bytes: u64) -> bool {
+    /// Whether so many bytes more fit on the disk, beside the room that is left alone, so many `quarters` of it, and beside
+    /// what only the journal has: that must find its place in the database, or nothing could be written any more, not even
+    /// what deletes. On a disk that is nearly full it is moved over first. Where something else is wrong the write says so.
+    fn has_room(&mut self, bytes: u64, quarters: u64) -> bool {
         let Some(room) = (self.room)(&self.path) else { return true };
-        let wanted = bytes.saturating_add(KEPT_ROOM.min(room.total / 16));
+        let wanted = bytes.saturating_add(KEPT_ROOM.min(room.total / 16) * quarters / 4);
         if room.left >= wanted.saturating_add(kernel::size(&self.journal)) {
             return true;
         }
@@ -336,10 +345,17 @@ impl Writer {
             let _ = running.join();
         }
         let (Ok(()), Some(open)) = (self.ready(), &self.open) else { return true };
-        log_unmoved(open.connection.query_row(CHECKPOINT, [], |_| Ok(())));
+        let bytes_of = |pages: rusqlite::Result<i64>| pages.unwrap_or(0).max(0) as u64 * PAGE as u64;
+        // Who reads an old state, such as a backup, keeps the rest of it back.
+        let unmoved = bytes_of(move_journal(&open.connection));
         self.pages = 0;
-        let free = open.connection.query_row(include_str!("../../sql/queries/free.sql"), [], |row| row.get::<_, i64>(0));
-        (self.room)(&self.path).is_none_or(|room| room.left + free.unwrap_or(0) as u64 >= wanted)
+        let free = bytes_of(open.connection.query_row("PRAGMA freelist_count", [], |row| row.get(0)));
+        (self.room)(&self.path).is_none_or(|room| room.left + free >= wanted.saturating_add(unmoved))
+    }
+
+    /// How much of the room that is left alone new pairs leave: where they take the place of old ones the file does not grow.
+    fn quarters(&self) -> u64 {
+        if self.max_rows > 0 && self.rows >= self.max_rows { 1 } else { 4 }
     }
 
     /// Drops old notes of requests that must not be asked twice.
@@ -415,7 +431,7 @@ impl Writer {
                      meant, stop the server and restore a backup"
                 );
             }
-            log_unmoved(open.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())));
+            log_unmoved(&open.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())));
         }
     }
 
@@ -688,8 +704,21 @@ mod tests {
         writer.room = |_| Some(Room { left: KEPT_ROOM + (300 << 10), total: u64::MAX });
         assert!(kept(&mut writer));
         assert!(kernel::size(&writer.path) > in_database + (1 << 20), "the journal is moved over first");
+        let backup = Connection::open(&writer.path).expect("a file");
+        backup.execute_batch("BEGIN; SELECT count(*) FROM history").expect("a state");
+        writer.room = kernel::room;
+        for _ in 0..20 {
+            assert!(kept(&mut writer));
+        }
+        writer.room = |_| Some(Room { left: KEPT_ROOM + (1 << 20), total: u64::MAX });
+        assert!(!kept(&mut writer), "the journal cannot be moved over, and wants its room");
+        drop(backup);
+        assert!(kept(&mut writer));
         writer.room = |_| Some(Room { left: KEPT_ROOM + (100 << 10), total: u64::MAX });
         assert!(!kept(&mut writer) && !kept(&mut writer));
+        writer.max_rows = 41;
+        writer.rows = 42;
+        assert!(kept(&mut writer), "who takes the place of another needs little");
         writer.max_rows = 10;
         assert!(writer.ready().is_ok());
         while writer.retain() {}

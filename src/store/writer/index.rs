@@ -48,7 +48,8 @@ impl Writer {
             return false;
         }
         let last_id = self.last_id;
-        let has_room = self.has_room(2 * CHORE_BYTES as u64);
+        // What is searched for may take some of the room that new pairs leave.
+        let has_room = self.has_room(2 * self.unindexed_bytes.min(CHORE_BYTES) as u64, 1);
         let done = self.transact("indexed", |connection| {
             if !has_room {
                 return Err(disk_full());

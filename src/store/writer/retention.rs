@@ -81,6 +81,8 @@ impl Writer {
         if surplus.is_none() {
             return false;
         }
+        // Deleting goes through the journal, too: on a disk that is nearly full that is moved over before each bite.
+        self.has_room(1 << 20, 4);
         let deleted = self.attempt("pruned", |connection| surplus.delete_alone(connection, RETAIN_ROWS));
         let deleted = deleted.map_or(0, |deleted| self.pruned(deleted));
         self.shrank(&surplus, deleted, RETAIN_ROWS);
