@@ -166,7 +166,7 @@ impl Listener {
             unparsed: Vec::new(),
             passed_over: false,
             closing: false,
-            owes_body: false,
+            owed: None,
             answers: Arc::default(),
             _client: Box::new(client),
             listed,
@@ -215,8 +215,9 @@ pub struct Connection {
     passed_over: bool,
     /// The last answer says that no other follows.
     closing: bool,
-    /// The last request was not read to its end: its client may still be sending.
-    owes_body: bool,
+    /// The last request was not read to its end: its client may still be sending, so many bytes of a body where it said
+    /// how many.
+    owed: Option<u64>,
     answers: Arc<Answers>,
     /// The library's side, whose type it keeps to itself: it closes the connection when it goes.
     _client: Box<dyn Send>,
@@ -296,7 +297,7 @@ impl Connection {
         if at_once && !self.is_whole(&parsed) {
             return Turn::Quiet;
         }
-        self.owes_body = true;
+        self.owed = Some(0);
         let Some(next) = self.next_head(parsed, started + config::HEADER_TIMEOUT) else { return Turn::Over };
         self.passed_over = false;
         let (head, admitted, body, keep) = match next {
@@ -305,7 +306,7 @@ impl Connection {
                 None => {
                     let (admitted, verdict) = admit(&head);
                     let (body, keep) = self.body(&head, verdict);
-                    self.owes_body = !keep;
+                    self.owed = (!keep).then_some(if let Framing::Length(length) = head.framing { length } else { 0 });
                     let keep = keep && !head.close;
                     (Some(head), admitted, body, keep)
                 }
@@ -363,7 +364,7 @@ impl Connection {
 
     /// Closing will take a moment, since the client may still be sending.
     pub fn lingers(&self) -> bool {
-        self.owes_body || rustix::io::ioctl_fionread(&self.stream).is_ok_and(|unread| unread > 0)
+        self.owed.is_some() || rustix::io::ioctl_fionread(&self.stream).is_ok_and(|unread| unread > 0)
     }
 
     /// Takes what arrives within this time; 0: the client will send no more, `None`: the time came first. The socket
@@ -493,20 +494,22 @@ impl Connection {
 
 impl Drop for Connection {
     /// Closes so that the client can still read the last answer: what it keeps sending is thrown away
-    /// for a while, since closing over unread bytes would reset the connection (RFC 9112, section 9.6), and there are
-    /// clients that send all of a body before they read.
+    /// for a moment, since closing over unread bytes would reset the connection (RFC 9112, section 9.6). Some clients send
+    /// all of a body before they read: who said how large it is gets the time for that.
     fn drop(&mut self) {
-        const LINGER: Duration = Duration::from_secs(30);
-        const LINGER_SILENCE: Duration = Duration::from_millis(500);
-        const LINGER_BYTES: usize = 64 << 20;
+        const LINGER: Duration = Duration::from_millis(500);
+        const LINGER_BYTES: u64 = 4 << 20;
+        const MOST_LINGER: Duration = Duration::from_secs(30);
+        const MOST_LINGER_BYTES: u64 = 64 << 20;
         if self.lingers() {
-            let until = Instant::now() + LINGER;
+            let owed = self.owed.filter(|owed| *owed <= MOST_LINGER_BYTES).unwrap_or(0);
+            let until = Instant::now() + if owed > 0 { MOST_LINGER } else { LINGER };
             let (mut sink, mut thrown) = ([0; 4096], 0);
             let _ = self.stream.shutdown(Shutdown::Write);
-            let more = || wait(&self.stream, PollFlags::IN, until.min(Instant::now() + LINGER_SILENCE)).is_ok_and(|there| there);
-            while thrown < LINGER_BYTES && more() {
+            let more = || wait(&self.stream, PollFlags::IN, until.min(Instant::now() + LINGER)).is_ok_and(|there| there);
+            while thrown < owed.max(LINGER_BYTES) && more() {
                 match (&*self.stream).read(&mut sink) {
-                    Ok(n) if n > 0 => thrown += n,
+                    Ok(n) if n > 0 => thrown += n as u64,
                     _ => break,
                 }
             }

@@ -131,13 +131,15 @@ impl ToolCalls {
         }
     }
 
-    /// The call that a piece continues: the one of its id; else the one of its index, or the last where servers give none.
-    /// Some give all calls one index. Then a piece with a name begins anew: where its id or name is another, or where it
+    /// The call that a piece continues: the one of its index, by its id where several have that; or the last where servers
+    /// give no index. Some give all calls the same. Then a piece with a name begins anew: where its id or name is another, or where it
     /// begins an object and the one that came is complete.
     fn place(&self, piece: &ToolCall) -> Option<usize> {
-        let with_id = given(&piece.id).and_then(|id| self.calls.iter().position(|call| call.id.as_ref() == Some(id)));
+        let of_index = |call: &ToolCall| piece.index.is_none() || call.index == piece.index;
+        let of_id = |id| self.calls.iter().position(|call| of_index(call) && call.id.as_ref() == Some(id));
+        let with_id = given(&piece.id).and_then(of_id);
         let place = with_id.or_else(|| match (piece.index, given(&piece.id)) {
-            (Some(_), _) => self.calls.iter().rposition(|call| call.index == piece.index),
+            (Some(_), _) => self.calls.iter().rposition(of_index),
             (None, Some(_)) => None,
             (None, None) => (self.last < self.calls.len()).then_some(self.last),
         })?;
