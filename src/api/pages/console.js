@@ -222,8 +222,8 @@ async function ask(streaming) {
   setRunning(null);
   if (focused) $("question").focus();
   $("outcome").textContent = outcome;
-  // A stream cut short is stored when the server has noticed.
-  if (outcome) await new Promise((resolve) => setTimeout(resolve, 700));
+  // A stream cut short is stored when the server has noticed, which may take a second.
+  if (outcome) await new Promise((resolve) => setTimeout(resolve, 1200));
   const newest = (await loadHistory())?.[0];
   if (!run.id && newest?.question === body.question && newest.answer === run.text.data) {
     Object.assign(run, { usage: newest.usage, model: newest.model, id: newest.id });
