@@ -266,15 +266,17 @@ fn fields(mut object: Map<String, Value>, schema: &Value, root: &Value, depth: u
     let known = schema["properties"].as_object();
     let required = schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str);
     let others = required.filter(|name| known.is_none_or(|known| !known.contains_key(*name)));
-    let others = others.map(|name| (name, &schema["additionalProperties"]));
+    let others = others.filter(|name| !object.contains_key(*name)).map(|name| (name, &schema["additionalProperties"]));
+    // What the schemas say that this one is put together of stands, but for what they only require.
+    let is_open = |name: &str| object.get(name).is_none_or(|value| *value == json!({}));
     let known = known.into_iter().flatten().map(|(name, schema)| (name.as_str(), schema));
-    for (name, schema) in known.chain(others) {
+    let known = known.filter(|(name, _)| is_open(name));
+    let wanted: Vec<(&str, &Value)> = known.chain(others).collect();
+    for (name, schema) in wanted {
         if !afford(left, name.len()) {
             break;
         }
-        if !schema.is_null() || !object.contains_key(name) {
-            object.insert(name.to_string(), instance(schema, root, depth + 1, left));
-        }
+        object.insert(name.to_string(), instance(schema, root, depth + 1, left));
     }
     object
 }
@@ -401,9 +403,14 @@ mod tests {
                 json!({"a": "mock", "b": {}}),
             ),
             (
-                json!({"$ref": "#/$defs/m", "properties": {"a": {"const": 1}}, "required": ["b"],
+                json!({"$ref": "#/$defs/m", "properties": {"a": {"const": 1}}, "required": ["b"], "additionalProperties": true,
                        "$defs": {"m": {"properties": {"b": {"const": 2}}}}}),
                 json!({"a": 1, "b": 2}),
+            ),
+            (
+                json!({"properties": {"kind": {"type": "string"}, "n": {"type": "integer"}},
+                       "oneOf": [{"properties": {"kind": {"const": "a"}}}, {"properties": {"kind": {"const": "b"}}}]}),
+                json!({"kind": "a", "n": 0}),
             ),
             (
                 json!({"allOf": [{"properties": {"a": {"const": 1}}}, {"properties": {"b": {"const": 2}}}]}),

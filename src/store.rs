@@ -251,15 +251,27 @@ impl Store {
         }
     }
 
+    /// Has the writer look at the database that has come to the path.
+    fn notice(&self) {
+        if self.is_failing() {
+            self.writable();
+            return;
+        }
+        let (done, noticed) = handoff();
+        self.desk.order(Order::Probe(done), false);
+        let _ = noticed.take_within(PROBE_WAIT);
+    }
+
     fn read<T>(&self, query: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, ApiError> {
         let mut reading = share(&self.state.reading);
         if !self.state.is_at(&self.path) {
             drop(reading);
-            // The writer has not noticed yet; any order makes it look.
-            let (done, noticed) = handoff();
-            self.desk.order(Order::Probe(done), false);
-            let _ = noticed.take_within(PROBE_WAIT);
+            self.notice();
             reading = share(&self.state.reading);
+            if !self.state.is_at(&self.path) {
+                // The writer has said why.
+                return Err(unavailable());
+            }
         }
         let opening = self.state.opening.load(Ordering::Relaxed);
         let kept = lock(&self.state.readers).pop();

@@ -132,8 +132,8 @@ impl ToolCalls {
     }
 
     /// The call that a piece continues: the one of its index, by its id where several have that; or the last where servers
-    /// give no index. Some give all calls the same. Then a piece with a name begins anew: where its id or name is another, or where it
-    /// begins an object and the one that came is complete.
+    /// give no index. Some give all calls the same. Then a piece with a name begins anew: where its id is another, or its
+    /// name after arguments came, or where it begins an object and the one that came is complete.
     fn place(&self, piece: &ToolCall) -> Option<usize> {
         let of_index = |call: &ToolCall| piece.index.is_none() || call.index == piece.index;
         let of_id = |id| self.calls.iter().position(|call| of_index(call) && call.id.as_ref() == Some(id));
@@ -147,7 +147,8 @@ impl ToolCalls {
         let (Some(name), Some(known), None) = (given(&piece.name), given(&call.name), with_id) else { return Some(place) };
         let is_another = match (given(&piece.id), given(&call.id)) {
             (Some(id), Some(known)) => id != known,
-            _ => name != known || piece.begins_an_object() && call.is_complete(),
+            // A name may come in pieces, before the arguments.
+            _ => name != known && given(&call.arguments).is_some() || piece.begins_an_object() && call.is_complete(),
         };
         (!is_another).then_some(place)
     }
@@ -251,7 +252,8 @@ mod tests {
         let two = |first: &str, second: &str| kept(&[first, second]);
         let named =
             |name: &str, arguments: &str| format!(r#"{{"index":0,"function":{{"name":"{name}","arguments":{arguments:?}}}}}"#);
-        assert_eq!(two(&named("f", ""), &named("g", "")), r#"("f") None, ("g") None"#, "another name");
+        assert_eq!(two(&named("f", "{}"), &named("g", "")), r#"("f") ("{}"), ("g") None"#, "another name");
+        assert_eq!(two(&named("f", ""), &named("g", "{}")), r#"("f") ("{}")"#, "a name in pieces is one call");
         assert_eq!(two(&named("f", "{}"), &named("f", "")), r#"("f") ("{}")"#, "an empty end is no call");
         assert_eq!(two(&named("f", "{}\n"), &named("f", "{}\n")), r#"("f") ("{}\n"), ("f") ("{}\n")"#, "a line end");
         let by_id = |id: &str, name: &str, arguments: &str| {

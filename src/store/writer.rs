@@ -56,9 +56,12 @@ fn log_unmoved<T>(moved: &rusqlite::Result<T>) {
     }
 }
 
-/// Moves the journal over, as far as nobody reads an older state; the pages that are left in it.
-fn move_journal(connection: &Connection) -> rusqlite::Result<i64> {
-    let left = connection.query_row(CHECKPOINT, [], |row| Ok(row.get::<_, i64>(1)? - row.get::<_, i64>(2)?));
+/// Moves the journal over, as far as nobody reads an older state; the pages that are left in it, where that is known.
+fn move_journal(connection: &Connection) -> rusqlite::Result<Option<u64>> {
+    let left = connection.query_row(CHECKPOINT, [], |row| {
+        let (is_busy, pages, moved): (bool, i64, i64) = (row.get(0)?, row.get(1)?, row.get(2)?);
+        Ok((!is_busy).then_some((pages - moved).max(0) as u64))
+    });
     log_unmoved(&left);
     left
 }
@@ -219,7 +222,7 @@ impl Writer {
             true => {
                 self.look_again();
                 self.forget_remembered();
-                self.index() | self.retain()
+                self.retain() | self.index()
             }
             false => {
                 self.catch_up();
@@ -345,11 +348,12 @@ impl Writer {
             let _ = running.join();
         }
         let (Ok(()), Some(open)) = (self.ready(), &self.open) else { return true };
-        let bytes_of = |pages: rusqlite::Result<i64>| pages.unwrap_or(0).max(0) as u64 * PAGE as u64;
         // Who reads an old state, such as a backup, keeps the rest of it back.
-        let unmoved = bytes_of(move_journal(&open.connection));
+        let unmoved = move_journal(&open.connection).ok().flatten();
+        let unmoved = unmoved.map_or_else(|| kernel::size(&self.journal), |pages| pages * PAGE as u64);
         self.pages = 0;
-        let free = bytes_of(open.connection.query_row("PRAGMA freelist_count", [], |row| row.get(0)));
+        let free = open.connection.query_row("PRAGMA freelist_count", [], |row| row.get::<_, i64>(0));
+        let free = free.unwrap_or(0) as u64 * PAGE as u64;
         (self.room)(&self.path).is_none_or(|room| room.left + free >= wanted.saturating_add(unmoved))
     }
 
@@ -362,11 +366,11 @@ impl Writer {
     fn forget_remembered(&mut self) {
         if Instant::now() >= self.next_forgetting {
             self.next_forgetting = Instant::now() + RETENTION_TICK;
-            self.attempt("pruned", |connection| connection.execute(include_str!("../../sql/queries/forget_remembered.sql"), []));
+            self.transact("pruned", |connection| connection.execute(include_str!("../../sql/queries/forget_remembered.sql"), []));
         }
     }
 
-    /// The same as `transact`, and what becomes of it says whether pairs can be kept.
+    /// The same as `transact` for what writes pairs or stands for that: what becomes of it says whether they can be kept.
     fn attempt<T>(&mut self, what: &str, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Option<T> {
         let result = self.transact(what, work);
         let failing = result.is_none();
@@ -421,6 +425,8 @@ impl Writer {
         // What reads by the old index of the journal would keep it for all that this process opens.
         let _alone = own(&self.state.reading);
         self.state.opening.fetch_add(1, Ordering::Relaxed);
+        // What they wait for may never be indexed there.
+        self.searches.clear();
         self.state.inode.store(0, Ordering::Relaxed);
         lock(&self.state.readers).clear();
         if let Some(open) = self.open.take() {
@@ -492,7 +498,7 @@ impl Writer {
         let last_id = self.last_id;
         if self.open.is_some() {
             // The newest rows may be deleted before the next start.
-            self.attempt("closed", |connection| connection.execute(include_str!("../../sql/queries/given.sql"), [last_id]));
+            self.transact("closed", |connection| connection.execute(include_str!("../../sql/queries/given.sql"), [last_id]));
         }
         self.is_closed = true;
         if let Some(running) = self.checkpoint.take() {
@@ -723,6 +729,11 @@ mod tests {
         assert!(writer.ready().is_ok());
         while writer.retain() {}
         assert!(kept(&mut writer), "new rows take the place of old ones");
+        writer.max_rows = 5;
+        writer.room = |_| Some(Room { left: 100 << 10, total: u64::MAX });
+        assert!(!writer.index() && !writer.is_index_failing(), "what deletes goes first");
+        while writer.retain() {}
+        assert!(writer.index());
         writer.room = |_| Some(Room { left: 300 << 10, total: 1 << 20 });
         assert!(kept(&mut writer), "of a small disk less is kept");
         remove(writer);

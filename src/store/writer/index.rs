@@ -48,8 +48,12 @@ impl Writer {
             return false;
         }
         let last_id = self.last_id;
-        // What is searched for may take some of the room that new pairs leave.
-        let has_room = self.has_room(2 * self.unindexed_bytes.min(CHORE_BYTES) as u64, 1);
+        // What is searched for may take some of the room that new pairs leave, but not before what deletes is done.
+        let deletes = !self.surplus(0).is_none();
+        let has_room = self.has_room(4 * CHORE_BYTES as u64, if deletes { 4 } else { 1 });
+        if deletes && !has_room {
+            return false;
+        }
         let done = self.transact("indexed", |connection| {
             if !has_room {
                 return Err(disk_full());

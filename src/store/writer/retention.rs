@@ -19,7 +19,7 @@ pub(super) struct Surplus {
 }
 
 impl Surplus {
-    fn is_none(&self) -> bool {
+    pub(super) fn is_none(&self) -> bool {
         self.rows == 0 && self.days == 0
     }
 
@@ -69,6 +69,8 @@ impl Writer {
             return Surplus { rows: 0, days: 0 };
         }
         if self.max_rows > 0 && self.rows + coming as u64 > self.max_rows {
+            // Of the database that is there now.
+            let _ = self.ready();
             self.look_again();
         }
         let rows = if self.max_rows > 0 { (self.rows + coming as u64).saturating_sub(self.max_rows) } else { 0 };
@@ -83,7 +85,7 @@ impl Writer {
         }
         // Deleting goes through the journal, too: on a disk that is nearly full that is moved over before each bite.
         self.has_room(1 << 20, 4);
-        let deleted = self.attempt("pruned", |connection| surplus.delete_alone(connection, RETAIN_ROWS));
+        let deleted = self.transact("pruned", |connection| surplus.delete_alone(connection, RETAIN_ROWS));
         let deleted = deleted.map_or(0, |deleted| self.pruned(deleted));
         self.shrank(&surplus, deleted, RETAIN_ROWS);
         self.grew(deleted as usize, 0);
