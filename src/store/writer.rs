@@ -739,6 +739,34 @@ mod tests {
         remove(writer);
     }
 
+    /// Deleting nothing works on the fullest disk.
+    #[test]
+    fn housekeeping_does_not_say_that_pairs_can_be_kept() {
+        let mut writer = writer("housekeeping");
+        writer.state.failing.store(true, Ordering::Relaxed);
+        writer.forget_remembered();
+        writer.max_rows = 1;
+        writer.rows = 2;
+        assert!(!writer.retain());
+        assert!(writer.state.failing.load(Ordering::Relaxed));
+        remove(writer);
+    }
+
+    #[test]
+    fn rows_of_another_database_are_counted_before_any_goes() {
+        let (mut old, mut new) = (writer("counted"), writer("counted-new"));
+        append(&mut new, 3, 10);
+        let (here, there) = (old.path.clone(), new.path.clone());
+        new.close();
+        old.max_rows = 5;
+        append(&mut old, 5, 10);
+        fs::rename(there, here).expect("both are there");
+        append(&mut old, 1, 10);
+        let rows = old.write(|connection| connection.query_row("SELECT count(*) FROM history", [], |row| row.get::<_, i64>(0)));
+        assert_eq!(rows, Ok(4));
+        remove(old);
+    }
+
     #[test]
     fn commits_wait_for_the_disk_as_they_are_told_to() {
         for (sync, name, level) in [(Durability::Full, "full", 2), (Durability::Normal, "normal", 1)] {
