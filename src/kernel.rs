@@ -15,7 +15,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use rustix::event::{PollFd, Timespec};
-use rustix::fs::{AtFlags, StatxFlags};
+use rustix::fs::{AtFlags, Statx, StatxFlags};
 
 /// Waits until something is true of one of `fds`, which then say what; false: `until` came first.
 pub fn poll(fds: &mut [PollFd], until: Option<Instant>) -> io::Result<bool> {
@@ -33,12 +33,16 @@ pub fn poll(fds: &mut [PollFd], until: Option<Instant>) -> io::Result<bool> {
 /// are asked for, as std does, has them written anew by its next write: a change of threads and up to 60 us more for a
 /// question on one connection.
 pub fn inode(path: &Path) -> Option<u64> {
-    rustix::fs::statx(rustix::fs::CWD, path, AtFlags::empty(), StatxFlags::INO).map(|file| file.stx_ino).ok()
+    told_of(path, StatxFlags::INO).map(|file| file.stx_ino)
 }
 
 /// The bytes of the file at a path, 0 where there is none.
 pub fn size(path: &Path) -> u64 {
-    rustix::fs::statx(rustix::fs::CWD, path, AtFlags::empty(), StatxFlags::SIZE).map_or(0, |file| file.stx_size)
+    told_of(path, StatxFlags::SIZE).map_or(0, |file| file.stx_size)
+}
+
+fn told_of(path: &Path, what: StatxFlags) -> Option<Statx> {
+    rustix::fs::statx(rustix::fs::CWD, path, AtFlags::empty(), what).ok()
 }
 
 /// Bytes of the file system of a path.

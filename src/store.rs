@@ -180,9 +180,7 @@ impl Store {
         if self.state.probing.swap(true, Ordering::Relaxed) {
             return !self.state.failing.load(Ordering::Relaxed);
         }
-        let (done, answer) = handoff();
-        self.desk.order(Order::Probe(done), false);
-        answer.take_within(PROBE_WAIT).unwrap_or_else(|nothing| {
+        self.probe().unwrap_or_else(|nothing| {
             if nothing == Nothing::Ever {
                 // The writer is gone, so nobody else would tell.
                 self.state.failing.store(true, Ordering::Relaxed);
@@ -255,11 +253,16 @@ impl Store {
     fn notice(&self) {
         if self.is_failing() {
             self.writable();
-            return;
+        } else {
+            let _ = self.probe();
         }
-        let (done, noticed) = handoff();
+    }
+
+    /// Has the writer show that writing works.
+    fn probe(&self) -> Result<bool, Nothing> {
+        let (done, answer) = handoff();
         self.desk.order(Order::Probe(done), false);
-        let _ = noticed.take_within(PROBE_WAIT);
+        answer.take_within(PROBE_WAIT)
     }
 
     fn read<T>(&self, query: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, ApiError> {

@@ -49,12 +49,15 @@ pub(super) fn no_error(what: &str, error: Option<&RawValue>) -> Result<(), NoAns
     error.filter(|error| is_error(error)).map_or(Ok(()), |error| Err(NoAnswer::error(what, error.get())))
 }
 
-/// The words for people in the body of an error answer, of any length: the message of an `error` in any of the usual
-/// shapes, or whatever text it is.
-pub fn error_text(body: &[u8]) -> String {
+/// What the body of an error answer says: the words for people, of any length, which are the message of an `error` in any of
+/// the usual shapes, or whatever text it is; and the field of the request that it blames.
+pub fn error_told(body: &[u8]) -> (String, Option<String>) {
     match serde_json::from_slice::<Value>(body) {
-        Ok(value) => error_words(bare(&value)),
-        Err(_) => one_line(String::from_utf8_lossy(body).trim()),
+        Ok(value) => {
+            let error = bare(&value);
+            (error_words(error), error_param(error))
+        }
+        Err(_) => (one_line(String::from_utf8_lossy(body).trim()), None),
     }
 }
 
@@ -65,10 +68,8 @@ fn bare(value: &Value) -> &Value {
     value.get("error").filter(|error| !error.is_null() && **error != "").unwrap_or(value)
 }
 
-/// The field of the request that an error answer blames.
-pub fn error_param(body: &[u8]) -> Option<String> {
-    let error = serde_json::from_slice::<Value>(body).ok()?;
-    let param = bare(&error)["param"].as_str()?;
+fn error_param(error: &Value) -> Option<String> {
+    let param = error["param"].as_str()?;
     ((1..=200).contains(&param.len()) && !param.contains(char::is_control)).then(|| param.to_string())
 }
 
@@ -144,7 +145,7 @@ mod tests {
             (br#"{"error":"a"}"#, None),
             (b"a", None),
         ] {
-            assert_eq!(error_param(body).as_deref(), param);
+            assert_eq!(error_told(body).1.as_deref(), param);
         }
         for (body, text) in [
             (&br#"{"error":{"message":"a","code":"x"}}"#[..], "a (x)"),
@@ -155,7 +156,7 @@ mod tests {
             (b"bad gateway\n", "bad gateway"),
             (br#"{"error":{"code":7}}"#, r#"{"code":7}"#),
         ] {
-            assert_eq!(error_text(body), text);
+            assert_eq!(error_told(body).0, text);
         }
     }
 }

@@ -422,12 +422,12 @@ impl Writer {
     /// Lets go of a database that is not in its place any more. What only its journal has, which may be deleted, goes over
     /// first; a journal that is left must not be taken for that of another database.
     fn let_go(&mut self) {
-        // What reads by the old index of the journal would keep it for all that this process opens.
         let _alone = own(&self.state.reading);
-        self.state.opening.fetch_add(1, Ordering::Relaxed);
+        self.state.inode.store(0, Ordering::Relaxed);
         // What they wait for may never be indexed there.
         self.searches.clear();
-        self.state.inode.store(0, Ordering::Relaxed);
+        // What reads by the old index of the journal would keep it for all that this process opens.
+        self.state.opening.fetch_add(1, Ordering::Relaxed);
         lock(&self.state.readers).clear();
         if let Some(open) = self.open.take() {
             self.last_id = 0;

@@ -12,6 +12,9 @@ use super::wire::Ended;
 use crate::error::{ApiError, Code};
 use crate::openai;
 
+/// An error answer is read so far for its words.
+const MAX_ERROR_BODY: u64 = 64 * 1024;
+
 /// Why an attempt or a stream failed, and whether another may do better.
 pub struct Failure {
     pub error: ApiError,
@@ -61,9 +64,6 @@ fn wait_of(text: &str) -> Option<Duration> {
     Some(date.duration_since(SystemTime::now()).unwrap_or_default())
 }
 
-/// An error answer is read so far for its words.
-const MAX_ERROR_BODY: u64 = 64 * 1024;
-
 impl Upstream {
     /// A call that was over before the upstream had answered, and not by its doing.
     pub(super) fn ended(&self, ended: Ended) -> ApiError {
@@ -99,7 +99,7 @@ impl Upstream {
         let mut body = Vec::new();
         // Words that cannot be read are words that are not there.
         let _ = response.body_mut().as_reader().take(MAX_ERROR_BODY).read_to_end(&mut body);
-        let words = openai::error_text(&body);
+        let (words, param) = openai::error_told(&body);
         let (code, what) = match status {
             300..=399 => (Code::UPSTREAM_ERROR, "redirected, which is not followed; check OPENAI_BASE_URL"),
             400 | 413 | 422 => (Code::UPSTREAM_REJECTED, "rejected the request"),
@@ -123,7 +123,7 @@ impl Upstream {
         let quota = status == 429 && body.windows(18).any(|w| w == b"insufficient_quota");
         let wait = wait_in_ms(response.headers()).or(retry_after.and_then(wait_of));
         if code == Code::UPSTREAM_REJECTED {
-            error.param = openai::error_param(&body).map(|param| self.redact(&param).into());
+            error.param = param.map(|param| self.redact(&param).into());
         }
         error.no_quota = quota;
         if quota || matches!(status, 300..=407 | 410..=428 | 430..=499) {
