@@ -4,6 +4,7 @@
 
 mod events;
 mod failure;
+mod tls;
 mod wire;
 
 use std::collections::hash_map::RandomState;
@@ -14,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ureq::http::{self, HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
-use ureq::unversioned::transport::{Connector, RustlsConnector};
+use ureq::unversioned::transport::Connector;
 use ureq::{Agent, Body};
 
 use crate::config::{self, Config, Mode};
@@ -22,6 +23,7 @@ use crate::error::{ApiError, Code, Header, StartError, is_sane_id};
 use crate::metrics::Metrics;
 use crate::mock;
 use crate::openai::{self, Chat, Completion};
+use tls::Tls;
 use wire::{Names, NoResolver, Watch, WireConnector};
 
 pub use events::Events;
@@ -53,11 +55,12 @@ pub struct Upstream {
     /// What no message may repeat.
     secrets: Vec<String>,
     names: Names,
+    tls: Tls,
     metrics: Arc<Metrics>,
 }
 
 impl Upstream {
-    /// Errs where the base URL or the key cannot stand in a request.
+    /// Errs where the base URL or the key cannot stand in a request, or the file of trusted certificates cannot be used.
     pub fn new(config: Arc<Config>, metrics: Arc<Metrics>) -> Result<Upstream, StartError> {
         let url = format!("{}/chat/completions", config.upstream.base);
         let uri: Uri = url.parse().map_err(|e| StartError::usage(format!("OPENAI_BASE_URL: {url:?} is not a URL: {e}")))?;
@@ -81,7 +84,29 @@ impl Upstream {
             secrets.extend(credentials.split_once(':').map(|(_, password)| password.to_string()));
         }
         secrets.retain(|secret| secret.len() >= SHORTEST_SECRET);
-        Ok(Upstream { config, request, secrets, names: Names::default(), metrics })
+        let tls = Tls::new(config.upstream_ca_file.as_deref())?;
+        Ok(Upstream { config, request, secrets, names: Names::default(), tls, metrics })
+    }
+
+    /// For one line, whose calls this watch sees to.
+    fn agent(&self, watch: &Watch) -> Agent {
+        let config = ureq::config::Config::builder()
+            .http_status_as_error(false)
+            .max_redirects(0)
+            .max_redirects_will_error(false)
+            .proxy(None)
+            .user_agent(concat!("ai-proxy/", env!("CARGO_PKG_VERSION")))
+            .accept_encoding("identity")
+            .tls_config(self.tls.config.clone())
+            .input_buffer_size(tls::PIECE)
+            .output_buffer_size(tls::PIECE)
+            .max_response_header_size(64 * 1024)
+            .max_idle_connections(1)
+            .max_idle_connections_per_host(1)
+            .max_idle_age(config::UPSTREAM_KEEP_ALIVE)
+            .build();
+        let connector = WireConnector { watch: watch.clone(), names: self.names.clone() };
+        Agent::with_parts(config, connector.chain(self.tls.clone()), NoResolver)
     }
 
     fn has_secret(&self, text: &str) -> bool {
@@ -145,7 +170,7 @@ impl Line {
     /// A line without a connection yet.
     pub fn new(upstream: &Arc<Upstream>) -> Line {
         let watch = Watch::default();
-        let agent = agent(&watch, &upstream.names);
+        let agent = upstream.agent(&watch);
         Line { upstream: Arc::clone(upstream), agent, watch, deadline: Instant::now(), has_retried: false }
     }
 
@@ -288,7 +313,7 @@ impl Line {
             let failure = match attempt {
                 Ok(response) if response.status().is_success() => return Ok(response),
                 Ok(response) if self.watch.reused() && is_farewell(&response) => {
-                    self.agent = agent(&self.watch, &self.upstream.names);
+                    self.agent = self.upstream.agent(&self.watch);
                     continue;
                 }
                 Ok(response) => self.upstream.refused(response),
@@ -296,7 +321,7 @@ impl Line {
                     let ended = self.watch.ended();
                     // A kept connection may have died while nobody looked; that costs nobody an attempt.
                     if ended.is_none() && self.watch.reused() && matches!(e, ureq::Error::Io(_)) {
-                        self.agent = agent(&self.watch, &self.upstream.names);
+                        self.agent = self.upstream.agent(&self.watch);
                         continue;
                     }
                     match ended {
@@ -348,26 +373,6 @@ impl Line {
 
 /// Ends a client's stream from another thread.
 pub type Hangup = Box<dyn Fn() + Send>;
-
-fn agent(watch: &Watch, names: &Names) -> Agent {
-    let config = ureq::config::Config::builder()
-        .http_status_as_error(false)
-        .max_redirects(0)
-        .max_redirects_will_error(false)
-        .proxy(None)
-        .user_agent(concat!("ai-proxy/", env!("CARGO_PKG_VERSION")))
-        .accept_encoding("identity")
-        // Of a TLS connection; below it and without it the buffers are our own.
-        .input_buffer_size(16 * 1024)
-        .output_buffer_size(4 * 1024)
-        .max_response_header_size(64 * 1024)
-        .max_idle_connections(1)
-        .max_idle_connections_per_host(1)
-        .max_idle_age(config::UPSTREAM_KEEP_ALIVE)
-        .build();
-    let connector = WireConnector { watch: watch.clone(), names: names.clone() };
-    Agent::with_parts(config, connector.chain(RustlsConnector::default()), NoResolver)
-}
 
 /// What an upstream says that closes an idle connection, which may cross our question on its way (RFC 9110, section 15.5.9).
 fn is_farewell(response: &Response<Body>) -> bool {

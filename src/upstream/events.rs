@@ -49,6 +49,8 @@ enum Source {
 
 impl Line {
     /// Sends a streaming chat request; returns when the upstream begins to answer, in the time of the question that was begun.
+    // Not inlined: each stream waits with every page of stack that was used.
+    #[inline(never)]
     pub fn stream(&mut self, client: Arc<TcpStream>, chat: &mut Chat) -> Result<Events<'_>, ApiError> {
         self.watch.begin(client, self.deadline);
         match self.source(chat) {

@@ -1,7 +1,7 @@
 //! What the upstream's failures are to our clients, and whether another attempt or another model may do better. Knows answers
 //! that are none, not how they were asked for.
 
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::time::{Duration, SystemTime};
 
 use ureq::Body;
@@ -38,9 +38,15 @@ impl From<ApiError> for Failure {
 }
 
 impl From<ApiError> for Box<Failure> {
+    // Not inlined: each stream waits with every page of stack that was used.
+    #[inline(never)]
     fn from(error: ApiError) -> Box<Failure> {
         Box::new(error.into())
     }
+}
+
+fn insecure(why: &dyn std::fmt::Display) -> String {
+    format!("no secure connection to the LLM: {why}; check OPENAI_BASE_URL and UPSTREAM_CA_FILE")
 }
 
 /// The `Retry-After` as it came, where it can stand in our answer.
@@ -83,10 +89,10 @@ impl Upstream {
             ureq::Error::HostNotFound => {
                 (Code::UPSTREAM_UNAVAILABLE, "the LLM's host name cannot be resolved; check OPENAI_BASE_URL".to_string(), true)
             }
+            // As rustls tells what is wrong with its peer.
+            ureq::Error::Io(e) if e.kind() == ErrorKind::InvalidData => (Code::UPSTREAM_UNAVAILABLE, insecure(e), true),
             ureq::Error::Io(e) => (Code::UPSTREAM_UNAVAILABLE, format!("the LLM cannot be reached: {e}"), true),
-            e @ (ureq::Error::Tls(_) | ureq::Error::Rustls(_)) => {
-                (Code::UPSTREAM_UNAVAILABLE, format!("no secure connection to the LLM: {e}"), true)
-            }
+            e @ (ureq::Error::Tls(_) | ureq::Error::Rustls(_)) => (Code::UPSTREAM_UNAVAILABLE, insecure(e), true),
             e => (Code::UPSTREAM_BAD_ANSWER, format!("the LLM's answer is not HTTP as it should be: {e}"), false),
         };
         let error = self.failed(code, &text);

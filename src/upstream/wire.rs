@@ -283,11 +283,11 @@ impl fmt::Debug for WireConnector {
 /// Buffers that a stream of minutes can keep: ureq's own take 10 KiB more, to copy a chunked request body
 /// through, which no request here has.
 #[derive(Default)]
-struct SmallBuffers {
-    output: Vec<u8>,
+pub struct SmallBuffers {
+    pub output: Vec<u8>,
     /// Written but not sent: ureq writes head and body one after the other, and one packet costs the
     /// upstream and us half of two.
-    unsent: usize,
+    pub unsent: usize,
     input: Vec<u8>,
     filled: usize,
     consumed: usize,
@@ -301,6 +301,11 @@ impl SmallBuffers {
     const INPUT: usize = 1024;
     /// More than the largest head that ureq takes; what needs more than that at once is nothing sane.
     const MOST_INPUT: usize = 128 * 1024;
+
+    /// What is unsent has to be sent, to make room.
+    pub fn is_full(&self) -> bool {
+        Self::OUTPUT - self.unsent < Self::ROOM
+    }
 }
 
 impl Buffers for SmallBuffers {
@@ -430,7 +435,7 @@ impl Transport for Wire {
 
     fn transmit_output(&mut self, amount: usize, _: NextTimeout) -> Result<(), ureq::Error> {
         self.buffers.unsent += amount;
-        if SmallBuffers::OUTPUT - self.buffers.unsent < SmallBuffers::ROOM { self.send() } else { Ok(()) }
+        if self.buffers.is_full() { self.send() } else { Ok(()) }
     }
 
     fn await_input(&mut self, _: NextTimeout) -> Result<bool, ureq::Error> {

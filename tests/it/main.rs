@@ -22,5 +22,6 @@ mod support;
 mod system;
 mod text;
 mod tidy;
+mod tls;
 mod upstream;
 mod v1;

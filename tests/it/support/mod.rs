@@ -5,6 +5,7 @@ pub mod folder;
 pub mod gate;
 pub mod hostile;
 pub mod proxy;
+pub mod tls;
 pub mod upstream;
 
 use std::time::{Duration, Instant};

@@ -1,0 +1,125 @@
+//! TLS over the sockets to the upstream: one configuration and one memory of sessions for all lines, and buffers that a
+//! stream of minutes can keep. Knows no HTTP.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
+use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, Either, NextTimeout, RustlsConnector, Transport};
+
+use super::wire::{SmallBuffers, Wire};
+use crate::error::StartError;
+
+/// Bytes of the library's own buffers, each way, which stay as large as they are: what goes through them in pieces finds
+/// room in ours. With 16 KiB of input an answer's head had to be smaller than that, and each stream kept them.
+pub const PIECE: usize = 2 * 1024;
+
+/// Makes TLS connections out of those that need it. Shared by all lines: a session that one had can be resumed by another,
+/// which saves a round trip or the check of a certificate.
+#[derive(Clone, Debug)]
+pub struct Tls {
+    pub config: TlsConfig,
+    connector: Arc<RustlsConnector>,
+}
+
+impl Tls {
+    /// Trusts the certificates in this PEM file, or the public ones that are compiled in. Errs where the file cannot be
+    /// read or has none.
+    pub fn new(ca_file: Option<&Path>) -> Result<Tls, StartError> {
+        let mut config = TlsConfig::builder();
+        if let Some(path) = ca_file {
+            config = config.root_certs(RootCerts::new_with_certs(&certificates(path)?));
+        }
+        Ok(Tls { config: config.build(), connector: Arc::default() })
+    }
+}
+
+fn certificates(path: &Path) -> Result<Vec<Certificate<'static>>, StartError> {
+    let wrong = |what: String| StartError::usage(format!("UPSTREAM_CA_FILE: {}: {what}", path.display()));
+    let pem = std::fs::read(path).map_err(|e| wrong(format!("it cannot be read: {e}")))?;
+    let mut certificates = Vec::new();
+    for item in parse_pem(&pem) {
+        let item =
+            item.map_err(|_| wrong("it is not PEM as it should be; has each part of it its BEGIN and its END?".to_string()));
+        if let PemItem::Certificate(certificate) = item? {
+            certificates.push(certificate);
+        }
+    }
+    if certificates.is_empty() {
+        return Err(wrong("there is no certificate in it; it must be PEM (-----BEGIN CERTIFICATE-----)".to_string()));
+    }
+    Ok(certificates)
+}
+
+impl Connector<Wire> for Tls {
+    type Out = Either<Wire, Sealed>;
+
+    fn connect(&self, details: &ConnectionDetails, wire: Option<Wire>) -> Result<Option<Self::Out>, ureq::Error> {
+        Ok(self.connector.connect(details, wire)?.map(|wire| match wire {
+            Either::A(plain) => Either::A(plain),
+            Either::B(tls) => Either::B(Sealed { tls: tls.boxed(), buffers: SmallBuffers::default() }),
+        }))
+    }
+}
+
+/// A TLS connection.
+pub struct Sealed {
+    tls: Box<dyn Transport>,
+    buffers: SmallBuffers,
+}
+
+impl Sealed {
+    fn send(&mut self, timeout: NextTimeout) -> Result<(), ureq::Error> {
+        // Not kept: a stream sends nothing more.
+        let output = std::mem::take(&mut self.buffers.output);
+        let mut unsent = &output[..std::mem::take(&mut self.buffers.unsent)];
+        while !unsent.is_empty() {
+            let space = self.tls.buffers().output();
+            let (piece, rest) = unsent.split_at(space.len().min(unsent.len()));
+            space[..piece.len()].copy_from_slice(piece);
+            self.tls.transmit_output(piece.len(), timeout)?;
+            unsent = rest;
+        }
+        Ok(())
+    }
+}
+
+impl Transport for Sealed {
+    fn buffers(&mut self) -> &mut dyn Buffers {
+        &mut self.buffers
+    }
+
+    fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
+        self.buffers.unsent += amount;
+        if self.buffers.is_full() { self.send(timeout) } else { Ok(()) }
+    }
+
+    fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
+        self.send(timeout)?;
+        if !self.tls.maybe_await_input(timeout)? {
+            return Ok(false);
+        }
+        let came = self.tls.buffers().input();
+        let space = self.buffers.input_append_buf();
+        let amount = came.len().min(space.len());
+        space[..amount].copy_from_slice(&came[..amount]);
+        self.tls.buffers().input_consume(amount);
+        self.buffers.input_appended(amount);
+        Ok(amount > 0)
+    }
+
+    fn is_open(&mut self) -> bool {
+        self.tls.is_open()
+    }
+
+    fn is_tls(&self) -> bool {
+        true
+    }
+}
+
+impl fmt::Debug for Sealed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Sealed")
+    }
+}
