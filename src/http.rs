@@ -35,8 +35,9 @@ use chunked::{Decoder, too_large};
 pub use head::Head;
 use head::{Framing, MAX_HEAD};
 
-/// The first read of a request has room for so many bytes; only larger ones make it grow.
-const FIRST_READ: usize = 1024;
+/// The first read of a request has room for so many bytes; only larger ones make it grow. What is no larger than 1,032 glibc
+/// keeps for the thread that freed it: 2 MiB where 2,000 streams end.
+const FIRST_READ: usize = 1040;
 /// And each read of a body for so many.
 const PIECE: usize = 16 * 1024;
 
@@ -493,25 +494,33 @@ impl Connection {
 }
 
 impl Drop for Connection {
+    fn drop(&mut self) {
+        if self.lingers() {
+            self.linger();
+        }
+    }
+}
+
+impl Connection {
     /// Closes so that the client can still read the last answer: what it keeps sending is thrown away
     /// for a moment, since closing over unread bytes would reset the connection (RFC 9112, section 9.6). Some clients send
     /// all of a body before they read: who said how large it is gets the time for that.
-    fn drop(&mut self) {
+    // Not inlined: the library's side is closed below it, on a stack of which each stream's thread keeps what was used.
+    #[inline(never)]
+    fn linger(&self) {
         const LINGER: Duration = Duration::from_millis(500);
         const LINGER_BYTES: u64 = 4 << 20;
         const MOST_LINGER: Duration = Duration::from_secs(30);
         const MOST_LINGER_BYTES: u64 = 64 << 20;
-        if self.lingers() {
-            let owed = self.owed.filter(|owed| *owed <= MOST_LINGER_BYTES).unwrap_or(0);
-            let until = Instant::now() + if owed > 0 { MOST_LINGER } else { LINGER };
-            let (mut sink, mut thrown) = ([0; 4096], 0);
-            let _ = self.stream.shutdown(Shutdown::Write);
-            let more = || wait(&self.stream, PollFlags::IN, until.min(Instant::now() + LINGER)).is_ok_and(|there| there);
-            while thrown < owed.max(LINGER_BYTES) && more() {
-                match (&*self.stream).read(&mut sink) {
-                    Ok(n) if n > 0 => thrown += n as u64,
-                    _ => break,
-                }
+        let owed = self.owed.filter(|owed| *owed <= MOST_LINGER_BYTES).unwrap_or(0);
+        let until = Instant::now() + if owed > 0 { MOST_LINGER } else { LINGER };
+        let (mut sink, mut thrown) = ([0; 4096], 0);
+        let _ = self.stream.shutdown(Shutdown::Write);
+        let more = || wait(&self.stream, PollFlags::IN, until.min(Instant::now() + LINGER)).is_ok_and(|there| there);
+        while thrown < owed.max(LINGER_BYTES) && more() {
+            match (&*self.stream).read(&mut sink) {
+                Ok(n) if n > 0 => thrown += n as u64,
+                _ => break,
             }
         }
     }

@@ -101,7 +101,8 @@ pub struct Few<T>(pub Vec<T>);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Few<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Few<T>, D::Error> {
-        deserializer.deserialize_seq(Few(Vec::new()))
+        // Most have one element, and a Vec begins with four.
+        deserializer.deserialize_seq(Few(Vec::with_capacity(1)))
     }
 }
 
