@@ -457,7 +457,7 @@ impl Writer {
         connection.query_row("PRAGMA journal_mode = wal", [], |_| Ok(()))?;
         // Migrations need not wait for the disk: one that a power cut takes back is made again.
         connection.execute_batch(&format!(
-            "PRAGMA synchronous = NORMAL; PRAGMA cache_size = -2048; PRAGMA journal_size_limit = 67108864;
+            "PRAGMA synchronous = NORMAL; PRAGMA cache_size = -1024; PRAGMA journal_size_limit = 67108864;
              PRAGMA wal_autocheckpoint = {MOST_PAGES};"
         ))?;
         schema::migrate(&mut connection)?;
