@@ -102,6 +102,9 @@ impl Transport for Sealed {
         }
         let came = self.tls.buffers().input();
         let space = self.buffers.input_append_buf();
+        if space.is_empty() {
+            return Err(ureq::Error::BodyStalled);
+        }
         let amount = came.len().min(space.len());
         space[..amount].copy_from_slice(&came[..amount]);
         self.tls.buffers().input_consume(amount);
