@@ -110,17 +110,17 @@ struct Answer<'a> {
     choices: Option<Few<Choice<'a>>>,
     usage: Option<Counts>,
     error: Option<&'a RawValue>,
-    object: Option<Words<'a>>,
+    object: Option<&'a RawValue>,
 }
 
-object!(Answer<'de> { choices, error } wishes { model, usage, object });
+object!(Answer<'de> { choices, error, object } wishes { model, usage });
 
 impl Answer<'_> {
     /// Errs where it is an error or has one, by what `json` says; `what` its sender did.
     fn no_error(&self, what: &str, json: &[u8]) -> Result<(), NoAnswer> {
         no_error(what, self.error)?;
         // Another form of it, without a frame.
-        let is_error = self.choices.is_none() && self.object.as_ref().is_some_and(|Words(object)| object == "error");
+        let is_error = self.choices.is_none() && self.object.is_some_and(|object| object.get() == "\"error\"");
         if is_error { Err(NoAnswer::error(what, &String::from_utf8_lossy(json))) } else { Ok(()) }
     }
 }
