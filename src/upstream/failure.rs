@@ -45,8 +45,14 @@ impl From<ApiError> for Box<Failure> {
     }
 }
 
-fn insecure(why: &dyn std::fmt::Display) -> String {
-    format!("no secure connection to the LLM: {why}; check OPENAI_BASE_URL and UPSTREAM_CA_FILE")
+/// A failure of TLS. A certificate that is not believed is none the next time, either.
+fn insecure(why: String) -> (Code, String, bool) {
+    let todo = match () {
+        () if why.contains("CaUsedAsEndEntity") => "a server's certificate must be made with basicConstraints=CA:FALSE",
+        () if why.contains("certificate") => "check OPENAI_BASE_URL and UPSTREAM_CA_FILE",
+        () => "check OPENAI_BASE_URL",
+    };
+    (Code::UPSTREAM_UNAVAILABLE, format!("no secure connection to the LLM: {why}; {todo}"), !why.contains("certificate"))
 }
 
 /// The `Retry-After` as it came, where it can stand in our answer.
@@ -90,9 +96,13 @@ impl Upstream {
                 (Code::UPSTREAM_UNAVAILABLE, "the LLM's host name cannot be resolved; check OPENAI_BASE_URL".to_string(), true)
             }
             // As rustls tells what is wrong with its peer.
-            ureq::Error::Io(e) if e.kind() == ErrorKind::InvalidData => (Code::UPSTREAM_UNAVAILABLE, insecure(e), true),
+            ureq::Error::Io(e) if e.kind() == ErrorKind::InvalidData => insecure(e.to_string()),
+            e @ (ureq::Error::Tls(_) | ureq::Error::Rustls(_)) => insecure(e.to_string()),
+            ureq::Error::Io(e) if e.kind() == ErrorKind::UnexpectedEof => {
+                let text = "the LLM closed the connection and said nothing; check OPENAI_BASE_URL, http or https, too";
+                (Code::UPSTREAM_UNAVAILABLE, text.to_string(), true)
+            }
             ureq::Error::Io(e) => (Code::UPSTREAM_UNAVAILABLE, format!("the LLM cannot be reached: {e}"), true),
-            e @ (ureq::Error::Tls(_) | ureq::Error::Rustls(_)) => (Code::UPSTREAM_UNAVAILABLE, insecure(e), true),
             e => (Code::UPSTREAM_BAD_ANSWER, format!("the LLM's answer is not HTTP as it should be: {e}"), false),
         };
         let error = self.failed(code, &text);

@@ -2,13 +2,14 @@
 //! stream of minutes can keep. Knows no HTTP.
 
 use std::fmt;
+use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
 
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, Either, NextTimeout, RustlsConnector, Transport};
 
-use super::wire::{SmallBuffers, Wire};
+use super::wire::{SmallBuffers, Watch, Wire};
 use crate::error::StartError;
 
 /// Bytes of the library's own buffers, each way, which stay as large as they are: what goes through them in pieces finds
@@ -56,9 +57,10 @@ impl Connector<Wire> for Tls {
     type Out = Either<Wire, Sealed>;
 
     fn connect(&self, details: &ConnectionDetails, wire: Option<Wire>) -> Result<Option<Self::Out>, ureq::Error> {
+        let watch = wire.as_ref().map(|wire| wire.watch.clone()).unwrap_or_default();
         Ok(self.connector.connect(details, wire)?.map(|wire| match wire {
             Either::A(plain) => Either::A(plain),
-            Either::B(tls) => Either::B(Sealed { tls: tls.boxed(), buffers: SmallBuffers::default() }),
+            Either::B(tls) => Either::B(Sealed { tls: tls.boxed(), buffers: SmallBuffers::default(), watch, just_read: false }),
         }))
     }
 }
@@ -67,6 +69,8 @@ impl Connector<Wire> for Tls {
 pub struct Sealed {
     tls: Box<dyn Transport>,
     buffers: SmallBuffers,
+    watch: Watch,
+    just_read: bool,
 }
 
 impl Sealed {
@@ -83,6 +87,14 @@ impl Sealed {
         }
         Ok(())
     }
+
+    /// Takes what is there, without a wait: an error of the kind `WouldBlock` where that is nothing.
+    fn look(&mut self) -> Result<bool, ureq::Error> {
+        self.watch.looks(true);
+        let look = self.tls.maybe_await_input(NextTimeout::default());
+        self.watch.looks(false);
+        look
+    }
 }
 
 impl Transport for Sealed {
@@ -97,7 +109,13 @@ impl Transport for Sealed {
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
         self.send(timeout)?;
-        if !self.tls.maybe_await_input(timeout)? {
+        let mut more = self.tls.maybe_await_input(timeout);
+        // What came before an alert, say, is sound.
+        if more.is_err() && self.watch.ended().is_none() && matches!(self.look(), Ok(true)) {
+            more = Ok(true);
+        }
+        self.just_read = more?;
+        if !self.just_read {
             return Ok(false);
         }
         let came = self.tls.buffers().input();
@@ -113,7 +131,15 @@ impl Transport for Sealed {
     }
 
     fn is_open(&mut self) -> bool {
-        self.tls.is_open()
+        // ureq asks when it puts the connection by and when it takes it up again; the second time counts.
+        if std::mem::take(&mut self.just_read) {
+            return true;
+        }
+        // What nobody asked for may be here already, decrypted or not, and would answer the next question. What is TLS's own
+        // (a ticket, a new key) is no answer.
+        let open = matches!(self.look(), Err(ureq::Error::Io(e)) if e.kind() == ErrorKind::WouldBlock);
+        self.watch.found(open);
+        open
     }
 
     fn is_tls(&self) -> bool {

@@ -37,6 +37,8 @@ struct Bounds {
     silence: Option<Duration>,
     ended: Option<Ended>,
     reused: bool,
+    /// Nobody waits: a connection is looked at.
+    looks: bool,
     /// The socket that a stream comes from.
     source: Option<Arc<TcpStream>>,
 }
@@ -94,6 +96,16 @@ impl Watch {
     /// Why the call ended, where it was not the upstream's doing.
     pub fn ended(&self) -> Option<Ended> {
         lock(&self.0).ended
+    }
+
+    /// Whether from now on a read only looks what is there.
+    pub fn looks(&self, looks: bool) {
+        lock(&self.0).looks = looks;
+    }
+
+    /// A connection from before is to be used, and is open or not.
+    pub fn found(&self, open: bool) {
+        lock(&self.0).reused = open;
     }
 
     /// Forgets that a connection from before was taken.
@@ -362,12 +374,15 @@ pub struct Wire {
     is_patient: bool,
     /// The upstream takes no more of the request.
     is_cut: bool,
-    watch: Watch,
+    pub watch: Watch,
 }
 
 impl Wire {
     /// Waits for what comes next and takes it; 0: the upstream has closed.
     fn receive(&mut self) -> Result<usize, ureq::Error> {
+        if lock(&self.watch.0).looks {
+            return self.look();
+        }
         let silence = self.watch.stream_from(&self.stream)?;
         if let Some(silence) = silence {
             self.be_patient(silence)?;
@@ -400,6 +415,14 @@ impl Wire {
                 Err(e) => return Err(io::Error::from(e).into()),
             }
         }
+    }
+
+    /// Takes what is there.
+    fn look(&mut self) -> Result<usize, ureq::Error> {
+        let space = self.buffers.input_append_buf();
+        let (amount, _) = rustix::net::recv(&self.stream, space, RecvFlags::DONTWAIT).map_err(io::Error::from)?;
+        self.buffers.input_appended(amount);
+        Ok(amount)
     }
 
     /// From now on the socket itself waits, for so long. Nothing more is sent, and streams are many and long.
@@ -455,7 +478,7 @@ impl Transport for Wire {
         }
         let mut byte = [0];
         let open = matches!(rustix::net::recv(&self.stream, &mut byte, RecvFlags::PEEK | RecvFlags::DONTWAIT), Err(Errno::AGAIN));
-        lock(&self.watch.0).reused = open;
+        self.watch.found(open);
         open
     }
 }

@@ -36,7 +36,7 @@ const HOUSE: &[Room] = &[
     room("clock", 0, &["time"]),
     room("handoff", 0, &[]),
     room("lock", 0, &[]),
-    room("kernel", 0, &["libc", "rustix"]),
+    room("kernel", 0, &["libc", "libm", "rustix"]),
     room("config", 0, &["log", "dotenvy"]),
     room("error", 0, PURE),
     room("json", 0, PURE),

@@ -8,6 +8,7 @@ use crate::support::tls::{AUTHORITY, TlsFront};
 use crate::support::upstream::{FakeUpstream, Step, answer, completion, delta, event, reply_json, send, stream_head, streamed};
 use rustls::HandshakeKind;
 use serde_json::json;
+use std::io::Read;
 
 /// A server that asks `upstream` by https, and trusts it.
 fn facing(upstream: &FakeUpstream, front: &TlsFront) -> Setup {
@@ -81,6 +82,53 @@ fn a_second_connection_resumes_the_session_of_the_first() {
     assert_eq!(front.handshakes(), [HandshakeKind::Full, HandshakeKind::Resumed]);
     gate.open();
     assert_eq!(waiting.read_response().status, 200);
+}
+
+/// As a server writes it that counts its answer's bytes wrongly, or answers twice.
+#[test]
+fn what_nobody_asked_for_answers_nobody() {
+    for version in [&rustls::version::TLS12, &rustls::version::TLS13] {
+        let upstream = FakeUpstream::answering(|request| {
+            let own = completion(&request.question()).to_string();
+            let stolen = completion("Stolen").to_string();
+            let head = |length| format!("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n");
+            // So large that the surplus begins where a buffer ends.
+            let own = format!("{own:0$}", 4096 - head(4000).len());
+            vec![send([head(own.len()), own, head(stolen.len()), stolen].concat())]
+        });
+        let front = TlsFront::speaking(version, &upstream);
+        let proxy = facing(&upstream, &front).start();
+        for question in ["One", "Two", "Three", "Four"] {
+            assert_eq!(proxy.answer(question)["answer"], question);
+        }
+    }
+}
+
+#[test]
+fn an_answer_before_an_alert_is_one() {
+    let upstream = FakeUpstream::always(vec![answer("Yes"), vec![Step::Close]].concat());
+    let front = TlsFront::failing(&upstream);
+    let proxy = facing(&upstream, &front).start();
+    assert_eq!(proxy.answer("What is it?")["answer"], "Yes");
+    assert_eq!(upstream.calls(), 1);
+}
+
+#[test]
+fn a_handshake_that_stalls_is_upstream_timeout_and_a_client_that_leaves_ends_it() {
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let url = format!("https://{}/v1", silent.local_addr().expect("its address"));
+    let setup = Setup::new().set("OPENAI_API_KEY", UPSTREAM_KEY).set("OPENAI_BASE_URL", url).set("WORKERS", "1");
+    let proxy = setup.set("UPSTREAM_TIMEOUT_SECS", "1").start();
+    proxy.ask("What is it?").expect_error(503, "upstream_timeout");
+    let (mut first, _) = silent.accept().expect("the first call");
+    let proxy = proxy.setup().set("UPSTREAM_TIMEOUT_SECS", "600").start();
+    let mut connection = proxy.connect();
+    connection.send(&post("/api/ask", &json!({"question": "And now?"})));
+    let (mut second, _) = silent.accept().expect("the second call");
+    drop(connection);
+    for call in [&mut first, &mut second] {
+        assert!(call.read_to_end(&mut Vec::new()).is_ok_and(|hello| hello > 0), "a hello and the end");
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@ use super::upstream::FakeUpstream;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{HandshakeKind, ServerConfig, ServerConnection};
+use rustls::{HandshakeKind, ServerConfig, ServerConnection, SupportedProtocolVersion};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
@@ -19,12 +19,25 @@ pub struct TlsFront {
 
 impl TlsFront {
     pub fn of(upstream: &FakeUpstream) -> TlsFront {
+        TlsFront::start(rustls::ALL_VERSIONS, b"", upstream)
+    }
+
+    pub fn speaking(version: &'static SupportedProtocolVersion, upstream: &FakeUpstream) -> TlsFront {
+        TlsFront::start(&[version], b"", upstream)
+    }
+
+    /// Sends a record that no key fits, right behind each piece of an answer.
+    pub fn failing(upstream: &FakeUpstream) -> TlsFront {
+        TlsFront::start(rustls::ALL_VERSIONS, b"\x17\x03\x03\x00\x2032 bytes without any meaning... ", upstream)
+    }
+
+    fn start(versions: &[&'static SupportedProtocolVersion], behind_each: &'static [u8], upstream: &FakeUpstream) -> TlsFront {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
         let address = listener.local_addr().expect("its address");
         let certificate = CertificateDer::from_pem_slice(include_bytes!("tls/server.pem")).expect("a certificate");
         let key = PrivateKeyDer::from_pem_slice(include_bytes!("tls/server.key")).expect("a key");
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().expect("versions");
+        let config = ServerConfig::builder_with_provider(provider).with_protocol_versions(versions).expect("versions");
         let config = Arc::new(config.with_no_client_auth().with_single_cert(vec![certificate], key).expect("the key's own"));
         let (behind, handshakes) = (upstream.address(), Arc::<Mutex<Vec<HandshakeKind>>>::default());
         let seen = Arc::clone(&handshakes);
@@ -35,7 +48,7 @@ impl TlsFront {
                 std::thread::spawn(move || {
                     let tls = ServerConnection::new(config).expect("a connection");
                     // Ends with an error where one of the two leaves, as the other then notices.
-                    let _ = relay(tls, &client, &behind, &seen);
+                    let _ = relay(tls, &client, &behind, behind_each, &seen);
                     let _ = (client.shutdown(Shutdown::Both), behind.shutdown(Shutdown::Both));
                 });
             }
@@ -57,6 +70,7 @@ fn relay(
     mut tls: ServerConnection,
     mut client: &TcpStream,
     mut behind: &TcpStream,
+    behind_each: &[u8],
     seen: &Mutex<Vec<HandshakeKind>>,
 ) -> std::io::Result<()> {
     let mut piece = vec![0; 64 * 1024];
@@ -87,9 +101,12 @@ fn relay(
                 tls.send_close_notify();
             }
             tls.writer().write_all(&piece[..came])?;
+            let mut segment = Vec::new();
             while tls.wants_write() {
-                tls.write_tls(&mut client)?;
+                tls.write_tls(&mut segment)?;
             }
+            segment.extend(behind_each);
+            client.write_all(&segment)?;
             if came == 0 {
                 return Ok(());
             }
