@@ -54,7 +54,7 @@ pub struct Listener {
 /// The open connections.
 #[derive(Default)]
 pub struct Connections {
-    /// By their cookies.
+    /// By their inodes.
     sockets: Mutex<HashMap<u64, Weak<TcpStream>>>,
     room: Condvar,
     is_shut: AtomicBool,
@@ -91,12 +91,12 @@ impl Connections {
 /// list is taken for the one that was just accepted.
 pub struct Listed {
     connections: Arc<Connections>,
-    cookie: u64,
+    inode: u64,
 }
 
 impl Drop for Listed {
     fn drop(&mut self) {
-        lock(&self.connections.sockets).remove(&self.cookie);
+        lock(&self.connections.sockets).remove(&self.inode);
         self.connections.room.notify_one();
     }
 }
@@ -151,15 +151,15 @@ impl Listener {
             Err(e) => return Err(e),
         };
         let mut live = lock(&self.connections.sockets);
-        let Some((stream, cookie)) = kernel::adopt_accepted(lowest, self.local, |cookie| live.contains_key(&cookie)) else {
+        let Some((stream, inode)) = kernel::adopt_accepted(lowest, self.local, |inode| live.contains_key(&inode)) else {
             log::warn!("a client was accepted and its socket not found, as where descriptors run out; it is dropped");
             return Ok(None);
         };
         let stream = Arc::new(stream);
-        live.insert(cookie, Arc::downgrade(&stream));
+        live.insert(inode, Arc::downgrade(&stream));
         drop(live);
         let peer = stream.peer_addr().unwrap_or(self.local);
-        let listed = Arc::new(Listed { connections: Arc::clone(&self.connections), cookie });
+        let listed = Arc::new(Listed { connections: Arc::clone(&self.connections), inode });
         Ok(Some(Box::new(Connection {
             stream,
             peer,

@@ -15,7 +15,8 @@ use std::path::Path;
 use std::time::Instant;
 
 use rustix::event::{PollFd, Timespec};
-use rustix::fs::{AtFlags, Statx, StatxFlags};
+use rustix::fs::{AtFlags, FileType, Statx, StatxFlags};
+use rustix::io::Errno;
 
 /// Waits until something is true of one of `fds`, which then say what; false: `until` came first.
 pub fn poll(fds: &mut [PollFd], until: Option<Instant>) -> io::Result<bool> {
@@ -23,17 +24,21 @@ pub fn poll(fds: &mut [PollFd], until: Option<Instant>) -> io::Result<bool> {
         let left = until.map(|until| until.saturating_duration_since(Instant::now()));
         let left = left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) });
         match rustix::event::poll(fds, left.as_ref()) {
-            Err(rustix::io::Errno::INTR) => {}
+            Err(Errno::INTR) => {}
             ready => return Ok(ready? > 0),
         }
     }
 }
 
-/// The inode of the file at a path, and nothing else of it; `None` where there is none. Since Linux 6.13 a file whose times
+/// The inode of the file at a path, and nothing else of it; `None` where there is none. Errs where the disk does not say. Since Linux 6.13 a file whose times
 /// are asked for, as std does, has them written anew by its next write: a change of threads and up to 60 us more for a
 /// question on one connection.
-pub fn inode(path: &Path) -> Option<u64> {
-    told_of(path, StatxFlags::INO).map(|file| file.stx_ino)
+pub fn inode(path: &Path) -> io::Result<Option<u64>> {
+    match told_of(path, StatxFlags::INO) {
+        Ok(file) => Ok(Some(file.stx_ino)),
+        Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
+        Err(e) => Err(e.into()),
+    }
 }
 
 /// The bytes of the file at a path, 0 where there is none.
@@ -41,8 +46,8 @@ pub fn size(path: &Path) -> u64 {
     told_of(path, StatxFlags::SIZE).map_or(0, |file| file.stx_size)
 }
 
-fn told_of(path: &Path, what: StatxFlags) -> Option<Statx> {
-    rustix::fs::statx(rustix::fs::CWD, path, AtFlags::empty(), what).ok()
+fn told_of(path: &Path, what: StatxFlags) -> rustix::io::Result<Statx> {
+    rustix::fs::statx(rustix::fs::CWD, path, AtFlags::empty(), what)
 }
 
 /// Bytes of the file system of a path.
@@ -63,7 +68,7 @@ pub fn room(path: &Path) -> Option<Room> {
 
 /// A second descriptor for the connection that was accepted last: `lowest` was the lowest free
 /// descriptor just before, `local` is the listener's address, and `known` tells which sockets (by
-/// their cookie, `SO_COOKIE`) were there already. `None` where it is not found.
+/// their inode) were there already. `None` where it is not found.
 ///
 /// The kernel hands out the lowest free number, so the first look finds it, unless another thread took
 /// that number or freed a lower one in between.
@@ -79,26 +84,32 @@ fn adopt(number: RawFd, local: SocketAddr, known: &impl Fn(u64) -> bool) -> Opti
     let there = unsafe { BorrowedFd::borrow_raw(number) };
     // Asked before it is copied: closing the copy of a file's descriptor would drop all locks that this
     // process holds on the file (fcntl(2)), and SQLite's are such.
-    let cookie = new_client(there, local, known)?;
+    let inode = new_client(there, local, known)?;
     let copy = rustix::io::fcntl_dupfd_cloexec(there, 0).ok()?;
-    if rustix::net::sockopt::socket_cookie(&copy) != Ok(cookie) {
+    if socket_inode(&copy) != Some(inode) {
         // The number changed hands in between. It may be a file's now, so the copy is never closed.
         let _ = copy.into_raw_fd();
         return None;
     }
-    Some((TcpStream::from(copy), cookie))
+    Some((TcpStream::from(copy), inode))
 }
 
-/// The cookie of a client's socket that is not known yet.
+/// The inode of a client's socket that is not known yet.
 fn new_client(there: BorrowedFd, local: SocketAddr, known: &impl Fn(u64) -> bool) -> Option<u64> {
     if rustix::net::sockopt::socket_acceptconn(there) != Ok(false) {
         return None;
     }
     // Not asked for: the peer, since a client that reset the connection has none any more.
     let address: SocketAddr = rustix::net::getsockname(there).ok()?.try_into().ok()?;
-    let cookie = rustix::net::sockopt::socket_cookie(there).ok().filter(|_| address.port() == local.port())?;
+    let inode = socket_inode(there).filter(|_| address.port() == local.port())?;
     // One that is about to be closed may be off the list already, but was sent an answer.
-    (!known(cookie) && is_unused(&there).ok()?).then_some(cookie)
+    (!known(inode) && is_unused(&there).ok()?).then_some(inode)
+}
+
+/// No two sockets that are open have the same. `SO_COOKIE` would say more, but sandboxes such as gVisor lack it.
+fn socket_inode(socket: impl AsFd) -> Option<u64> {
+    let file = rustix::fs::fstat(socket).ok()?;
+    (FileType::from_raw_mode(file.st_mode) == FileType::Socket).then_some(file.st_ino)
 }
 
 /// Nothing was ever sent on this connection (`TCP_INFO`, tcp(7)).
@@ -189,6 +200,14 @@ pub fn forget_unused_heap() {
     }
 }
 
+/// How many threads there may be: each takes four mappings of memory, and one that finds none left when it begins ends the
+/// process, since std then panics where nothing catches it. The rest is the program's own.
+pub fn most_threads() -> usize {
+    const OTHERS: usize = 5000;
+    let most = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok().and_then(|text| text.trim().parse::<usize>().ok());
+    most.map_or(usize::MAX, |most| most.saturating_sub(OTHERS) / 4)
+}
+
 /// A connection takes three descriptors and a call one, so the soft limit goes up to the hard one.
 pub fn raise_descriptor_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -247,6 +266,15 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_is_not_there_is_not_one_that_cannot_be_looked_at() {
+        let program = std::env::current_exe().expect("a path");
+        assert!(matches!(inode(&program), Ok(Some(_))));
+        assert!(matches!(inode(&program.with_file_name("absent")), Ok(None)));
+        assert!(matches!(inode(&program.join("within a file")), Ok(None)));
+        assert!(inode(&program.with_file_name("x".repeat(300))).is_err());
+    }
+
+    #[test]
     fn who_makes_way_does_so_until_it_is_told_not_to() {
         // The 41st field (proc_pid_stat(5)), the 39th behind the name.
         let policy = || {
@@ -279,10 +307,10 @@ mod tests {
         let lowest = rustix::io::fcntl_dupfd_cloexec(&listener, 0).expect("a descriptor").as_raw_fd();
         let _first = TcpStream::connect(local).expect("connected");
         let (one, _) = listener.accept().expect("accepted");
-        let cookie = rustix::net::sockopt::socket_cookie(&one).expect("a cookie");
+        let inode = socket_inode(&one);
         let second = TcpStream::connect(local).expect("connected");
         let (_two, _) = listener.accept().expect("accepted");
-        let (found, _) = adopt_accepted(lowest.min(one.as_raw_fd()), local, |c| c == cookie).expect("found");
+        let (found, _) = adopt_accepted(lowest.min(one.as_raw_fd()), local, |known| Some(known) == inode).expect("found");
         assert_eq!(found.peer_addr().ok(), second.local_addr().ok());
         (&one).write_all(b"answer").expect("sent");
         let (found, _) = adopt_accepted(lowest.min(one.as_raw_fd()), local, |_| false).expect("found");

@@ -38,8 +38,9 @@ const LAST_WORDS: Duration = Duration::from_secs(3);
 const EXHAUSTED: Duration = Duration::from_millis(50);
 
 /// Serves until SIGTERM or SIGINT, then drains. Errs with one line where it cannot start.
-pub fn serve(config: Config) -> Result<(), StartError> {
+pub fn serve(mut config: Config) -> Result<(), StartError> {
     kernel::give_back_what_is_large();
+    limit_threads(&mut config, kernel::most_threads());
     let config = Arc::new(config);
     let metrics = Arc::new(Api::metrics(&config));
     let upstream = Arc::new(Upstream::new(Arc::clone(&config), Arc::clone(&metrics))?);
@@ -85,6 +86,20 @@ pub fn serve(config: Config) -> Result<(), StartError> {
     store.close();
     log::info!("stopped");
     Ok(())
+}
+
+/// Of workers and connections, each of which may have a thread, allows no more than the system does.
+fn limit_threads(config: &mut Config, most: usize) {
+    let wanted = (config.workers, config.max_connections);
+    config.workers = config.workers.min(most / 2).max(1);
+    config.max_connections = config.max_connections.min(most - most.min(config.workers)).max(1);
+    if wanted != (config.workers, config.max_connections) {
+        log::warn!(
+            "WORKERS is {} here and MAX_CONNECTIONS {}: the system has memory mappings (vm.max_map_count) for {most} threads",
+            config.workers,
+            config.max_connections
+        );
+    }
 }
 
 /// Who does what: readers wait for requests and answer what needs no LLM, workers ask the LLM.

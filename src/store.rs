@@ -110,7 +110,7 @@ struct State {
 impl State {
     /// The database at the path is the one that is open.
     fn is_at(&self, path: &Path) -> bool {
-        kernel::inode(path).unwrap_or(0) == self.inode.load(Ordering::Relaxed)
+        kernel::inode(path).map_or(true, |inode| inode.unwrap_or(0) == self.inode.load(Ordering::Relaxed))
     }
 }
 

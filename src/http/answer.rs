@@ -157,7 +157,7 @@ impl Responder {
             id: "test".to_string(),
             is_used: false,
             answers: Arc::default(),
-            listed: Arc::new(Listed { connections: Arc::default(), cookie: 0 }),
+            listed: Arc::new(Listed { connections: Arc::default(), inode: 0 }),
         }
     }
 

@@ -67,8 +67,10 @@ pub fn advice(trouble: &Trouble) -> String {
         Some(CannotOpen | PermissionDenied | ReadOnly) => {
             "it cannot be written; check the rights of file and folder, or set DATABASE_PATH"
         }
-        Some(NotADatabase | DatabaseCorrupt) => {
-            "it is damaged or no SQLite database; move it away and start again, or restore a backup"
+        Some(NotADatabase) => "it is no SQLite database; move it away and start again, or restore a backup",
+        // An error of the disk looks the same (SQLITE_IOERR_CORRUPTFS).
+        Some(DatabaseCorrupt) => {
+            "it is damaged, or the disk cannot read it; look at the kernel's messages and at PRAGMA integrity_check, and restore a backup where it is"
         }
         Some(DatabaseBusy | DatabaseLocked) => "another process holds its lock; end that process",
         Some(DiskFull | SystemIoFailure) => "the disk is full or failing; make room",

@@ -5,6 +5,7 @@ mod index;
 mod retention;
 
 use std::fs;
+use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -410,13 +411,16 @@ impl Writer {
 
     /// The open database is still the one at its path. What is written to a deleted file is lost.
     fn is_in_place(&self) -> bool {
-        let files = self.files();
-        let [_, journal, index] = files;
-        self.open.as_ref().is_some_and(|open| open.files == files) && (journal.is_none() || index.is_some())
+        match (&self.open, self.files()) {
+            (Some(open), Ok(files)) => open.files == files && (files[1].is_none() || files[2].is_some()),
+            // Where the disk does not say, the next write shows what is wrong.
+            (open, Err(_)) => open.is_some(),
+            (None, Ok(_)) => false,
+        }
     }
 
-    fn files(&self) -> [Option<u64>; 3] {
-        [&self.path, &self.journal, &self.journal_index].map(|path| kernel::inode(path))
+    fn files(&self) -> io::Result<[Option<u64>; 3]> {
+        Ok([kernel::inode(&self.path)?, kernel::inode(&self.journal)?, kernel::inode(&self.journal_index)?])
     }
 
     /// Lets go of a database that is not in its place any more. What only its journal has, which may be deleted, goes over
@@ -431,7 +435,7 @@ impl Writer {
         lock(&self.state.readers).clear();
         if let Some(open) = self.open.take() {
             self.last_id = 0;
-            if open.files[0] != kernel::inode(&self.path) {
+            if kernel::inode(&self.path).is_ok_and(|now| now != open.files[0]) {
                 log::error!(
                     "the database was deleted or replaced, and what is there now is used, or a new one; if that was not \
                      meant, stop the server and restore a backup"
@@ -467,7 +471,7 @@ impl Writer {
             connection.execute_batch("PRAGMA synchronous = FULL")?;
         }
         self.learn(&connection)?;
-        let files = self.files();
+        let files = self.files().unwrap_or_default();
         self.state.inode.store(files[0].unwrap_or(0), Ordering::Relaxed);
         self.open = Some(Open { connection, files });
         self.state.opening.fetch_add(1, Ordering::Relaxed);

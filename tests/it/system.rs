@@ -43,6 +43,20 @@ fn readyz_counts_what_runs_and_what_waits() {
     eventually("all is quiet", || proxy.get("/readyz").json()["workers_busy"] == 0);
 }
 
+/// A thread that finds no mapping left when it begins ends the process.
+#[test]
+fn no_more_threads_are_allowed_than_the_system_has_mappings_for() {
+    let most = std::fs::read_to_string("/proc/sys/vm/max_map_count").expect("a number").trim().parse::<i64>().expect("a number");
+    let proxy = Proxy::with(&[("WORKERS", "32768"), ("MAX_CONNECTIONS", "100000")]).start();
+    let workers = proxy.get("/readyz").json()["workers_total"].as_i64().expect("a number");
+    let is_limited = proxy.log().iter().any(|line| line.contains("vm.max_map_count"));
+    if most >= 4 * (32_768 + 100_000) + 5000 {
+        assert_eq!((workers, is_limited), (32_768, false));
+    } else {
+        assert!(workers <= most / 8 && is_limited, "{workers} {:?}", proxy.log());
+    }
+}
+
 /// A figure of the console that no metric has would be 0 for ever.
 #[test]
 fn the_console_reads_metrics_that_there_are() {

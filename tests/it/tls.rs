@@ -106,7 +106,7 @@ fn what_nobody_asked_for_answers_nobody() {
 
 #[test]
 fn an_answer_before_an_alert_is_one() {
-    let upstream = FakeUpstream::always(vec![answer("Yes"), vec![Step::Close]].concat());
+    let upstream = FakeUpstream::always([answer("Yes"), vec![Step::Close]].concat());
     let front = TlsFront::failing(&upstream);
     let proxy = facing(&upstream, &front).start();
     assert_eq!(proxy.answer("What is it?")["answer"], "Yes");
