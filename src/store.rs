@@ -4,6 +4,7 @@
 
 mod desk;
 mod schema;
+mod search;
 mod writer;
 
 use std::borrow::Cow;
@@ -27,10 +28,6 @@ use crate::metrics::Metrics;
 use desk::Desk;
 use writer::Writer;
 
-/// So many words of a query count.
-const MOST_WORDS: usize = 32;
-/// And so many of its bytes, since FTS5 may see several words where we see one.
-const MOST_QUERY: usize = 512;
 /// A search ranks so many matches, the newest, or as many as are asked for: each costs 2 to 4 us.
 const RANKED: u32 = 500;
 /// Read connections kept open.
@@ -221,8 +218,8 @@ impl Store {
     /// A key's pairs that have all of `words` in question or answer, best match first: of the newest 500
     /// matches, or `limit` where that is more, or 4 MiB of them, those where the words are most of the text.
     pub fn search(&self, key: &str, words: &str, before: i64, limit: u32) -> Result<Vec<Pair>, ApiError> {
-        let words = wanted(words);
-        let Some(query) = match_expression(&words) else { return Ok(Vec::new()) };
+        let words = search::wanted(words);
+        let Some(query) = search::match_expression(&words) else { return Ok(Vec::new()) };
         let ranked = limit.max(RANKED);
         let mut found = self.read(|connection| {
             let is_rare = || {
@@ -230,12 +227,11 @@ impl Store {
                 matches.query_row(params![query, before, ranked], |row| Ok(row.get::<_, u32>(0)? < ranked))
             };
             // Where many match, the index picks out the key's own; of few, the rows tell sooner.
-            let query = if self.one_key || is_rare()? { query } else { among_own(key, &query) };
+            let query = if self.one_key || is_rare()? { query } else { search::among_own(key, &query) };
             let mut search = connection.prepare_cached(include_str!("../sql/queries/search.sql"))?;
             bounded(search.query_map(params![query, before, key, ranked], pair)?)
         })?;
-        let words: Vec<String> = words.iter().flat_map(|words| parts(words)).map(str::to_lowercase).collect();
-        found.sort_by_cached_key(|pair| std::cmp::Reverse((score(pair, &words), pair.id)));
+        search::rank(&mut found, &words);
         found.truncate(limit as usize);
         Ok(found)
     }
@@ -305,68 +301,6 @@ fn awaited(pair: Pair, unique: Option<Unique>) -> (Order, Taker<Result<Pair, Api
 /// The error for a pair that cannot be kept or found.
 fn unavailable() -> ApiError {
     ApiError::new(Code::HISTORY_UNAVAILABLE, "the history cannot be written or read at the moment; the server's log says why")
-}
-
-/// The words of a query, each once, as far as they count: a search costs words times text.
-fn wanted(text: &str) -> Vec<&str> {
-    let (mut count, mut start, mut inside) = (0, 0, false);
-    // What punctuation divides counts in parts, since FTS5 looks for each. Half a word would find nothing.
-    let too_much = text.char_indices().any(|(at, c)| {
-        if c.is_alphanumeric() && !inside {
-            (count, start) = (count + 1, at);
-        }
-        inside = c.is_alphanumeric();
-        count > MOST_WORDS || inside && at >= MOST_QUERY
-    });
-    let text = if too_much { &text[..start] } else { text };
-    let mut words: Vec<&str> = Vec::new();
-    for word in text.split(|c: char| c.is_whitespace() || c.is_control()) {
-        if word.contains(char::is_alphanumeric) && !words.iter().any(|known| known.eq_ignore_ascii_case(word)) {
-            words.push(word);
-        }
-    }
-    words
-}
-
-/// Any words as an FTS5 query: in quotes, all of them needed, but for those that are no word to FTS5; it splits them
-/// further itself. `None` where there are no words (<https://sqlite.org/fts5.html#full_text_query_syntax>).
-fn match_expression(words: &[&str]) -> Option<String> {
-    if words.is_empty() {
-        return None;
-    }
-    let words: Vec<String> = words.iter().map(|w| format!("\"{}\"", w.replace('"', "\"\""))).collect();
-    Some(format!("{{question answer}} : ({})", words.join(" ")))
-}
-
-/// The same among a key's own rows.
-fn among_own(key: &str, query: &str) -> String {
-    let key: String = key.bytes().map(|b| format!("{b:02X}")).collect();
-    format!("key : \"{key}\" AND {query}")
-}
-
-/// How well a pair matches, in thousandths: the occurrences of the words against the length of the text,
-/// as BM25 weighs them. FTS5's own bm25() counts the matches in the whole history first.
-fn score(pair: &Pair, words: &[String]) -> u64 {
-    let text = format!("{} {}", pair.question, pair.answer).to_lowercase();
-    let length = text.len() as f64 / 500.0;
-    let weights = words.iter().map(|word| {
-        let count = occurrences(&text, word) as f64;
-        count * 2.2 / (count + 1.2 * (0.25 + 0.75 * length))
-    });
-    (weights.sum::<f64>() * 1000.0) as u64
-}
-
-/// What the index takes for words.
-fn parts(text: &str) -> impl Iterator<Item = &str> {
-    text.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty())
-}
-
-/// How often a word stands in a text as a whole, as the index has it: not within another one.
-fn occurrences(text: &str, word: &str) -> usize {
-    let is_whole = |(at, _): &(usize, &str)| {
-        !text[..*at].ends_with(char::is_alphanumeric) && !text[at + word.len()..].starts_with(char::is_alphanumeric)
-    };
-    text.match_indices(word).filter(is_whole).count()
 }
 
 /// The rows as far as they fit in an answer: pairs may be large.
@@ -463,32 +397,5 @@ mod tests {
         assert_eq!(store.read(count).expect("it is read"), 3);
         store.close();
         fs::remove_file(path).expect("it is there");
-    }
-
-    #[test]
-    fn any_text_is_a_query_for_words() {
-        let query = |text: &str| match_expression(&wanted(text));
-        let found = query("\"x\" OR -z\0don't & or 🦀");
-        assert_eq!(found.as_deref(), Some(r#"{question answer} : ("""x""" "OR" "-z" "don't")"#));
-        assert_eq!(query(" \"'*🦀"), None);
-        assert_eq!(among_own("a", "x"), r#"key : "61" AND x"#);
-    }
-
-    #[test]
-    fn words_within_others_do_not_count() {
-        assert_eq!(occurrences("cat concatenate cats: cat, (cat)", "cat"), 3);
-        assert_eq!(occurrences("кот кота кот", "кот"), 2);
-        assert_eq!(parts("(Rust)? don't").collect::<Vec<_>>(), ["Rust", "don", "t"]);
-    }
-
-    #[test]
-    fn of_a_query_32_words_count_and_512_bytes() {
-        let words: Vec<String> = (0..40).map(|number| format!("w{number}")).collect();
-        assert_eq!(wanted(&words.join(" ")), words[..32]);
-        assert_eq!(wanted(&words.join("-")), [words[..32].join("-") + "-"], "the parts of a word, too");
-        assert_eq!(wanted(&"x".repeat(512)), ["x".repeat(512)]);
-        assert_eq!(wanted(&"x".repeat(513)), [""; 0]);
-        assert_eq!(wanted(&format!("whole {} half", "é".repeat(252))), ["whole".to_string(), "é".repeat(252)]);
-        assert_eq!(wanted(&format!("{0}blank{0}", " ".repeat(500))), ["blank"]);
     }
 }
