@@ -179,7 +179,18 @@ fn a_bad_setting_is_one_line_that_names_it_and_exit_2() {
         ("AUTH", vec!["maybe", "ON!", "0.5"], &["on", "off"]),
         ("MOCK_MODE", vec!["maybe", "2"], &["true", "false"]),
         ("MOCK_DELAY_MS", number.to_vec(), &[]),
-        ("OPENAI_BASE_URL", vec!["not a url", "ftp://127.0.0.1/v1", "http://", "127.0.0.1:80/v1", "/v1"], &["http"]),
+        (
+            "OPENAI_BASE_URL",
+            [
+                &["not a url", "ftp://127.0.0.1/v1", "http://", "127.0.0.1:80/v1", "/v1"][..],
+                &["http://[::1", "http://[::1/v1", "https://api.openai.com/v1/chat/completions/"],
+            ]
+            .concat(),
+            &["http"],
+        ),
+        ("OPENAI_MODEL", vec!["gpt\u{7f}4"], &["one line"]),
+        ("OPENAI_FALLBACK_MODELS", vec!["a,b\u{7f}c"], &["one line"]),
+        ("DATABASE_PATH", vec![":memory:", "file:a%20b.db"], &["./NAME"]),
         ("WORKERS", positive.clone(), &[]),
         ("QUEUE_SIZE", number.to_vec(), &[]),
         ("MAX_CONNECTIONS", positive.clone(), &[]),
@@ -202,7 +213,7 @@ fn a_bad_setting_is_one_line_that_names_it_and_exit_2() {
             let ended = setup.run(&[]);
             let line = ended.expect_refusal(2);
             assert!(line.contains(name), "it names {name}={value}: {line}");
-            assert!(line.contains(value), "it shows the value of {name}={value}: {line}");
+            assert!(line.contains(&value.escape_debug().to_string()), "it shows the value of {name}={value}: {line}");
             for allowed in allowed {
                 assert!(line.contains(allowed), "it says that {allowed} is allowed for {name}: {line}");
             }
@@ -253,7 +264,15 @@ fn a_bad_secret_is_refused_without_being_shown() {
     let cases: [(&str, &[&str]); 2] = [
         (
             "API_KEYS",
-            &["alice:", ":hunter2", "alice:hunter2,bob:hunter2", "alice:hunter2,alice:hunter2", "alice:hunt er2", "алиса:хантер"],
+            &[
+                ",",
+                "alice:",
+                ":hunter2",
+                "alice:hunter2,bob:hunter2",
+                "alice:hunter2,alice:hunter2",
+                "alice:hunt er2",
+                "алиса:хантер",
+            ],
         ),
         ("OPENAI_API_KEY", &["hunter2\nX-Injected: 1", "hunt er2", "\"hunter2\"", "хантер"]),
     ];
@@ -265,10 +284,11 @@ fn a_bad_secret_is_refused_without_being_shown() {
             assert!(!line.contains("hunt") && !line.contains("хантер"), "it does not show {name}: {line}");
         }
     }
-    let url = "http://user:hunter2@host name/v1";
-    let ended = Setup::new().set("OPENAI_BASE_URL", url).run(&[]);
-    let line = ended.expect_refusal(2);
-    assert!(line.contains("OPENAI_BASE_URL") && !line.contains("hunter2"), "{line}");
+    for url in ["http://user:hunter2@host name/v1", "http://user:hunter2@host:port/v1"] {
+        let ended = Setup::new().set("OPENAI_BASE_URL", url).run(&[]);
+        let line = ended.expect_refusal(2);
+        assert!(line.contains("OPENAI_BASE_URL") && !line.contains("hunter2"), "{line}");
+    }
 }
 
 #[test]

@@ -105,8 +105,8 @@ fn a_missing_or_wrong_key_is_401_on_every_endpoint_that_needs_one() {
 
 #[test]
 fn every_configured_key_is_taken_with_and_without_bearer() {
-    let proxy = Proxy::with(&[("API_KEYS", "alice:secret1,bob:secret2,bare3")]).start();
-    for value in ["Bearer secret1", "Bearer secret2", "Bearer bare3", "secret1", "bare3", "bearer secret1"] {
+    let proxy = Proxy::with(&[("API_KEYS", "alice:secret1,bob:secret:2,bare3")]).start();
+    for value in ["Bearer secret1", "Bearer secret:2", "Bearer bare3", "secret1", "bare3", "bearer secret1"] {
         for path in LLM_PATHS {
             let response = proxy.call(&post(path, &question()).header("Authorization", value));
             assert_eq!(response.status, 200, "{value}: {response:?}");
