@@ -395,17 +395,6 @@ fn every_legal_way_to_write_an_event_is_understood() {
 }
 
 #[test]
-fn crlf_split_between_two_reads_is_one_line_end() {
-    let text = format!("data: {}\r\n\r\ndata: {}\r\n\r\ndata: [DONE]\r\n\r\n", delta("Yes"), finish("stop"));
-    let mut steps = vec![stream_head()];
-    steps.extend(text.split_inclusive('\r').map(piece));
-    steps.push(end());
-    let upstream = FakeUpstream::always(steps);
-    let proxy = Proxy::facing(&upstream).start();
-    assert_eq!(complete(&proxy), [delta("Yes"), finish("stop")]);
-}
-
-#[test]
 fn an_event_of_several_data_lines_is_one_event() {
     let text = "data: {\"choices\":[{\"index\":0,\ndata: \"delta\":{\"content\":\"Yes\"}}]}\n\n";
     let steps = vec![stream_head(), piece(text), event(&finish("stop")), event("[DONE]"), end()];
