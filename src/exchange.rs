@@ -1,14 +1,13 @@
 //! A question as a client may ask it, and the question/answer pair as it is kept. Text to types and
 //! back; no clock, no network, no disk.
 
-use std::fmt;
 use std::sync::Arc;
 
-use serde::Serialize;
-use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
-use serde_json::{Map, Value};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 
 use crate::error::{ApiError, Code};
+use crate::json::each_field;
 
 const FIELDS: [&str; 5] = ["question", "model", "system", "temperature", "max_tokens"];
 
@@ -26,46 +25,41 @@ impl Question {
     /// Reads a JSON object of at most `max_chars` characters of question. Errs with `invalid_json` for
     /// what is not UTF-8 JSON, else with `invalid_request` naming the field.
     pub fn parse(body: &[u8], max_chars: usize) -> Result<Question, ApiError> {
-        let Value::Object(fields) = parse_json(body)? else {
-            return Err(ApiError::invalid("body", "the body must be a JSON object"));
-        };
-        let (mut asked, mut question) = (Question::default(), None);
-        let must = |name: &str, be: &str| ApiError::invalid(name, format!("{name} must be {be}"));
-        for (name, value) in fields {
-            match (name.as_str(), value) {
-                ("question", Value::String(text)) => question = Some(text),
-                ("question", _) => return Err(must("question", "a string")),
-                ("model" | "system" | "temperature" | "max_tokens", Value::Null) => {}
-                ("model", Value::String(text)) if !text.trim().is_empty() => asked.model = Some(text),
-                ("model", _) => return Err(must("model", "a string that is not blank")),
-                ("system", Value::String(text)) => asked.system = Some(text),
-                ("system", _) => return Err(must("system", "a string")),
-                ("temperature", value) => {
-                    let temperature = value.as_f64().filter(|t| (0.0..=2.0).contains(t));
-                    asked.temperature = Some(temperature.ok_or_else(|| must("temperature", "a number from 0 to 2"))?);
-                }
-                ("max_tokens", value) => {
-                    // In JSON 64.0 is a whole number, too.
-                    let whole = |n: f64| (n.fract() == 0.0 && n >= 0.0).then_some(n as u64);
-                    let tokens = value.as_u64().or_else(|| value.as_f64().and_then(whole));
-                    let tokens = tokens.filter(|n| (1..=i32::MAX as u64).contains(n));
-                    asked.max_tokens = Some(tokens.ok_or_else(|| must("max_tokens", "a whole number from 1 to 2147483647"))?);
-                }
-                (unknown, _) => {
-                    let shown: String = unknown.chars().take(64).collect();
-                    let text = format!("unknown field {shown:?}; known are {}", FIELDS.join(", "));
-                    return Err(ApiError::invalid(&shown, text));
-                }
-            }
+        let mut fields = [None; FIELDS.len()];
+        let mut unknown: Option<String> = None;
+        each_field(body, |name, value| match FIELDS.iter().position(|field| *field == name) {
+            Some(place) => fields[place] = Some(value),
+            None => drop(unknown.get_or_insert_with(|| name.chars().take(64).collect())),
+        })
+        .map_err(|e| no_object(body, e))?;
+        if let Some(unknown) = unknown {
+            let text = format!("unknown field {unknown:?}; known are {}", FIELDS.join(", "));
+            return Err(ApiError::invalid(&unknown, text));
         }
-        asked.question = question.ok_or_else(|| ApiError::invalid("question", "question is missing"))?;
-        if asked.question.trim().is_empty() {
+        let [question, model, system, temperature, max_tokens] = fields;
+        let question: Option<String> = read(question, "question", "a string")?;
+        let question = question.ok_or_else(|| ApiError::invalid("question", "question is missing"))?;
+        if question.trim().is_empty() {
             return Err(ApiError::invalid("question", "question is blank"));
         }
-        if is_longer(&asked.question, max_chars) {
+        if is_longer(&question, max_chars) {
             return Err(ApiError::invalid("question", format!("question is longer than {max_chars} characters")));
         }
-        Ok(asked)
+        let model: Option<String> = read(model, "model", "a string")?;
+        if model.as_ref().is_some_and(|model| model.trim().is_empty()) {
+            return Err(ApiError::invalid("model", "model is blank"));
+        }
+        let temperature: Option<f64> = read(temperature, "temperature", "a number")?;
+        if temperature.is_some_and(|temperature| !(0.0..=2.0).contains(&temperature)) {
+            return Err(ApiError::invalid("temperature", "temperature must be a number from 0 to 2"));
+        }
+        // In JSON 64.0 is a whole number, too.
+        let max_tokens: Option<f64> = read(max_tokens, "max_tokens", "a whole number")?;
+        if max_tokens.is_some_and(|n| n.fract() != 0.0 || !(1.0..=f64::from(i32::MAX)).contains(&n)) {
+            return Err(ApiError::invalid("max_tokens", "max_tokens must be a whole number from 1 to 2147483647"));
+        }
+        let system = read(system, "system", "a string")?;
+        Ok(Question { question, model, system, temperature, max_tokens: max_tokens.map(|n| n as u64) })
     }
 }
 
@@ -74,93 +68,26 @@ pub fn is_longer(text: &str, max_chars: usize) -> bool {
     text.len() > max_chars && text.chars().count() > max_chars
 }
 
-/// The body as JSON, in so far as a question can use it: an object has the fields of one and the first
-/// other name, and lists and objects in it are empty. Errs with `invalid_json`, which says where reading
-/// stopped.
-pub fn parse_json(body: &[u8]) -> Result<Value, ApiError> {
-    let mut json = serde_json::Deserializer::from_slice(body);
-    let value = Outline { fields: true }.deserialize(&mut json).and_then(|value| json.end().map(|()| value));
-    value.map_err(|e| {
-        let cause = match std::str::from_utf8(body) {
-            _ if body.is_empty() => "the body is empty; send a JSON object".to_string(),
-            Err(e) => format!("the body is not UTF-8: {e}"),
-            Ok(_) => format!("the body is not JSON: {e}"),
-        };
-        ApiError::new(Code::INVALID_JSON, cause)
+/// A field's value, `None` where it is not there or null. Errs with 422 saying what it must be, or with 400 where its text
+/// or number is none.
+pub fn read<'a, T: Deserialize<'a>>(json: Option<&'a RawValue>, name: &str, kind: &str) -> Result<Option<T>, ApiError> {
+    let Some(json) = json else { return Ok(None) };
+    serde_json::from_str(json.get()).map_err(|e| match e.is_data() {
+        true => ApiError::invalid(name, format!("{name} must be {kind}")),
+        false => ApiError::new(Code::INVALID_JSON, format!("the body is not JSON: {name}: {e}")),
     })
 }
 
-/// Reads all of a value as `Value` does, and keeps what is of no use out of the memory, where it would take
-/// fifty times its bytes.
-struct Outline {
-    /// An object's fields are wanted.
-    fields: bool,
-}
-
-impl<'de> DeserializeSeed<'de> for Outline {
-    type Value = Value;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
-        deserializer.deserialize_any(self)
-    }
-}
-
-impl<'de> Visitor<'de> for Outline {
-    type Value = Value;
-
-    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str("any valid JSON value")
-    }
-
-    fn visit_unit<E>(self) -> Result<Value, E> {
-        Ok(Value::Null)
-    }
-
-    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Value, A::Error> {
-        while list.next_element_seed(Outline { fields: false })?.is_some() {}
-        Ok(Value::Array(Vec::new()))
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
-        let mut fields = Map::new();
-        if !self.fields {
-            while map.next_key::<IgnoredAny>()?.is_some() {
-                map.next_value_seed(Outline { fields: false })?;
-            }
-            return Ok(fields.into());
-        }
-        let mut unknown: Option<String> = None;
-        while let Some(name) = map.next_key::<String>()? {
-            let value = map.next_value_seed(Outline { fields: false })?;
-            if FIELDS.contains(&&*name) {
-                fields.insert(name, value);
-            } else if unknown.as_ref().is_none_or(|first| name < *first) {
-                unknown = Some(name);
-            }
-        }
-        fields.extend(unknown.map(|name| (name, Value::Null)));
-        Ok(fields.into())
-    }
+/// Why the fields of a body cannot be read: it is not JSON, where `e` says so or what follows, or no object.
+pub fn no_object(body: &[u8], e: serde_json::Error) -> ApiError {
+    let not_json = if e.is_data() { serde_json::from_slice::<&RawValue>(body).err() } else { Some(e) };
+    let Some(e) = not_json else { return ApiError::invalid("body", "the body must be a JSON object") };
+    let cause = match std::str::from_utf8(body) {
+        _ if body.is_empty() => "the body is empty; send a JSON object".to_string(),
+        Err(e) => format!("the body is not UTF-8: {e}"),
+        Ok(_) => format!("the body is not JSON: {e}"),
+    };
+    ApiError::new(Code::INVALID_JSON, cause)
 }
 
 /// Tokens as the LLM counted them.
@@ -250,45 +177,13 @@ mod tests {
     }
 
     #[test]
-    fn of_several_mistakes_the_first_by_name_is_named() {
+    fn of_several_mistakes_an_unknown_field_is_named_before_a_wrong_one() {
         for (body, param) in [
-            (r#"{"z":0,"b":0,"question":1,"a":[[0]]}"#, "a"),
-            (r#"{"z":0,"question":1,"temperature":3}"#, "question"),
-            (r#"{"system":{"a":0},"r":0,"question":"a","s":0}"#, "r"),
+            (r#"{"question":1,"z":0,"a":[[0]]}"#, "z"),
+            (r#"{"temperature":3,"question":1}"#, "question"),
             (r#"{"question":1,"question":"a","model":0,"model":null,"zz":0}"#, "zz"),
         ] {
             assert_eq!(refused(body), ("invalid_request", Some(param.to_string())), "{body}");
-        }
-    }
-
-    #[test]
-    fn what_is_not_kept_is_held_to_the_same_rules() {
-        let nested = |depth| format!("{{\"a\":{}{}}}", "[".repeat(depth), "]".repeat(depth));
-        for json in [
-            r#"{"a":"\ud800"}"#,
-            r#"{"a":["\ud800"]}"#,
-            r#"{"\ud800":1}"#,
-            r#"{"a":{"\ud800":1}}"#,
-            r#"{"a":{1:1}}"#,
-            r#"{"a":[1e999]}"#,
-            r#"{"a":[01]}"#,
-            r#"{"a":[1,]}"#,
-            r#"{"a":[1 2]}"#,
-            r#"{"a":{"b":1,}}"#,
-            r#"{"a":{"b"}}"#,
-            "{\"a\":\"\n\"}",
-            r#"{"a":[nul]}"#,
-            r#"{"a":[null,true,-1,0.5,"x",{"y":[]}]}"#,
-            r#"{} x"#,
-            r#"[[0],{"a":0}]"#,
-            r#""x""#,
-            &nested(126),
-            &nested(127),
-            &nested(100_000),
-        ] {
-            let whole = serde_json::from_str::<Value>(json);
-            let cause = whole.map(|_| ()).map_err(|e| format!("the body is not JSON: {e}"));
-            assert_eq!(parse_json(json.as_bytes()).map(|_| ()).map_err(|e| e.message), cause, "{json:.100}");
         }
     }
 
@@ -299,7 +194,17 @@ mod tests {
 
     #[test]
     fn what_is_not_json_says_so() {
-        for body in [&b""[..], b"{", b"\xff", br#"{"question":"\ud800"}"#] {
+        for body in [
+            &b""[..],
+            b"{",
+            b"\xff",
+            b"[1",
+            b"{} x",
+            br#"{"question":"\ud800"}"#,
+            br#"{"\ud800":1}"#,
+            br#"{"a":[01]}"#,
+            br#"{"question":"a","temperature":1e999}"#,
+        ] {
             let e = Question::parse(body, 10).expect_err("refused");
             assert_eq!(e.code, Code::INVALID_JSON);
         }

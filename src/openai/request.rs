@@ -4,14 +4,14 @@
 use std::fmt;
 
 use percent_encoding::percent_decode_str;
+use serde::Serialize;
 use serde::de::{Deserializer, SeqAccess, Visitor};
-use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 use super::text_of;
 use crate::error::ApiError;
-use crate::exchange::{Question, is_longer, parse_json};
+use crate::exchange::{Question, is_longer, no_object, read};
 use crate::json::{EachField, Words, each_field};
 
 #[derive(Serialize)]
@@ -82,10 +82,7 @@ impl Chat {
             "stream_options" => options = Some(value),
             _ => {}
         });
-        if fields.is_err() {
-            parse_json(body)?;
-            return Err(ApiError::invalid("body", "the body must be a JSON object"));
-        }
+        fields.map_err(|e| no_object(body, e))?;
         let (mut any, mut wrong_role, mut question) = (false, false, None);
         if let Some(messages) = messages.filter(|messages| messages.get() != "null") {
             let list = each_message(messages, |message| {
@@ -195,12 +192,6 @@ fn with_field(body: &[u8], name: &str, value: Option<&str>) -> Vec<u8> {
     }
     edited.push(b'}');
     edited
-}
-
-/// A field's value, `None` where it is not there or null. Errs with 422 saying what it must be.
-fn read<'a, T: Deserialize<'a>>(json: Option<&'a RawValue>, name: &str, kind: &str) -> Result<Option<T>, ApiError> {
-    let Some(json) = json else { return Ok(None) };
-    serde_json::from_str(json.get()).map_err(|_| ApiError::invalid(name, format!("{name} must be {kind}")))
 }
 
 /// What is read of a message of a request.
