@@ -1,228 +1,24 @@
 //! One running stream: events from the upstream to the client, the answer put together on the way, the
 //! pair stored before the stream is called done. Stands on the three doors; knows no endpoint.
 
+mod client_end;
+
 use std::collections::BTreeMap;
-use std::io;
 use std::net::TcpStream;
-use std::sync::{Arc, Mutex, Weak};
-use std::thread;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::clock;
 use crate::config::MAX_ANSWER;
-use crate::error::{ApiError, Code, Header, StartError, add_headers};
+use crate::error::{ApiError, Code};
 use crate::exchange::{Pair, Usage};
-use crate::http::{Responder, StreamWriter};
 use crate::json::MOST_PARTS;
 use crate::kernel;
-use crate::lock::lock;
 use crate::openai::{self, Chat, NoAnswer, ToolCalls};
 use crate::store::Store;
-use crate::upstream::{Events, Failure, Hangup, Line};
+use crate::upstream::{Events, Failure, Line};
 
-/// The client's end of a stream, shared by the worker that relays and the pulse that breaks the silence.
-pub struct ClientEnd {
-    state: Mutex<State>,
-}
-
-struct State {
-    phase: Phase,
-    /// Ours, for the head of the answer.
-    headers: Vec<Header>,
-    /// Those of the upstream, for the same.
-    passed_on: Vec<Header>,
-    /// The request's own id.
-    id: String,
-    /// The head takes in fields of the upstream's; true: but for its id.
-    upstream_head: Option<bool>,
-    last_sent: Instant,
-    /// There once a worker has taken the stream.
-    hangup: Option<Hangup>,
-}
-
-enum Phase {
-    /// Nothing went out: a failure can still become a status.
-    Unanswered(Responder),
-    Open(StreamWriter),
-    Over,
-}
-
-impl ClientEnd {
-    /// The end for a request nobody answered yet; `id` is the request's, for error events, and
-    /// `headers` stand in the head of the answer. `upstream_head`: so do fields of the upstream's head, but
-    /// for its id where the request's is the client's own (true).
-    pub fn new(responder: Responder, id: String, headers: Vec<Header>, upstream_head: Option<bool>) -> ClientEnd {
-        ClientEnd {
-            state: Mutex::new(State {
-                phase: Phase::Unanswered(responder),
-                headers,
-                passed_on: Vec::new(),
-                id,
-                upstream_head,
-                last_sent: Instant::now(),
-                hangup: None,
-            }),
-        }
-    }
-
-    /// Keeps fields of the upstream's head for ours, while that is not out; they replace those of a model that failed before.
-    fn pass_on(&self, mut upstream: Vec<Header>) {
-        let mut state = lock(&self.state);
-        let (Phase::Unanswered(_), Some(own_id)) = (&state.phase, state.upstream_head) else { return };
-        upstream.retain(|(name, _)| !own_id || name != "x-request-id");
-        state.passed_on = upstream;
-    }
-
-    /// The request's id as the client sees it.
-    pub fn id(&self) -> String {
-        lock(&self.state).id().to_string()
-    }
-
-    /// Sends bytes of events, after the 200 where that is not out yet.
-    fn send(&self, bytes: &[u8]) -> io::Result<()> {
-        let mut state = lock(&self.state);
-        state.last_sent = Instant::now();
-        state.send(bytes)
-    }
-
-    /// Sends the last bytes and ends the body. Returns the bytes of body sent in all.
-    fn finish(&self, bytes: &[u8]) -> u64 {
-        let mut state = lock(&self.state);
-        if matches!(state.phase, Phase::Unanswered(_)) {
-            // Where that fails, so does what follows.
-            let _ = state.send(b"");
-        }
-        match std::mem::replace(&mut state.phase, Phase::Over) {
-            Phase::Open(writer) => writer.finish(bytes),
-            _ => 0,
-        }
-    }
-
-    /// Gives the request, and what its answer carries, back where nothing of an answer went out.
-    pub fn unanswered(&self) -> Option<(Responder, Vec<Header>)> {
-        let mut state = lock(&self.state);
-        match std::mem::replace(&mut state.phase, Phase::Over) {
-            Phase::Unanswered(responder) => Some((responder, std::mem::take(&mut state.headers))),
-            other => {
-                state.phase = other;
-                None
-            }
-        }
-    }
-
-    /// Ends the connection where the stream is still open; returns the bytes of body sent in all.
-    fn abort(&self) -> u64 {
-        match std::mem::replace(&mut lock(&self.state).phase, Phase::Over) {
-            Phase::Open(writer) => writer.abort(),
-            _ => 0,
-        }
-    }
-
-    fn reason(&self, e: ApiError) -> ApiError {
-        match lock(&self.state).responder() {
-            Some(responder) => responder.reason(e),
-            None => e,
-        }
-    }
-
-    fn is_unanswered(&self) -> bool {
-        matches!(lock(&self.state).phase, Phase::Unanswered(_))
-    }
-
-    /// Ends an open stream with an error event. Returns the bytes of body sent in all.
-    pub fn fail(&self, e: &ApiError) -> u64 {
-        let event = format!("data: {}\n\n", e.to_json(lock(&self.state).id()));
-        self.finish(event.as_bytes())
-    }
-
-    /// Sends a comment where nothing was sent for `interval` and the client has room for it; ends the upstream's
-    /// call where the client has gone. False: the stream is over.
-    fn beat(&self, interval: Duration) -> bool {
-        // Whoever holds it is sending.
-        let Ok(mut state) = self.state.try_lock() else { return true };
-        let Some(responder) = state.responder() else { return false };
-        if let (Some(hangup), true) = (&state.hangup, responder.is_client_gone()) {
-            hangup();
-            return true;
-        }
-        // Who has not taken what was sent would only keep all others waiting.
-        if state.last_sent.elapsed() < interval || !responder.has_room(0) {
-            return true;
-        }
-        state.last_sent = Instant::now();
-        if state.send(b": keep-alive\n\n").is_ok() {
-            return true;
-        }
-        state.hangup.iter().for_each(|hangup| hangup());
-        drop(state);
-        self.abort();
-        false
-    }
-}
-
-/// The thread that breaks the silence of streams, those that wait for a worker included, and ends those whose client
-/// has gone, since their workers wait for the upstream alone.
-pub struct Pulse {
-    ends: Arc<Mutex<Vec<Weak<ClientEnd>>>>,
-}
-
-impl Pulse {
-    /// A pulse that lets no stream be silent for longer than `interval`. Errs where there is no thread for it.
-    pub fn start(interval: Duration) -> Result<Pulse, StartError> {
-        let ends: Arc<Mutex<Vec<Weak<ClientEnd>>>> = Arc::default();
-        let beating = Arc::clone(&ends);
-        let beat = (interval / 10).min(Duration::from_secs(1));
-        let thread = thread::Builder::new().name("pulse".into()).stack_size(128 * 1024).spawn(move || {
-            loop {
-                let mut kept = std::mem::take(&mut *lock(&beating));
-                kept.retain(|end| end.upgrade().is_some_and(|end| end.beat(interval)));
-                lock(&beating).append(&mut kept);
-                thread::sleep(beat);
-            }
-        });
-        thread.map_err(|e| StartError::machine(format!("no thread for streams' heartbeats: {e}")))?;
-        Ok(Pulse { ends })
-    }
-
-    /// Takes care of a stream until it is over.
-    pub fn keep(&self, end: &Arc<ClientEnd>) {
-        lock(&self.ends).push(Arc::downgrade(end));
-    }
-}
-
-impl State {
-    /// What knows the client, until the stream is over.
-    fn responder(&self) -> Option<&Responder> {
-        match &self.phase {
-            Phase::Unanswered(responder) => Some(responder),
-            Phase::Open(writer) => Some(writer.responder()),
-            Phase::Over => None,
-        }
-    }
-
-    fn id(&self) -> &str {
-        self.passed_on.iter().find(|(name, _)| name == "x-request-id").map_or(&self.id, |(_, id)| id)
-    }
-
-    fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
-        match std::mem::replace(&mut self.phase, Phase::Over) {
-            Phase::Unanswered(responder) => {
-                let mut headers = self.passed_on.clone();
-                headers.extend([("Cache-Control".into(), "no-cache".into()), ("X-Accel-Buffering".into(), "no".into())]);
-                add_headers(&mut headers, std::mem::take(&mut self.headers));
-                let (writer, result) = responder.stream("text/event-stream; charset=utf-8", &headers, bytes);
-                self.phase = Phase::Open(writer);
-                result
-            }
-            Phase::Open(mut writer) => {
-                let result = writer.write(bytes);
-                self.phase = Phase::Open(writer);
-                result
-            }
-            Phase::Over => Err(io::ErrorKind::BrokenPipe.into()),
-        }
-    }
-}
+pub use client_end::{ClientEnd, Pulse};
 
 /// The pair as it grows.
 pub struct Draft {
@@ -292,7 +88,7 @@ pub fn run(
     mut draft: Box<Draft>,
 ) -> Result<Streamed, ApiError> {
     line.begin();
-    lock(&end.state).hangup = Some(line.hangup(&client));
+    end.take_up(line.hangup(&client));
     loop {
         let mut events = match line.stream(Arc::clone(&client), chat) {
             Ok(events) => events,
@@ -448,27 +244,4 @@ fn cut_short(e: ApiError, end: &ClientEnd, store: &Store, mut draft: Box<Draft>)
 
 fn fail(e: &ApiError, end: &ClientEnd, streamed: Streamed) -> Streamed {
     Streamed { bytes: end.fail(e), failure: Some(e.code), ..streamed }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::Write;
-    use std::net::TcpListener;
-
-    #[test]
-    fn a_client_without_room_gets_no_heartbeat_and_holds_nobody_up() {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
-        let client = TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
-        let (mut server, _) = listener.accept().expect("accepted");
-        let end = ClientEnd::new(Responder::on(server.try_clone().expect("a copy")), String::new(), Vec::new(), None);
-        assert!(end.beat(Duration::ZERO) && !end.is_unanswered(), "who has room gets one");
-        server.set_nonblocking(true).expect("nonblocking");
-        while server.write(&[0; 4096]).is_ok() {}
-        // With a write that waits, and gives up, the stream would be over.
-        server.set_nonblocking(false).expect("blocking");
-        server.set_write_timeout(Some(Duration::from_millis(100))).expect("a timeout");
-        assert!(end.beat(Duration::ZERO) && end.beat(Duration::ZERO), "it is still open");
-        drop(client);
-    }
 }
