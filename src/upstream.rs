@@ -2,9 +2,12 @@
 //! limits, retries, and the upstream's failures translated into ours. Mocks the LLM where there is
 //! none. Knows neither clients' HTTP nor the history.
 
+mod buffers;
 mod events;
 mod failure;
+mod names;
 mod tls;
+mod watch;
 mod wire;
 
 use std::collections::hash_map::RandomState;
@@ -23,8 +26,10 @@ use crate::error::{ApiError, Code, Header, StartError, is_sane_id};
 use crate::metrics::Metrics;
 use crate::mock;
 use crate::openai::{self, Chat, Completion};
+use names::Names;
 use tls::Tls;
-use wire::{Names, NoResolver, Watch, WireConnector};
+use watch::Watch;
+use wire::{NoResolver, WireConnector};
 
 pub use events::Events;
 pub use failure::Failure;
@@ -304,7 +309,7 @@ impl Line {
     fn attempts(&mut self, request: &http::request::Parts, body: &[u8]) -> Result<Response<Body>, Box<Failure>> {
         let mut retries = 0;
         loop {
-            self.watch.forget_reuse();
+            self.watch.note_reuse(false);
             self.upstream.metrics.upstream_attempts.inc();
             let attempt = match request.method {
                 Method::GET => self.agent.run(Request::from_parts(request.clone(), ())),

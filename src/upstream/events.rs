@@ -12,7 +12,7 @@ use ureq::http::header;
 
 use super::Line;
 use super::failure::Failure;
-use super::wire::Ended;
+use super::watch::Ended;
 use crate::config::{self, Mode};
 use crate::error::{ApiError, Code, Header, media_type};
 use crate::mock;

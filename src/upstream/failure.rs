@@ -8,7 +8,7 @@ use ureq::Body;
 use ureq::http::{HeaderMap, Response, header};
 
 use super::Upstream;
-use super::wire::Ended;
+use super::watch::Ended;
 use crate::error::{ApiError, Code};
 use crate::openai;
 

@@ -1,7 +1,6 @@
 //! TLS over the sockets to the upstream: one configuration and one memory of sessions for all lines, and buffers that a
 //! stream of minutes can keep. Knows no HTTP.
 
-use std::fmt;
 use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
@@ -9,7 +8,9 @@ use std::sync::Arc;
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, Either, NextTimeout, RustlsConnector, Transport};
 
-use super::wire::{SmallBuffers, Watch, Wire};
+use super::buffers::SmallBuffers;
+use super::watch::Watch;
+use super::wire::Wire;
 use crate::error::StartError;
 
 /// Bytes of the library's own buffers, each way, which stay as large as they are: what goes through them in pieces finds
@@ -66,6 +67,7 @@ impl Connector<Wire> for Tls {
 }
 
 /// A TLS connection.
+#[derive(Debug)]
 pub struct Sealed {
     tls: Box<dyn Transport>,
     buffers: SmallBuffers,
@@ -90,9 +92,9 @@ impl Sealed {
 
     /// Takes what is there, without a wait: an error of the kind `WouldBlock` where that is nothing.
     fn look(&mut self) -> Result<bool, ureq::Error> {
-        self.watch.looks(true);
+        self.watch.look(true);
         let look = self.tls.maybe_await_input(NextTimeout::default());
-        self.watch.looks(false);
+        self.watch.look(false);
         look
     }
 }
@@ -138,17 +140,11 @@ impl Transport for Sealed {
         // What nobody asked for may be here already, decrypted or not, and would answer the next question. What is TLS's own
         // (a ticket, a new key) is no answer.
         let open = matches!(self.look(), Err(ureq::Error::Io(e)) if e.kind() == ErrorKind::WouldBlock);
-        self.watch.found(open);
+        self.watch.note_reuse(open);
         open
     }
 
     fn is_tls(&self) -> bool {
         true
-    }
-}
-
-impl fmt::Debug for Sealed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Sealed")
     }
 }
