@@ -74,7 +74,7 @@ pub fn read<'a, T: Deserialize<'a>>(json: Option<&'a RawValue>, name: &str, kind
     let Some(json) = json else { return Ok(None) };
     serde_json::from_str(json.get()).map_err(|e| match e.is_data() {
         true => ApiError::invalid(name, format!("{name} must be {kind}")),
-        false => ApiError::new(Code::INVALID_JSON, format!("the body is not JSON: {name}: {e}")),
+        false => ApiError::new(Code::INVALID_JSON, format!("the body is not JSON: {name}: {e} of its value")),
     })
 }
 

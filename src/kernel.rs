@@ -1,7 +1,8 @@
 //! What only the kernel and the C library know or do, and neither std nor rustix offers: the descriptor of a socket
 //! that the HTTP library keeps to itself, whether a peer has taken what was sent, memory that is not in use, which
 //! thread goes first. What std does not do as it is needed here: a wait with an end, which file stands at a path and
-//! what room is left there, how many files may be open, how much memory the program takes. And a C function of our own.
+//! what room is left there, how many files may be open and threads there may be, how much memory the program takes. And a C
+//! function of our own.
 //! The only `unsafe` code of the program; knows no HTTP.
 //!
 //! Why the sockets: the library's parser has no limits, and its connection type does not let go of the
@@ -30,9 +31,9 @@ pub fn poll(fds: &mut [PollFd], until: Option<Instant>) -> io::Result<bool> {
     }
 }
 
-/// The inode of the file at a path, and nothing else of it; `None` where there is none. Errs where the disk does not say. Since Linux 6.13 a file whose times
-/// are asked for, as std does, has them written anew by its next write: a change of threads and up to 60 us more for a
-/// question on one connection.
+/// The inode of the file at a path, and nothing else of it; `None` where there is none. Errs where the disk does not say.
+/// Since Linux 6.13 a file whose times are asked for, as std does, has them written anew by its next write: a change of
+/// threads and up to 60 us more for a question on one connection.
 pub fn inode(path: &Path) -> io::Result<Option<u64>> {
     match told_of(path, StatxFlags::INO) {
         Ok(file) => Ok(Some(file.stx_ino)),
@@ -106,7 +107,8 @@ fn new_client(there: BorrowedFd, local: SocketAddr, known: &impl Fn(u64) -> bool
     (!known(inode) && is_unused(&there).ok()?).then_some(inode)
 }
 
-/// No two sockets that are open have the same. `SO_COOKIE` would say more, but sandboxes such as gVisor lack it.
+/// Two open sockets have the same only when 2^32 others came between; the later client is dropped then. `SO_COOKIE` has no
+/// such end, but sandboxes such as gVisor lack it.
 fn socket_inode(socket: impl AsFd) -> Option<u64> {
     let file = rustix::fs::fstat(socket).ok()?;
     (FileType::from_raw_mode(file.st_mode) == FileType::Socket).then_some(file.st_ino)

@@ -170,13 +170,14 @@ impl<W: 'static> Pool<W> {
 
     /// Starts a thread ahead where none is idle, so that the next job need not wait for that.
     fn spare(self: &Arc<Self>) {
-        if !lock(&self.state).idle.is_empty() {
+        let is_due = |state: &State<W>| state.idle.is_empty() && !state.is_spare_coming && state.threads < self.size;
+        if !is_due(&lock(&self.state)) {
             return;
         }
         // To start one takes 70 us; who was given the job goes first where both want this CPU.
         thread::yield_now();
         let mut state = lock(&self.state);
-        if state.idle.is_empty() && !state.is_spare_coming {
+        if is_due(&state) {
             state.is_spare_coming = self.start(&mut state, None);
         }
     }

@@ -90,16 +90,23 @@ pub fn serve(mut config: Config) -> Result<(), StartError> {
 
 /// Of workers and connections, each of which may have a thread, allows no more than the system does.
 fn limit_threads(config: &mut Config, most: usize) {
-    let wanted = (config.workers, config.max_connections);
-    config.workers = config.workers.min(most / 2).max(1);
-    config.max_connections = config.max_connections.min(most - most.min(config.workers)).max(1);
-    if wanted != (config.workers, config.max_connections) {
+    let (workers, connections) = within(most, config.workers, config.max_connections);
+    if (workers, connections) != (config.workers, config.max_connections) {
         log::warn!(
-            "WORKERS is {} here and MAX_CONNECTIONS {}: the system has memory mappings (vm.max_map_count) for {most} threads",
-            config.workers,
-            config.max_connections
+            "WORKERS is {workers} here and MAX_CONNECTIONS {connections}: the system has memory mappings (vm.max_map_count) \
+             for {most} threads"
         );
     }
+    (config.workers, config.max_connections) = (workers, connections);
+}
+
+/// As many of both as fit into `most`; workers have up to half of it where not all do.
+fn within(most: usize, workers: usize, connections: usize) -> (usize, usize) {
+    if workers.saturating_add(connections) <= most {
+        return (workers, connections);
+    }
+    let workers = workers.min(most / 2).max(1);
+    (workers, connections.min(most.saturating_sub(workers)).max(1))
 }
 
 /// Who does what: readers wait for requests and answer what needs no LLM, workers ask the LLM.
@@ -278,4 +285,19 @@ fn on_signals() -> std::io::Result<Stop> {
     // A file-size limit is a full disk to us, not a reason to die.
     signal_hook::flag::register(SIGXFSZ, Arc::default())?;
     Ok(Stop { signals, asked })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_are_limited_only_where_not_all_fit() {
+        assert_eq!(within(15_132, 10_000, 1000), (10_000, 1000));
+        assert_eq!(within(15_132, 2048, 100_000), (2048, 13_084));
+        assert_eq!(within(15_132, 32_768, 100_000), (7566, 7566));
+        assert_eq!(within(15_132, 32_768, 5), (7566, 5));
+        assert_eq!(within(usize::MAX, 32_768, 100_000), (32_768, 100_000));
+        assert_eq!((within(0, 5, 5), within(1, 5, 5)), ((1, 1), (1, 1)));
+    }
 }

@@ -105,7 +105,7 @@ struct State {
 }
 
 impl State {
-    /// The database at the path is the one that is open.
+    /// The database at the path is the one that is open, or the disk does not say.
     fn is_at(&self, path: &Path) -> bool {
         kernel::inode(path).map_or(true, |inode| inode.unwrap_or(0) == self.inode.load(Ordering::Relaxed))
     }

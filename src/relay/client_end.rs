@@ -57,7 +57,7 @@ impl ClientEnd {
     }
 
     /// Keeps fields of the upstream's head for ours, while that is not out; they replace those of a model that failed before.
-    pub fn pass_on(&self, mut upstream: Vec<Header>) {
+    pub(super) fn pass_on(&self, mut upstream: Vec<Header>) {
         let mut state = lock(&self.state);
         let (Phase::Unanswered(_), Some(own_id)) = (&state.phase, state.upstream_head) else { return };
         upstream.retain(|(name, _)| !own_id || name != "x-request-id");
@@ -70,14 +70,14 @@ impl ClientEnd {
     }
 
     /// Sends bytes of events, after the 200 where that is not out yet.
-    pub fn send(&self, bytes: &[u8]) -> io::Result<()> {
+    pub(super) fn send(&self, bytes: &[u8]) -> io::Result<()> {
         let mut state = lock(&self.state);
         state.last_sent = Instant::now();
         state.send(bytes)
     }
 
     /// Sends the last bytes and ends the body. Returns the bytes of body sent in all.
-    pub fn finish(&self, bytes: &[u8]) -> u64 {
+    pub(super) fn finish(&self, bytes: &[u8]) -> u64 {
         let mut state = lock(&self.state);
         if matches!(state.phase, Phase::Unanswered(_)) {
             // Where that fails, so does what follows.
@@ -102,21 +102,21 @@ impl ClientEnd {
     }
 
     /// Ends the connection where the stream is still open; returns the bytes of body sent in all.
-    pub fn abort(&self) -> u64 {
+    pub(super) fn abort(&self) -> u64 {
         match std::mem::replace(&mut lock(&self.state).phase, Phase::Over) {
             Phase::Open(writer) => writer.abort(),
             _ => 0,
         }
     }
 
-    pub fn reason(&self, e: ApiError) -> ApiError {
+    pub(super) fn reason(&self, e: ApiError) -> ApiError {
         match lock(&self.state).responder() {
             Some(responder) => responder.reason(e),
             None => e,
         }
     }
 
-    pub fn is_unanswered(&self) -> bool {
+    pub(super) fn is_unanswered(&self) -> bool {
         matches!(lock(&self.state).phase, Phase::Unanswered(_))
     }
 
@@ -127,7 +127,7 @@ impl ClientEnd {
     }
 
     /// Notes what ends the call of the worker that has taken the stream.
-    pub fn take_up(&self, hangup: Hangup) {
+    pub(super) fn take_up(&self, hangup: Hangup) {
         lock(&self.state).hangup = Some(hangup);
     }
 

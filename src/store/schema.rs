@@ -70,7 +70,8 @@ pub fn advice(trouble: &Trouble) -> String {
         Some(NotADatabase) => "it is no SQLite database; move it away and start again, or restore a backup",
         // An error of the disk looks the same (SQLITE_IOERR_CORRUPTFS).
         Some(DatabaseCorrupt) => {
-            "it is damaged, or the disk cannot read it; look at the kernel's messages and at PRAGMA integrity_check, and restore a backup where it is"
+            "it is damaged, or the disk cannot read it; look at the kernel's messages and at what PRAGMA integrity_check says, \
+             and restore a backup if it is damaged"
         }
         Some(DatabaseBusy | DatabaseLocked) => "another process holds its lock; end that process",
         Some(DiskFull | SystemIoFailure) => "the disk is full or failing; make room",

@@ -471,7 +471,8 @@ impl Writer {
             connection.execute_batch("PRAGMA synchronous = FULL")?;
         }
         self.learn(&connection)?;
-        let files = self.files().unwrap_or_default();
+        let unseen = |_| rusqlite::Error::SqliteFailure(ffi::Error::new(ffi::SQLITE_IOERR), None);
+        let files = self.files().map_err(unseen)?;
         self.state.inode.store(files[0].unwrap_or(0), Ordering::Relaxed);
         self.open = Some(Open { connection, files });
         self.state.opening.fetch_add(1, Ordering::Relaxed);

@@ -99,13 +99,16 @@ impl Upstream {
             ureq::Error::Io(e) if e.kind() == ErrorKind::InvalidData => insecure(e.to_string()),
             e @ (ureq::Error::Tls(_) | ureq::Error::Rustls(_)) => insecure(e.to_string()),
             ureq::Error::Io(e) if e.kind() == ErrorKind::UnexpectedEof => {
-                let text = "the LLM closed the connection and said nothing; check OPENAI_BASE_URL, http or https, too";
+                let text = "the LLM closed the connection before it answered; check OPENAI_BASE_URL, http or https, too";
                 (Code::UPSTREAM_UNAVAILABLE, text.to_string(), true)
             }
             ureq::Error::Io(e) => (Code::UPSTREAM_UNAVAILABLE, format!("the LLM cannot be reached: {e}"), true),
             e => (Code::UPSTREAM_BAD_ANSWER, format!("the LLM's answer is not HTTP as it should be: {e}"), false),
         };
-        let error = self.failed(code, &text);
+        let mut error = self.failed(code, &text);
+        if !passing && code == Code::UPSTREAM_UNAVAILABLE {
+            error = error.pointless_to_retry();
+        }
         Box::new(Failure { passing, logged: error.message.clone(), ..error.into() })
     }
 

@@ -27,7 +27,7 @@ pub struct Tls {
 
 impl Tls {
     /// Trusts the certificates in this PEM file, or the public ones that are compiled in. Errs where the file cannot be
-    /// read or has none.
+    /// read or has none; one that is PEM and no certificate within is passed over when the first call is made.
     pub fn new(ca_file: Option<&Path>) -> Result<Tls, StartError> {
         let mut config = TlsConfig::builder();
         if let Some(path) = ca_file {
@@ -61,7 +61,9 @@ impl Connector<Wire> for Tls {
         let watch = wire.as_ref().map(|wire| wire.watch.clone()).unwrap_or_default();
         Ok(self.connector.connect(details, wire)?.map(|wire| match wire {
             Either::A(plain) => Either::A(plain),
-            Either::B(tls) => Either::B(Sealed { tls: tls.boxed(), buffers: SmallBuffers::default(), watch, just_read: false }),
+            Either::B(tls) => {
+                Either::B(Sealed { tls: tls.boxed(), buffers: SmallBuffers::default(), watch, just_read: false, failed: None })
+            }
         }))
     }
 }
@@ -73,6 +75,8 @@ pub struct Sealed {
     buffers: SmallBuffers,
     watch: Watch,
     just_read: bool,
+    /// What is wrong with it, which is told when all that came before is taken.
+    failed: Option<ureq::Error>,
 }
 
 impl Sealed {
@@ -88,6 +92,21 @@ impl Sealed {
             unsent = rest;
         }
         Ok(())
+    }
+
+    /// Waits for what comes next and takes it; false: the upstream has closed.
+    fn receive(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
+        if self.failed.is_none() {
+            match self.tls.maybe_await_input(timeout) {
+                Err(e) if self.watch.ended().is_none() => self.failed = Some(e),
+                came => return came,
+            }
+        }
+        // What came before an alert, say, is sound.
+        if matches!(self.look(), Ok(true)) {
+            return Ok(true);
+        }
+        self.failed.take().map_or(Ok(false), Err)
     }
 
     /// Takes what is there, without a wait: an error of the kind `WouldBlock` where that is nothing.
@@ -111,12 +130,7 @@ impl Transport for Sealed {
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
         self.send(timeout)?;
-        let mut more = self.tls.maybe_await_input(timeout);
-        // What came before an alert, say, is sound.
-        if more.is_err() && self.watch.ended().is_none() && matches!(self.look(), Ok(true)) {
-            more = Ok(true);
-        }
-        self.just_read = more?;
+        self.just_read = self.receive(timeout)?;
         if !self.just_read {
             return Ok(false);
         }
@@ -137,8 +151,8 @@ impl Transport for Sealed {
         if std::mem::take(&mut self.just_read) {
             return true;
         }
-        // What nobody asked for may be here already, decrypted or not, and would answer the next question. What is TLS's own
-        // (a ticket, a new key) is no answer.
+        // A record that nobody asked for may be here already, decrypted or not, and would answer the next question. What is
+        // TLS's own (a ticket, a new key) is no answer.
         let open = matches!(self.look(), Err(ureq::Error::Io(e)) if e.kind() == ErrorKind::WouldBlock);
         self.watch.note_reuse(open);
         open

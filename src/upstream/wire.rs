@@ -139,6 +139,9 @@ impl Wire {
     /// Takes what is there.
     fn look(&mut self) -> Result<usize, ureq::Error> {
         let space = self.buffers.input_append_buf();
+        if space.is_empty() {
+            return Err(ureq::Error::BodyStalled);
+        }
         let (amount, _) = rustix::net::recv(&self.stream, space, RecvFlags::DONTWAIT).map_err(io::Error::from)?;
         self.buffers.input_appended(amount);
         Ok(amount)
@@ -181,7 +184,7 @@ impl Transport for Wire {
     }
 
     fn await_input(&mut self, _: NextTimeout) -> Result<bool, ureq::Error> {
-        if self.buffers.unsent > 0 {
+        if self.buffers.unsent > 0 && !self.watch.looks() {
             self.send()?;
         }
         let amount = self.receive()?;

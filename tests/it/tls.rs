@@ -1,11 +1,11 @@
 //! An LLM behind https, as most are.
 
 use crate::support::client::{post, streaming};
-use crate::support::eventually;
 use crate::support::gate::Gate;
 use crate::support::proxy::{Proxy, Setup, UPSTREAM_KEY};
 use crate::support::tls::{AUTHORITY, TlsFront};
 use crate::support::upstream::{FakeUpstream, Step, answer, completion, delta, event, reply_json, send, stream_head, streamed};
+use crate::support::{PATIENCE, eventually};
 use rustls::HandshakeKind;
 use serde_json::json;
 use std::io::Read;
@@ -22,7 +22,7 @@ fn answers_and_streams_come_through_tls() {
         false => answer("Yes"),
     });
     let front = TlsFront::of(&upstream);
-    let proxy = facing(&upstream, &front).start();
+    let proxy = facing(&upstream, &front).set("WORKERS", "1").start();
     assert_eq!(proxy.answer("What is it?")["answer"], "Yes");
     assert_eq!(proxy.stream("Count!").events().last().map(String::as_str), Some("[DONE]"));
     assert_eq!(proxy.newest_of(2)["answer"], "One two");
@@ -72,7 +72,7 @@ fn a_second_connection_resumes_the_session_of_the_first() {
         _ => answer("Yes"),
     });
     let front = TlsFront::of(&upstream);
-    let proxy = facing(&upstream, &front).start();
+    let proxy = facing(&upstream, &front).set("WORKERS", "2").start();
     proxy.answer("First?");
     let mut waiting = proxy.connect();
     waiting.send(&post("/api/ask", &json!({"question": "Wait!"})));
@@ -127,6 +127,7 @@ fn a_handshake_that_stalls_is_upstream_timeout_and_a_client_that_leaves_ends_it(
     let (mut second, _) = silent.accept().expect("the second call");
     drop(connection);
     for call in [&mut first, &mut second] {
+        call.set_read_timeout(Some(PATIENCE)).expect("a bound");
         assert!(call.read_to_end(&mut Vec::new()).is_ok_and(|hello| hello > 0), "a hello and the end");
     }
 }
@@ -158,11 +159,12 @@ fn a_stream_that_breaks_off_under_tls_is_told_so() {
 fn who_is_not_trusted_is_not_asked() {
     let upstream = FakeUpstream::always(answer("Yes"));
     let front = TlsFront::of(&upstream);
-    let proxy = facing(&upstream, &front).unset("UPSTREAM_CA_FILE").start();
+    let proxy = facing(&upstream, &front).unset("UPSTREAM_CA_FILE").set("UPSTREAM_RETRIES", "2").start();
     let error = proxy.ask("What is it?").expect_error(503, "upstream_unavailable");
     let message = error["message"].as_str().expect("a text");
     assert!(message.contains("certificate") && message.contains("UPSTREAM_CA_FILE"), "{message}");
     assert_eq!(upstream.calls(), 0);
+    assert!(proxy.get("/metrics").everything().contains("\nai_proxy_upstream_attempts_total 1\n"), "it is not tried again");
 }
 
 #[test]
