@@ -219,6 +219,7 @@ impl<W> Pool<W> {
         let mut first = match first {
             Some(coming) => coming.take(),
             None => {
+                kernel::touch_stack();
                 lock(&self.state).is_spare_coming = false;
                 None
             }
