@@ -174,7 +174,8 @@ pub fn forget_unused_stack() {
         }
         let (mut lowest, mut size) = (std::ptr::null_mut(), 0);
         if libc::pthread_attr_getstack(&raw const attributes, &raw mut lowest, &raw mut size) == 0 {
-            let unused = depth.saturating_sub(KEEP + lowest.addr()) & !(4096 - 1);
+            // The kernel rounds up to whole pages, which are of 16 or 64 KiB on some ARM systems.
+            let unused = depth.saturating_sub(KEEP + lowest.addr()) & !(rustix::param::page_size() - 1);
             if unused > 0 && unused < size {
                 libc::madvise(lowest, unused, libc::MADV_DONTNEED);
             }
