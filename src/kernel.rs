@@ -184,8 +184,8 @@ pub fn forget_unused_stack() {
     }
 }
 
-/// Has the system give this thread the part of its stack that a call of the LLM begins with, page by page, where there is
-/// time for that: 10 us less to the first byte.
+/// Has the system give this thread the part of its stack that a call of the LLM begins with, page by page. A thread that is
+/// started ahead has the time for it: 10 us less to the first byte.
 #[inline(never)]
 pub fn touch_stack() {
     std::hint::black_box(&mut [0_u8; 24 * 1024]);

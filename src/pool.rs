@@ -219,7 +219,6 @@ impl<W> Pool<W> {
         let mut first = match first {
             Some(coming) => coming.take(),
             None => {
-                kernel::touch_stack();
                 lock(&self.state).is_spare_coming = false;
                 None
             }

@@ -62,7 +62,10 @@ pub fn serve(mut config: Config) -> Result<(), StartError> {
     let keys: Vec<&str> = keys.into_iter().collect();
     log::info!("keys: {}", if keys.is_empty() { "none, everybody is served".to_string() } else { keys.join(", ") });
 
-    let make_line = move || Line::new(&upstream);
+    let make_line = move || {
+        kernel::touch_stack();
+        Line::new(&upstream)
+    };
     let workers = Pool::new("worker", config.workers, config.queue_size, config::UPSTREAM_KEEP_ALIVE, make_line);
     let readers = Pool::new("reader", config.max_connections, config.max_connections, READER_PATIENCE, || ());
     let grace = config.shutdown_grace;

@@ -46,13 +46,16 @@ impl From<ApiError> for Box<Failure> {
 }
 
 /// A failure of TLS. A certificate that is not believed is none the next time, either.
-fn insecure(why: String) -> (Code, String, bool) {
-    let todo = match () {
-        () if why.contains("CaUsedAsEndEntity") => "a server's certificate must be made with basicConstraints=CA:FALSE",
-        () if why.contains("certificate") => "check OPENAI_BASE_URL and UPSTREAM_CA_FILE",
-        () => "check OPENAI_BASE_URL",
+fn insecure(why: &str) -> (Code, String, bool) {
+    let is_disbelieved = why.contains("certificate");
+    let todo = if why.contains("CaUsedAsEndEntity") {
+        "a server's certificate must be made with basicConstraints=CA:FALSE"
+    } else if is_disbelieved {
+        "check OPENAI_BASE_URL and UPSTREAM_CA_FILE"
+    } else {
+        "check OPENAI_BASE_URL"
     };
-    (Code::UPSTREAM_UNAVAILABLE, format!("no secure connection to the LLM: {why}; {todo}"), !why.contains("certificate"))
+    (Code::UPSTREAM_UNAVAILABLE, format!("no secure connection to the LLM: {why}; {todo}"), !is_disbelieved)
 }
 
 /// The `Retry-After` as it came, where it can stand in our answer.
@@ -96,8 +99,8 @@ impl Upstream {
                 (Code::UPSTREAM_UNAVAILABLE, "the LLM's host name cannot be resolved; check OPENAI_BASE_URL".to_string(), true)
             }
             // As rustls tells what is wrong with its peer.
-            ureq::Error::Io(e) if e.kind() == ErrorKind::InvalidData => insecure(e.to_string()),
-            e @ (ureq::Error::Tls(_) | ureq::Error::Rustls(_)) => insecure(e.to_string()),
+            ureq::Error::Io(e) if e.kind() == ErrorKind::InvalidData => insecure(&e.to_string()),
+            e @ (ureq::Error::Tls(_) | ureq::Error::Rustls(_)) => insecure(&e.to_string()),
             ureq::Error::Io(e) if e.kind() == ErrorKind::UnexpectedEof => {
                 let text = "the LLM closed the connection before it answered; check OPENAI_BASE_URL, http or https, too";
                 (Code::UPSTREAM_UNAVAILABLE, text.to_string(), true)
@@ -106,6 +109,7 @@ impl Upstream {
             e => (Code::UPSTREAM_BAD_ANSWER, format!("the LLM's answer is not HTTP as it should be: {e}"), false),
         };
         let mut error = self.failed(code, &text);
+        // A certificate that is not believed: all else of this code may pass.
         if !passing && code == Code::UPSTREAM_UNAVAILABLE {
             error = error.pointless_to_retry();
         }

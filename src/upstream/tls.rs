@@ -40,14 +40,11 @@ impl Tls {
 fn certificates(path: &Path) -> Result<Vec<Certificate<'static>>, StartError> {
     let wrong = |what: String| StartError::usage(format!("UPSTREAM_CA_FILE: {}: {what}", path.display()));
     let pem = std::fs::read(path).map_err(|e| wrong(format!("it cannot be read: {e}")))?;
-    let mut certificates = Vec::new();
-    for item in parse_pem(&pem) {
-        let item =
-            item.map_err(|_| wrong("it is not PEM as it should be; has each part of it its BEGIN and its END?".to_string()));
-        if let PemItem::Certificate(certificate) = item? {
-            certificates.push(certificate);
-        }
-    }
+    let items: Result<Vec<_>, _> = parse_pem(&pem).collect();
+    let items =
+        items.map_err(|_| wrong("it is not PEM as it should be; has each part of it its BEGIN and its END?".to_string()))?;
+    let certificate = |item| if let PemItem::Certificate(certificate) = item { Some(certificate) } else { None };
+    let certificates: Vec<_> = items.into_iter().filter_map(certificate).collect();
     if certificates.is_empty() {
         return Err(wrong("there is no certificate in it; it must be PEM (-----BEGIN CERTIFICATE-----)".to_string()));
     }

@@ -142,11 +142,14 @@ impl Watch {
         self.wait_until(Some((fd, flags)), until).or_else(|ended| self.ended_by(ended))
     }
 
+    /// Notes why the call ended, and errs with that.
     pub fn ended_by(&self, ended: Ended) -> Result<(), Ended> {
         lock(&self.0).ended = Some(ended);
         Err(ended)
     }
 
+    /// Waits until `fd` is ready, or without one for the client alone, but not longer than `until`. Errs when the client goes
+    /// or the time is over first, without a note of that.
     pub fn wait_until(&self, fd: Option<(BorrowedFd, PollFlags)>, until: Option<Instant>) -> Result<(), Ended> {
         let client = lock(&self.0).client.clone();
         // RDHUP: as nginx does, a client's FIN counts as gone, for a closed socket looks the same.

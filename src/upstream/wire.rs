@@ -97,12 +97,11 @@ pub struct Wire {
 }
 
 impl Wire {
-    /// Waits for what comes next and takes it; 0: the upstream has closed.
+    /// Waits for what comes next and takes it; 0: the upstream has closed. Where the call only looks what is there it does
+    /// not wait, and errs with `WouldBlock`.
     fn receive(&mut self) -> Result<usize, ureq::Error> {
-        if self.watch.looks() {
-            return self.look();
-        }
-        let silence = self.watch.stream_from(&self.stream)?;
+        let looks = self.watch.looks();
+        let silence = if looks { None } else { self.watch.stream_from(&self.stream)? };
         if let Some(silence) = silence {
             self.be_patient(silence)?;
         }
@@ -110,7 +109,9 @@ impl Wire {
             let flags = match silence {
                 Some(_) => RecvFlags::empty(),
                 None => {
-                    self.watch.wait(self.stream.as_fd(), PollFlags::IN)?;
+                    if !looks {
+                        self.watch.wait(self.stream.as_fd(), PollFlags::IN)?;
+                    }
                     RecvFlags::DONTWAIT
                 }
             };
@@ -128,23 +129,13 @@ impl Wire {
                     return Ok(amount);
                 }
                 Err(Errno::AGAIN) if silence.is_some() => self.watch.ended_by(Ended::TimedOut)?,
-                Err(Errno::AGAIN | Errno::INTR) => {}
+                Err(Errno::AGAIN) if !looks => {}
+                Err(Errno::INTR) => {}
                 // ureq takes a reset for the end of a body that ends with its connection.
                 Err(e) if silence.is_some() => return Err(io::Error::other(io::Error::from(e)).into()),
                 Err(e) => return Err(io::Error::from(e).into()),
             }
         }
-    }
-
-    /// Takes what is there.
-    fn look(&mut self) -> Result<usize, ureq::Error> {
-        let space = self.buffers.input_append_buf();
-        if space.is_empty() {
-            return Err(ureq::Error::BodyStalled);
-        }
-        let (amount, _) = rustix::net::recv(&self.stream, space, RecvFlags::DONTWAIT).map_err(io::Error::from)?;
-        self.buffers.input_appended(amount);
-        Ok(amount)
     }
 
     /// From now on the socket itself waits, for so long. Nothing more is sent, and streams are many and long.
