@@ -178,7 +178,7 @@ fn what_breaks_http_is_400_and_nothing_behind_it_is_a_request() {
     ];
     let of_headers = headers.iter().map(|header| [b"POST /api/ask HTTP/1.1\r\nHost: a\r\n", *header, b"\r\n\r\n"].concat());
     let broken: Vec<Vec<u8>> = of_headers.chain(wholes.iter().map(|whole| whole.to_vec())).collect();
-    let proxy = Proxy::start();
+    let mut proxy = Proxy::start();
     for broken in &broken {
         let all = [&broken[..], b"0\r\n\r\n", SMUGGLED].concat();
         expect_refusal(broken, &shout(proxy.address, &[&all]), 400, "bad_request");
@@ -187,8 +187,8 @@ fn what_breaks_http_is_400_and_nothing_behind_it_is_a_request() {
         // Behind a good request, on a connection that is kept alive.
         expect_refusal_behind_another(broken, shout(proxy.address, &[&livez(), &all]), 400, "bad_request");
     }
-    assert!(!proxy.log().iter().any(|line| line.contains("/smuggled")), "{:#?}", proxy.log());
     assert_eq!(proxy.get("/livez").status, 200);
+    proxy.expect_no_line(|line| line.contains("/smuggled"));
 }
 
 #[test]
@@ -219,7 +219,7 @@ fn a_chunked_body_that_breaks_the_rules_is_400_and_nothing_behind_it_is_a_reques
         b"10\r\n{\"question\":\"a\"}\r\n0\r\nx",
         b"10\r\n{\"question\":\"a\"}\r\n0\r\n\n",
     ];
-    let proxy = Proxy::start();
+    let mut proxy = Proxy::start();
     let mut taken = Vec::new();
     for body in bodies {
         // Open for more: what is broken is known without an end.
@@ -234,8 +234,8 @@ fn a_chunked_body_that_breaks_the_rules_is_400_and_nothing_behind_it_is_a_reques
             _ => expect_refusal(body, &answered, 400, "bad_request"),
         }
     }
-    assert!(!proxy.log().iter().any(|line| line.contains("/smuggled")), "{:#?}", proxy.log());
     assert!(taken.is_empty(), "taken for chunked bodies: {taken:#?}");
+    proxy.expect_no_line(|line| line.contains("/smuggled"));
 }
 
 #[test]
@@ -364,7 +364,7 @@ fn an_empty_line_before_a_request_is_passed_over() {
 
 #[test]
 fn a_request_inside_a_body_is_a_body() {
-    let proxy = Proxy::with(&[("API_KEYS", "alice:secret1"), ("MAX_BODY_BYTES", "1000")]).start();
+    let mut proxy = Proxy::with(&[("API_KEYS", "alice:secret1"), ("MAX_BODY_BYTES", "1000")]).start();
     let length = SMUGGLED.len();
     let with =
         |line: &str, headers: &str| [&head(line, &format!("{headers}Content-Length: {length}\r\n"))[..], SMUGGLED].concat();
@@ -418,7 +418,7 @@ fn a_request_inside_a_body_is_a_body() {
     let mut connection = proxy.connect();
     connection.send_bytes([&with("HEAD /livez HTTP/1.1", "")[..], &livez()].concat());
     assert_eq!([connection.read_bodyless().status, connection.read_response().status], [200, 200]);
-    assert!(!proxy.log().iter().any(|line| line.contains("/smuggled")), "{:#?}", proxy.log());
+    proxy.expect_no_line(|line| line.contains("/smuggled"));
 }
 
 #[test]
@@ -468,7 +468,7 @@ fn an_http_1_0_client_is_never_told_to_go_on() {
 
 #[test]
 fn what_is_too_long_is_414_or_431_before_and_after_its_end() {
-    let proxy = Proxy::start();
+    let mut proxy = Proxy::start();
     let target = |length: usize| format!("GET /{} HTTP/1.1", "x".repeat(length - 1));
     let filled = |size: usize| {
         let empty = head("GET /livez HTTP/1.1", "X: \r\n").len();
@@ -495,7 +495,7 @@ fn what_is_too_long_is_414_or_431_before_and_after_its_end() {
         expect_refusal(&bytes[..60], &shout(proxy.address, &[&bytes, SMUGGLED]), status, code);
         expect_refusal_behind_another(&bytes[..60], shout(proxy.address, &[&livez(), &bytes, SMUGGLED]), status, code);
     }
-    assert!(!proxy.log().iter().any(|line| line.contains("/smuggled")), "{:#?}", proxy.log());
+    proxy.expect_no_line(|line| line.contains("/smuggled"));
 }
 
 // Time
@@ -1142,7 +1142,7 @@ fn a_thousand_idle_or_dripping_connections_cost_an_honest_client_nothing() {
 
 #[test]
 fn clients_that_come_and_go_fast_are_all_answered() {
-    let proxy = Proxy::start();
+    let mut proxy = Proxy::start();
     std::thread::scope(|scope| {
         for _ in 0..6 {
             scope.spawn(|| {
@@ -1155,26 +1155,26 @@ fn clients_that_come_and_go_fast_are_all_answered() {
             });
         }
     });
-    assert!(!proxy.log().iter().any(|line| line.contains("WARN") || line.contains("ERROR")), "{:#?}", proxy.log());
+    proxy.expect_no_line(|line| line.contains("WARN") || line.contains("ERROR"));
 }
 
 /// Port scanners and load balancers' health checks connect and reset.
 #[test]
 fn connections_that_are_reset_before_they_are_accepted_hold_nobody_up() {
-    let proxy = Proxy::start();
+    let mut proxy = Proxy::start();
     for _ in 0..300 {
         proxy.connect().reset();
     }
     let started = Instant::now();
     assert_eq!(proxy.get("/livez").status, 200);
     assert!(started.elapsed() < Duration::from_secs(2), "answered after {:?}", started.elapsed());
-    let warnings = proxy.log().iter().filter(|line| line.contains("WARN") || line.contains("ERROR")).count();
+    let warnings = proxy.whole_log().iter().filter(|line| line.contains("WARN") || line.contains("ERROR")).count();
     assert!(warnings < 10, "{warnings} warnings about what is no fault of ours");
 }
 
 #[test]
 fn running_out_of_descriptors_is_survived() {
-    let proxy = Setup::new().after("ulimit -n 64").start();
+    let mut proxy = Setup::new().after("ulimit -n 64").start();
     assert_eq!(proxy.descriptor_limits(), ("64".into(), "64".into()));
     for round in 0..3 {
         let mut crowd: Vec<TcpStream> = (0..100).map(|_| plug_in(proxy.address)).collect();
@@ -1197,7 +1197,7 @@ fn running_out_of_descriptors_is_survived() {
         eventually("service is back", served);
         assert!(started.elapsed() < Duration::from_secs(5), "{round}: back after {:?}", started.elapsed());
     }
-    assert!(!proxy.log().iter().any(|line| line.contains("bug:")), "{:#?}", proxy.log());
+    proxy.expect_no_line(|line| line.contains("bug:"));
 }
 
 #[test]
@@ -1214,7 +1214,7 @@ fn the_soft_limit_of_descriptors_is_raised_at_the_start() {
 /// No room for another thread's stack: the limit is a little more than what is in use.
 #[test]
 fn a_lack_of_threads_is_503_or_a_close_and_never_500() {
-    let proxy = Proxy::start();
+    let mut proxy = Proxy::start();
     let body = json!({"question": "Anybody?"}).to_string();
     let chunked = post_bytes("/api/ask", format!("{:x}\r\n{body}\r\n0\r\n\r\n", body.len()));
     let chunked = chunked.without("Content-Length").header("Transfer-Encoding", "chunked");
@@ -1240,7 +1240,7 @@ fn a_lack_of_threads_is_503_or_a_close_and_never_500() {
     }
     limit(None).expect("the limit of a child can be set");
     eventually("service is back", || proxy.ask("Back?").status == 200);
-    assert!(!proxy.log().iter().any(|line| line.contains("bug:")), "{:#?}", proxy.log());
+    proxy.expect_no_line(|line| line.contains("bug:"));
 }
 
 // Overload
@@ -1480,7 +1480,7 @@ fn who_gives_up_a_question_gets_no_other_answer_for_it() {
 /// A client that sends on and on, and reads nothing meanwhile, is served all the same.
 #[test]
 fn a_thousand_questions_on_end_are_answered() {
-    let proxy = Proxy::start();
+    let mut proxy = Proxy::start();
     let ask = post("/api/ask", &json!({"question": "x".repeat(800)})).bytes();
     let stream = plug_in(proxy.address);
     let last = head("GET /livez HTTP/1.1", "Connection: close\r\n");
@@ -1491,7 +1491,7 @@ fn a_thousand_questions_on_end_are_answered() {
     let answered = responses(&heard);
     assert!(answered.iter().all(|response| response.status == 200));
     assert_eq!(answered.len(), 1000);
-    assert!(!proxy.log().iter().any(|line| line.contains("client_gone")));
+    proxy.expect_no_line(|line| line.contains("client_gone"));
 }
 
 #[test]
@@ -1612,7 +1612,7 @@ fn random_bytes_never_break_it_and_a_broken_request_is_the_last() {
         b"HTTP/1.1",
         &long,
     ];
-    let proxy = Proxy::start();
+    let mut proxy = Proxy::start();
     let seen = Mutex::new(HashSet::new());
     std::thread::scope(|scope| {
         for seed in 1..=4 {
@@ -1655,9 +1655,9 @@ fn random_bytes_never_break_it_and_a_broken_request_is_the_last() {
     let seen = seen.into_inner().unwrap();
     assert!(seen.len() >= 8, "the attack reaches little: {seen:?}");
     assert_eq!(proxy.get("/livez").status, 200);
-    assert!(!proxy.log().iter().any(|line| line.contains("bug:") || line.contains("ERROR")), "{:#?}", proxy.log());
     let mut connection = proxy.connect();
     eventually("nothing of it is left", || proxy_connections(&mut connection) == 1);
+    proxy.expect_no_line(|line| line.contains("bug:") || line.contains("ERROR"));
 }
 
 /// Requests that nobody waits for, from clients that come and go in the midst of everything.
@@ -1667,7 +1667,7 @@ fn clients_that_come_and_go_at_random_leave_nothing_behind() {
         true => streamed(&["One ", "two ", "three"]),
         false => answer("Yes"),
     });
-    let proxy = Proxy::facing(&upstream).set("WORKERS", "8").set("QUEUE_SIZE", "100").start();
+    let mut proxy = Proxy::facing(&upstream).set("WORKERS", "8").set("QUEUE_SIZE", "100").start();
     std::thread::scope(|scope| {
         for seed in 11..=16 {
             let proxy = &proxy;
@@ -1696,7 +1696,7 @@ fn clients_that_come_and_go_at_random_leave_nothing_behind() {
         let ready = connection.exchange(&get("/readyz")).json();
         ready["workers_busy"] == 0 && ready["queue_length"] == 0 && ready["connections"] == 1
     });
-    assert!(!proxy.log().iter().any(|line| line.contains("status=500") || line.contains("bug:")), "{:#?}", proxy.log());
+    proxy.expect_no_line(|line| line.contains("status=500") || line.contains("bug:"));
 }
 
 /// Whoever answers must not wait for what the same client says next, or does not say.

@@ -376,7 +376,7 @@ fn garbage_is_the_upstreams_fault_and_nobody_elses() {
     }
     let steps: Vec<Vec<Step>> = said.iter().flat_map(|said| vec![vec![send(said.clone()), Step::Close]; 2]).collect();
     let upstream = FakeUpstream::script(steps);
-    let proxy = Proxy::facing(&upstream).set("WORKERS", "1").start();
+    let mut proxy = Proxy::facing(&upstream).set("WORKERS", "1").start();
     for said in &said {
         on_both(&proxy, |path, response| {
             assert!(matches!(response.status, 502 | 503), "{path} of {:?}: {response:?}", String::from_utf8_lossy(said));
@@ -385,7 +385,7 @@ fn garbage_is_the_upstreams_fault_and_nobody_elses() {
     }
     assert_eq!(upstream.calls(), 2 * said.len());
     assert_eq!(proxy.count_rows(), 0);
-    assert!(!proxy.log().iter().any(|line| line.contains("bug:")), "{:#?}", proxy.log());
+    proxy.expect_no_line(|line| line.contains("bug:"));
 }
 
 #[test]
@@ -440,7 +440,7 @@ fn damaged_answers_are_whole_answers_or_failures_and_never_hang() {
     }
     let upstream = FakeUpstream::script(script);
     let setup = Proxy::facing(&upstream).set("WORKERS", "1").set("UPSTREAM_TIMEOUT_SECS", "5");
-    let proxy = setup.set("UPSTREAM_IDLE_SECS", "5").start();
+    let mut proxy = setup.set("UPSTREAM_IDLE_SECS", "5").start();
     let mut whole_ones = 0;
     for (is_stream, bytes) in sent {
         let shown = String::from_utf8_lossy(&bytes);
@@ -466,7 +466,7 @@ fn damaged_answers_are_whole_answers_or_failures_and_never_hang() {
     }
     eprintln!("{whole_ones} of 240 damaged answers were answers all the same");
     assert!((10..230).contains(&whole_ones), "the damage is too small or too large: {whole_ones}");
-    assert!(!proxy.log().iter().any(|line| line.contains("bug:")), "{:#?}", proxy.log());
+    proxy.expect_no_line(|line| line.contains("bug:"));
 }
 
 #[test]

@@ -256,7 +256,7 @@ fn a_name_may_have_two_secrets() {
     }
     let pairs = proxy.call(&get("/api/history").key("new-secret")).json();
     assert_eq!(pairs["items"].as_array().map(Vec::len), Some(2));
-    assert!(proxy.log().iter().any(|line| line.ends_with("keys: alice, bob")), "{:#?}", proxy.log());
+    proxy.wait_for_line(|line| line.ends_with("keys: alice, bob"));
 }
 
 #[test]

@@ -517,7 +517,7 @@ fn a_database_that_another_one_takes_the_place_of_leaves_nothing_behind_in_it() 
     (0..30).for_each(|number| drop(proxy.answer(&format!("Since {number}?"))));
     fs::rename(&backup, &path).expect("a file in its place");
     proxy.answer("After?");
-    assert!(proxy.log().iter().any(|line| line.contains("was deleted or replaced")), "it is said: {:#?}", proxy.log());
+    proxy.wait_for_line(|line| line.contains("was deleted or replaced"));
     let questions: Vec<Value> = proxy.history().iter().map(|pair| pair["question"].clone()).collect();
     assert_eq!(questions, ["After?", "Before?"]);
     proxy.expect_intact();

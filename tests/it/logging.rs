@@ -42,11 +42,10 @@ fn has_time_and_level(line: &str) -> bool {
 
 #[test]
 fn every_line_has_a_time_and_a_level_and_stderr_is_silent() {
-    let proxy = Proxy::start();
+    let mut proxy = Proxy::start();
     proxy.answer("Well?");
     proxy.get("/nowhere");
-    proxy.wait_for_line(|line| line.contains("/nowhere"));
-    for line in proxy.log() {
+    for line in proxy.whole_log() {
         assert!(has_time_and_level(&line), "{line}");
     }
     assert_eq!(proxy.stderr(), Vec::<String>::new());
@@ -153,9 +152,9 @@ fn a_stream_whose_client_is_gone_at_its_end_says_what_was_sent() {
 fn the_log_says_why_the_llm_gave_no_answer_and_not_in_its_words() {
     for (status, said) in [(401, "refused the server's key (401)"), (404, "has nothing there"), (500, "failed (500)")] {
         let upstream = FakeUpstream::always(refusal(status, "words of its own"));
-        let proxy = Proxy::facing(&upstream).set("UPSTREAM_RETRIES", "0").start();
+        let mut proxy = Proxy::facing(&upstream).set("UPSTREAM_RETRIES", "0").start();
         proxy.ask("Well?");
-        let told: Vec<String> = proxy.log().into_iter().filter(|line| line.contains("[WARN]")).collect();
+        let told: Vec<String> = proxy.whole_log().into_iter().filter(|line| line.contains("[WARN]")).collect();
         assert!(told.len() == 1 && told[0].contains(said) && !told[0].contains("of its own"), "{told:?}");
     }
 }
@@ -204,7 +203,7 @@ fn no_question_answer_header_or_secret_is_in_any_line_at_any_level() {
 
 #[test]
 fn nothing_that_a_client_sends_can_forge_a_line() {
-    let proxy = Proxy::start();
+    let mut proxy = Proxy::start();
     let forged = "2030-01-01T00:00:00Z INFO forged";
     proxy.get("/a%0a2030-01-01T00:00:00Z%20INFO%20forged");
     proxy.call(&get("/b").header("X-Request-Id", forged));
@@ -212,17 +211,15 @@ fn nothing_that_a_client_sends_can_forge_a_line() {
     proxy.connect().send_bytes(format!("GET /\x1b[31m{forged} HTTP/1.1\r\nHost: a\r\n\r\n"));
     proxy.get("/last");
     proxy.wait_for_line(|line| line.contains("/last"));
-    for line in proxy.log() {
-        assert!(!line.starts_with("2030") && !line.contains(['\x1b', '\r']), "{line:?}");
-    }
+    proxy.expect_no_line(|line| line.starts_with("2030") || line.contains(['\x1b', '\r']));
 }
 
 #[test]
 fn the_level_says_what_is_written() {
-    let proxy = Proxy::with(&[("LOG_LEVEL", "info")]).start();
+    let mut proxy = Proxy::with(&[("LOG_LEVEL", "info")]).start();
     proxy.get("/livez");
-    eventually("a request is logged at info", || proxy.log().iter().any(|line| line.contains("/livez")));
-    assert!(!proxy.log().iter().any(|line| line.contains("DEBUG") || line.contains("TRACE")));
+    proxy.wait_for_line(|line| line.contains("/livez"));
+    proxy.expect_no_line(|line| line.contains("DEBUG") || line.contains("TRACE"));
 }
 
 /// Ends with the test.

@@ -130,14 +130,14 @@ fn an_upstream_that_answers_with_its_key_does_not_bring_it_into_the_log() {
     let head_fields =
         [("Content-Type", "application/json"), ("X-Request-Id", UPSTREAM_KEY), ("OpenAI-Processing-Ms", UPSTREAM_KEY)];
     let upstream = FakeUpstream::always(reply(200, &head_fields, &body.to_string()));
-    let proxy = Proxy::facing(&upstream).set("LOG_LEVEL", "trace").start();
+    let mut proxy = Proxy::facing(&upstream).set("LOG_LEVEL", "trace").start();
     let chat = json!({"messages": [{"role": "user", "content": "Who?"}]});
     for (path, body) in [("/api/ask", json!({"question": "Who?"})), ("/v1/chat/completions", chat)] {
         let response = proxy.call(&post(path, &body));
         assert_eq!(response.status, 200);
         expect_no_secret("a head", format!("{:?}", response.head).as_bytes(), &[UPSTREAM_KEY]);
     }
-    expect_no_secret("the log", proxy.log().join("\n").as_bytes(), &[UPSTREAM_KEY]);
+    expect_no_secret("the log", proxy.whole_log().join("\n").as_bytes(), &[UPSTREAM_KEY]);
 }
 
 /// Servers that want no key get a word, which stands in other words, too.

@@ -216,9 +216,26 @@ impl Proxy {
         count.expect("the rows can be counted")
     }
 
-    /// Every line written to stdout so far.
+    /// Every line of stdout that was read so far. The last ones may be on their way: what must be there is waited for,
+    /// what must not be is looked for in the whole log.
     pub fn log(&self) -> Vec<String> {
         self.program.stdout.so_far()
+    }
+
+    /// Every line that it wrote to stdout; ends it in good order first.
+    #[track_caller]
+    pub fn whole_log(&mut self) -> Vec<String> {
+        if !self.program.readers.is_empty() {
+            self.stop();
+        }
+        self.log()
+    }
+
+    /// Ends it in good order; no line that it wrote is like this.
+    #[track_caller]
+    pub fn expect_no_line(&mut self, unwanted: impl Fn(&str) -> bool) {
+        let lines = self.whole_log();
+        assert!(!lines.iter().any(|line| unwanted(line)), "{lines:#?}");
     }
 
     pub fn stderr(&self) -> Vec<String> {
