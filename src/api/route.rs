@@ -74,8 +74,10 @@ pub fn route(method: &str, path: &str) -> Result<Endpoint, ApiError> {
         "/docs/swagger-ui.css" => (Endpoint::Page("swagger-ui.css"), GET),
         "/docs/swagger-ui-bundle.js" => (Endpoint::Page("swagger-ui-bundle.js"), GET),
         _ => {
+            let is_openais = ["/completions", "/models", "/responses", "/embeddings"].iter().any(|end| path.ends_with(end));
             let text = match path.starts_with("/v1/") {
                 true => "of OpenAI's API there are /v1/chat/completions, /v1/models and /v1/models/NAME here; paths are exact",
+                false if is_openais => "OpenAI's API is below /v1 here: a client's base URL is this server's address and /v1",
                 false => "there is nothing at this path; paths are exact, without a slash at the end",
             };
             return Err(ApiError::new(Code::NOT_FOUND, text));

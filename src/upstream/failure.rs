@@ -133,15 +133,20 @@ impl Upstream {
             503 | 529 => (Code::UPSTREAM_UNAVAILABLE, "is not available"),
             _ => (Code::UPSTREAM_ERROR, "failed"),
         };
-        let logged = format!("the LLM {what} ({status})");
+        let mut logged = format!("the LLM {what} ({status})");
         let mut error = self.failed(code, &if status < 400 { logged.clone() } else { format!("{logged}: {words}") });
         let retry_after = retry_after(response.headers());
         if matches!(code.status(), 429 | 503) {
             let clean = retry_after.filter(|value| !self.has_secret(value));
             error.retry_after = clean.map(str::to_string).or(error.retry_after);
         }
-        let limits = self.passed_on(response.headers()).into_iter().filter(|(name, _)| name.starts_with("x-ratelimit-"));
-        error.headers.extend(limits);
+        for (name, value) in self.passed_on(response.headers()) {
+            match &*name {
+                "x-request-id" => logged.push_str(&format!(", its request {value}")),
+                name if name.starts_with("x-ratelimit-") => error.headers.push((name.to_string().into(), value)),
+                _ => {}
+            }
+        }
         // OpenAI's word for an account without money, which no waiting fills.
         let quota = status == 429 && body.windows(18).any(|w| w == b"insufficient_quota");
         let wait = wait_in_ms(response.headers()).or(retry_after.and_then(wait_of));

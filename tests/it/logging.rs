@@ -6,7 +6,7 @@ use crate::support::gate::Gate;
 use crate::support::hostile::{plug_in, throw};
 use crate::support::proxy::{Proxy, Setup, UPSTREAM_KEY};
 use crate::support::upstream::{
-    FakeUpstream, Step, answer, completion, delta, end, event, finish, refusal, reply_json, stream_head, streamed,
+    FakeUpstream, Step, answer, completion, delta, end, event, finish, refusal, reply, reply_json, stream_head, streamed,
 };
 use serde_json::json;
 use std::io::{BufRead, BufReader, Read};
@@ -151,11 +151,13 @@ fn a_stream_whose_client_is_gone_at_its_end_says_what_was_sent() {
 #[test]
 fn the_log_says_why_the_llm_gave_no_answer_and_not_in_its_words() {
     for (status, said) in [(401, "refused the server's key (401)"), (404, "has nothing there"), (500, "failed (500)")] {
-        let upstream = FakeUpstream::always(refusal(status, "words of its own"));
+        let body = json!({"error": {"message": "words of its own"}}).to_string();
+        let upstream = FakeUpstream::always(reply(status, &[("X-Request-Id", "req_of-the-llm")], &body));
         let mut proxy = Proxy::facing(&upstream).set("UPSTREAM_RETRIES", "0").start();
         proxy.ask("Well?");
         let told: Vec<String> = proxy.whole_log().into_iter().filter(|line| line.contains("[WARN]")).collect();
         assert!(told.len() == 1 && told[0].contains(said) && !told[0].contains("of its own"), "{told:?}");
+        assert!(told[0].ends_with("its request req_of-the-llm"), "what its support asks for: {told:?}");
     }
 }
 

@@ -829,6 +829,10 @@ fn paths_and_methods_are_exact_here_as_elsewhere() {
     ] {
         proxy.get(target).expect_error(404, "not_found");
     }
+    for target in ["/chat/completions", "/models", "/api/chat/completions"] {
+        let error = proxy.call(&post(target, &chat_body(json!({})))).expect_error(404, "not_found");
+        assert!(error["message"].as_str().is_some_and(|text| text.contains("below /v1")), "{error}");
+    }
     for (request, allow) in
         [(get(CHAT), "POST"), (post("/v1/models", &json!({})), "GET, HEAD"), (post("/v1/models/m", &json!({})), "GET, HEAD")]
     {
@@ -1484,6 +1488,9 @@ fn the_mock_answers_in_json_where_it_is_asked_for() {
         serde_json::from_str::<Value>(message["content"].as_str().expect("a text")).expect("JSON")
     };
     assert!(parsed(json!({"type": "json_object"})).is_object());
+    let streamed = json!({"stream": true, "response_format": {"type": "json_object"}});
+    let events = events_of(&proxy, &chat(streamed));
+    assert!(events.len() > 6, "an object comes in pieces: {events:?}");
     let schema = json!({
         "type": "object", "additionalProperties": false, "required": ["name", "size", "tags", "kind", "nested", "maybe"],
         "properties": {
