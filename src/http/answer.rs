@@ -208,6 +208,8 @@ impl Responder {
 
     /// Begins an answer whose length is not known: `first` goes out together with the head.
     pub fn stream(mut self, content_type: &'static str, headers: &[Header], first: &[u8]) -> (StreamWriter, io::Result<()>) {
+        // The older version knows no other end of a body.
+        self.keep &= !self.http10;
         let mut bytes = self.head(200, content_type, headers, None);
         frame(&mut bytes, first, self.http10);
         let result = self.write(&bytes, event_deadline());
@@ -234,8 +236,10 @@ impl Responder {
         } else if !self.http10 {
             head.extend_from_slice(b"Transfer-Encoding: chunked\r\n");
         }
-        if !self.keep {
-            head.extend_from_slice(b"Connection: close\r\n");
+        match (self.keep, self.http10) {
+            (false, _) => head.extend_from_slice(b"Connection: close\r\n"),
+            (true, true) => head.extend_from_slice(b"Connection: keep-alive\r\n"),
+            (true, false) => {}
         }
         head.extend_from_slice(b"\r\n");
         head
@@ -309,7 +313,11 @@ impl StreamWriter {
     pub fn finish(mut self, piece: &[u8]) -> u64 {
         let end: &[u8] = if self.responder.http10 { b"" } else { b"0\r\n\r\n" };
         let before = self.sent;
-        if self.put(piece, end).is_ok() { self.sent } else { before }
+        let sent = if self.put(piece, end).is_ok() { self.sent } else { before };
+        if self.responder.http10 {
+            self.responder.answers.break_off();
+        }
+        sent
     }
 
     fn put(&mut self, piece: &[u8], end: &[u8]) -> io::Result<()> {

@@ -127,6 +127,7 @@ impl Head {
 
     fn judge_fields(&mut self) -> Result<(), ApiError> {
         let (mut hosts, mut lengths, mut codings) = (0, 0, 0);
+        let (mut close, mut keep) = (false, !self.http10);
         for [name, name_end, value, value_end] in &self.fields {
             let (name, value) = (&self.bytes[*name..*name_end], &self.bytes[*value..*value_end]);
             let is = |wanted: &str| name.eq_ignore_ascii_case(wanted.as_bytes());
@@ -158,10 +159,14 @@ impl Head {
                 // An HTTP/1.0 client would not understand that it may go on (RFC 9110, section 10.1.1).
                 self.expects_continue = !self.http10;
             } else if is("connection") {
-                let mut options = value.split(|b| *b == b',').map(<[u8]>::trim_ascii);
-                self.close |= options.any(|option| option.eq_ignore_ascii_case(b"close"));
+                for option in value.split(|b| *b == b',').map(<[u8]>::trim_ascii) {
+                    close |= option.eq_ignore_ascii_case(b"close");
+                    keep |= option.eq_ignore_ascii_case(b"keep-alive");
+                }
             }
         }
+        // RFC 9112, section 9.3
+        self.close = close || !keep;
         match hosts {
             0 if !self.http10 => return Err(bad("Host is missing")),
             0 | 1 => {}
@@ -304,12 +309,19 @@ mod tests {
 
     #[test]
     fn close_is_one_of_the_options_of_a_connection() {
-        for (options, close) in
-            [("close", true), ("keep-alive, Close", true), ("x,\tclose ,y", true), ("close-notify", false), ("keep-alive", false)]
-        {
-            let text = format!("GET / HTTP/1.1\r\nHost: a\r\nConnection: {options}\r\n\r\n");
+        for (version, options, close) in [
+            ("1.1", "close", true),
+            ("1.1", "keep-alive, Close", true),
+            ("1.1", "x,\tclose ,y", true),
+            ("1.1", "close-notify", false),
+            ("1.1", "keep-alive", false),
+            ("1.0", "x", true),
+            ("1.0", "x, Keep-Alive", false),
+            ("1.0", "keep-alive, close", true),
+        ] {
+            let text = format!("GET / HTTP/{version}\r\nHost: a\r\nConnection: {options}\r\n\r\n");
             let head = Head::parse(text.as_bytes()).expect("no rule broken").expect("complete");
-            assert_eq!(head.close, close, "{options:?}");
+            assert_eq!(head.close, close, "{version} {options:?}");
         }
     }
 

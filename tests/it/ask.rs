@@ -231,6 +231,21 @@ fn an_http_1_0_client_gets_its_answer() {
     assert_eq!(response.status, 200);
     assert_eq!(response.header("Transfer-Encoding"), None);
     assert_eq!(response.json()["question"], "Ok?");
+    assert_eq!(response.header("Connection"), Some("close"));
+}
+
+/// As `ab -k` asks.
+#[test]
+fn an_http_1_0_client_that_wants_to_keep_its_connection_may() {
+    let proxy = Proxy::start();
+    let mut connection = proxy.connect();
+    let request = post("/api/ask", &json!({"question": "Ok?"})).version_1_0().header("Connection", "Keep-Alive");
+    for _ in 0..3 {
+        let response = connection.exchange(&request);
+        assert_eq!((response.status, response.header("Connection")), (200, Some("keep-alive")));
+    }
+    assert_eq!(connection.exchange(&request.without("Connection")).header("Connection"), Some("close"));
+    assert!(connection.is_closed_by_server());
 }
 
 #[test]

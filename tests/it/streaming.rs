@@ -567,6 +567,7 @@ fn an_http_1_0_client_gets_the_same_bytes_unchunked_and_one_by_one() {
         assert_eq!(stream.head.status, 200);
         assert_eq!(stream.head.header("Transfer-Encoding"), None);
         assert_eq!(stream.head.header("Content-Length"), None);
+        assert_eq!(stream.head.header("Connection"), Some("close"));
         assert_eq!(stream.head.header("Content-Type"), Some("text/event-stream; charset=utf-8"));
         stream.expect_event(&delta("One "));
         first.open();
