@@ -16,7 +16,7 @@ use serde_json::value::RawValue;
 
 use crate::json::{Words, object, wished};
 
-pub use answer::{Completion, is_model_answer, parse_chunk, parse_completion};
+pub use answer::{Completion, is_model_answer, model_of_list, parse_chunk, parse_completion};
 pub use errors::{NoAnswer, error_told};
 pub use request::{Chat, each_message, model_in_path};
 pub use tool_calls::ToolCalls;

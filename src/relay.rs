@@ -103,7 +103,7 @@ pub fn run(
             Ok(done) => {
                 let streamed = complete(&done, end, store, is_alone(), draft);
                 if streamed.failure.is_none() {
-                    events.settle();
+                    let _ = events.settle();
                 }
                 return Ok(streamed);
             }
@@ -163,6 +163,10 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
         }
         let over = !more || done.is_some();
         if let Some(done) = done.filter(|_| draft.answered) {
+            // Some servers say so of what they break off.
+            if draft.pair.finish_reason.is_none() {
+                events.settle()?;
+            }
             return Ok(done);
         }
         if over {

@@ -169,6 +169,8 @@ pub struct Line {
     deadline: Instant,
     /// It was sent again after a failure.
     has_retried: bool,
+    /// The connection takes something from others while it is idle.
+    is_costly: bool,
 }
 
 impl Line {
@@ -176,7 +178,7 @@ impl Line {
     pub fn new(upstream: &Arc<Upstream>) -> Line {
         let watch = Watch::default();
         let agent = upstream.agent(&watch);
-        Line { upstream: Arc::clone(upstream), agent, watch, deadline: Instant::now(), has_retried: false }
+        Line { upstream: Arc::clone(upstream), agent, watch, deadline: Instant::now(), has_retried: false, is_costly: false }
     }
 
     /// What another thread calls to end the stream that this client has left, where it is under way: the worker, which
@@ -193,7 +195,7 @@ impl Line {
         self.begin();
         self.watch.begin(client, self.deadline);
         let result = self.completion(chat);
-        self.watch.end();
+        self.end();
         result.map_err(|e| self.give_up(e))
     }
 
@@ -230,6 +232,14 @@ impl Line {
         self.has_retried = false;
     }
 
+    /// Lets go of the client, and of a connection that is better not kept.
+    fn end(&mut self) {
+        self.watch.end();
+        if std::mem::take(&mut self.is_costly) {
+            self.agent = self.upstream.agent(&self.watch);
+        }
+    }
+
     /// Counts a question as failed. Returns its error, which tells clients not to try again where that would multiply our
     /// own attempts or take as long once more.
     pub fn give_up(&self, e: ApiError) -> ApiError {
@@ -258,7 +268,7 @@ impl Line {
         self.begin();
         self.watch.begin(client, self.deadline);
         let result = self.ask_for_models(path);
-        self.watch.end();
+        self.end();
         result.map_err(|e| self.give_up(e))
     }
 
@@ -268,15 +278,24 @@ impl Line {
         request.headers.remove(header::CONTENT_TYPE);
         let url = format!("{}/models{path}", self.upstream.config.upstream.base);
         request.uri = url.parse().map_err(|_| no_model())?;
-        let answer = self.attempts(&request, b"");
-        let is_unknown = |failure: &Failure| failure.unknown_model && !path.is_empty();
-        let answer = answer.map_err(|failure| if is_unknown(&failure) { no_model() } else { failure.error })?;
+        let answer = match self.attempts(&request, b"") {
+            Ok(answer) => answer,
+            Err(failure) if failure.unknown_model && !path.is_empty() => return self.model_of_list(path).ok_or_else(no_model),
+            Err(failure) => return Err(failure.error),
+        };
         let headers = self.upstream.passed_on(answer.headers());
         let body = self.body(answer)?;
         if !openai::is_model_answer(&body) {
             return Err(self.upstream.failed(Code::UPSTREAM_BAD_ANSWER, "the LLM answered with something else than models"));
         }
         Ok((body, headers))
+    }
+
+    /// The same of the list: some servers, such as llama.cpp's, have nothing else.
+    fn model_of_list(&mut self, path: &str) -> Option<(Vec<u8>, Vec<Header>)> {
+        let name = openai::model_in_path(path.strip_prefix('/')?)?;
+        let (list, headers) = self.ask_for_models("").ok()?;
+        Some((openai::model_of_list(&list, &name)?, headers))
     }
 
     fn think(&self, time: Duration) -> Result<(), ApiError> {
@@ -315,6 +334,7 @@ impl Line {
                 Method::GET => self.agent.run(Request::from_parts(request.clone(), ())),
                 _ => self.agent.run(Request::from_parts(request.clone(), body)),
             };
+            self.is_costly = attempt.as_ref().is_ok_and(counts_requests);
             let failure = match attempt {
                 Ok(response) if response.status().is_success() => return Ok(response),
                 Ok(response) if self.watch.reused() && is_farewell(&response) => {
@@ -383,6 +403,13 @@ pub type Hangup = Box<dyn Fn() + Send>;
 fn is_farewell(response: &Response<Body>) -> bool {
     let closes = response.headers().get(header::CONNECTION).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"close"));
     response.status() == StatusCode::REQUEST_TIMEOUT && closes
+}
+
+/// What a server says that has a thread for each connection, such as llama.cpp's: those that wait for one are not to wait
+/// for the end of those that are idle.
+fn counts_requests(response: &Response<Body>) -> bool {
+    let says = response.headers().get("keep-alive").and_then(|value| value.to_str().ok());
+    says.is_some_and(|says| says.split(',').any(|says| says.trim_ascii_start().starts_with("max=")))
 }
 
 /// Exponential, shortened by up to half at random, so that many clients' retries do not meet.

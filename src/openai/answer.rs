@@ -60,6 +60,23 @@ pub fn is_model_answer(body: &[u8]) -> bool {
     fields.is_ok() && fine
 }
 
+/// The model of this name out of the answer to `GET /models`, in its own bytes.
+pub fn model_of_list(body: &[u8], name: &str) -> Option<Vec<u8>> {
+    #[derive(Deserialize)]
+    struct List<'a> {
+        #[serde(borrow)]
+        data: Vec<&'a RawValue>,
+    }
+    #[derive(Deserialize)]
+    struct Model<'a> {
+        #[serde(borrow)]
+        id: Cow<'a, str>,
+    }
+    let List { data } = from_json(body).ok()?;
+    let is_meant = |model: &&RawValue| from_json::<Model>(model.get().as_bytes()).is_ok_and(|model| model.id == name);
+    data.into_iter().find(is_meant).map(|model| model.get().as_bytes().to_vec())
+}
+
 /// What one event of a stream says, in its own bytes where they are the text.
 #[derive(Debug, Default, PartialEq)]
 pub struct Chunk<'a> {

@@ -95,14 +95,19 @@ fn readable(json: &str) -> Value {
     if fields.is_empty() { format!("{} bytes without a message", json.len()).into() } else { fields.into() }
 }
 
-/// What people read of an error; its code, where that is a word, by which programs tell it from others.
+/// What people read of an error; its code, where that is a word, by which programs tell it from others, or the type where
+/// the code is but a number.
 fn error_words(error: &Value) -> String {
     let text = ["message", "detail", "msg"].iter().find_map(|name| error.get(name)?.as_str());
     match text.or(error.as_str()) {
-        Some(text) => match error.get("code").and_then(Value::as_str).filter(|code| !code.is_empty() && !text.contains(code)) {
-            Some(code) => one_line(&format!("{text} ({code})")),
-            None => one_line(text),
-        },
+        Some(text) => {
+            let word = if error["code"].is_number() { &error["type"] } else { &error["code"] };
+            let says_more = |word: &&str| word.contains(|c: char| !c.is_ascii_digit()) && !text.contains(word);
+            match word.as_str().filter(says_more) {
+                Some(word) => one_line(&format!("{text} ({word})")),
+                None => one_line(text),
+            }
+        }
         None => one_line(&error.to_string()),
     }
 }
@@ -150,6 +155,8 @@ mod tests {
         for (body, text) in [
             (&br#"{"error":{"message":"a","code":"x"}}"#[..], "a (x)"),
             (br#"{"error":{"message":"too long: x","code":"x"}}"#, "too long: x"),
+            (br#"{"error":{"message":"a","code":"400","type":"t"}}"#, "a"),
+            (br#"{"error":{"message":"a","code":400,"type":"exceed_context_size_error"}}"#, "a (exceed_context_size_error)"),
             (br#"{"error":"b"}"#, "b"),
             (br#"[{"error":{"message":"l"}}]"#, "l"),
             (br#"{"detail":"c"}"#, "c"),

@@ -101,11 +101,13 @@ fn given(text: &Option<String>) -> Option<&String> {
 }
 
 impl ToolCalls {
-    /// Takes the calls, or pieces of calls, of a message as they are: those of its list, and the single one of the form
-    /// from before there were tools.
+    /// Takes the calls, or pieces of calls, of a message as they are: those of its list, or the single one of the form
+    /// from before there were tools, in which some servers repeat the first.
     pub(super) fn take(&mut self, listed: Option<Few<Wish<ToolCall>>>, older: Option<Box<Function>>) {
-        let listed = listed.map_or_else(Vec::new, |Few(calls)| calls).into_iter().filter_map(|Wish(call)| call);
-        for call in listed.chain(older.map(|function| function.called(None, None))) {
+        let listed: Vec<ToolCall> =
+            listed.map_or_else(Vec::new, |Few(calls)| calls).into_iter().filter_map(|Wish(call)| call).collect();
+        let older = older.filter(|_| listed.is_empty()).map(|function| function.called(None, None));
+        for call in listed.into_iter().chain(older) {
             self.size += call.size();
             self.calls.push(call);
         }

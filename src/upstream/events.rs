@@ -61,7 +61,7 @@ impl Line {
                 Ok(Events { line: self, source, began: false, headers })
             }
             Err(e) => {
-                self.watch.end();
+                self.end();
                 Err(self.give_up(e))
             }
         }
@@ -178,17 +178,20 @@ impl Events<'_> {
         self.no_answer(Code::UPSTREAM_BAD_ANSWER, "did not stream", &no)
     }
 
-    /// After the last event: reads what is left, if it comes at once, so that the connection can be used
-    /// again.
-    pub fn settle(&mut self) {
-        if let Source::Upstream { reader, .. } = &mut self.source {
-            let mut buffer = [0; 256];
-            self.line.watch.without_client(Duration::from_millis(20));
-            let mut left = 16;
-            while left > 0 && reader.read(&mut buffer).is_ok_and(|read| read > 0) {
-                left -= 1;
+    /// After the last event: reads what is left, if it comes at once, so that the connection can be used again. Errs where
+    /// the body breaks off instead.
+    pub fn settle(&mut self) -> Result<(), Box<Failure>> {
+        let Source::Upstream { reader, .. } = &mut self.source else { return Ok(()) };
+        let mut buffer = [0; 256];
+        self.line.watch.without_client(Duration::from_millis(20));
+        for _ in 0..16 {
+            match reader.read(&mut buffer) {
+                Ok(1..) => {}
+                Err(e) if self.line.watch.ended().is_none() => return Err(self.broke_off(&e)),
+                Ok(0) | Err(_) => break,
             }
         }
+        Ok(())
     }
 
     /// A word of the upstream's that goes into log and history.
@@ -209,6 +212,8 @@ impl Events<'_> {
 
 impl Drop for Events<'_> {
     fn drop(&mut self) {
-        self.line.watch.end();
+        // A body that was read to its end gives its connection back when it goes.
+        self.source = Source::Over;
+        self.line.end();
     }
 }

@@ -320,6 +320,18 @@ fn done_without_a_finish_reason_is_complete() {
     assert_ne!(pair["finish_reason"], "upstream_error");
 }
 
+/// llama-cpp-python's way to interrupt one stream for another request.
+#[test]
+fn done_without_a_finish_reason_before_a_break_is_no_end() {
+    let steps = vec![stream_head(), event(&delta("Half")), event("[DONE]"), Step::Close];
+    let upstream = FakeUpstream::always(steps);
+    let proxy = Proxy::facing(&upstream).start();
+    let mut stream = proxy.stream("What is it?");
+    stream.expect_event(&delta("Half"));
+    stream.expect_failure("upstream_error");
+    assert_eq!(proxy.newest_of(1)["finish_reason"], "upstream_error");
+}
+
 #[test]
 fn done_ends_the_stream_even_where_the_upstream_stays() {
     let steps = vec![stream_head(), event(&delta("Yes")), event(&finish("stop")), event("[DONE]"), Step::Silence];

@@ -109,6 +109,28 @@ fn an_error_without_words_is_still_an_error() {
     expect_both(reply_json(500, &json!([])), 502, "upstream_error");
 }
 
+/// As the servers of llama.cpp and Apache say whose idle connections keep a thread from others.
+#[test]
+fn a_connection_whose_requests_the_upstream_counts_is_not_kept() {
+    for (keep_alive, connections) in [("timeout=5, max=100", 3), ("timeout=5", 1)] {
+        let upstream = FakeUpstream::answering(move |request| {
+            if request.method == "POST" && request.is_streaming() {
+                let fields = format!("Transfer-Encoding: chunked\r\nKeep-Alive: {keep_alive}\r\n");
+                let head = send(format!("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n{fields}\r\n"));
+                return [head].into_iter().chain(streamed(&["Yes"]).into_iter().skip(1)).collect();
+            }
+            let body = if request.method == "GET" { json!({"data": []}) } else { completion("Yes") };
+            reply(200, &[("Content-Type", "application/json"), ("Keep-Alive", keep_alive)], &body.to_string())
+        });
+        let proxy = Proxy::facing(&upstream).set("WORKERS", "1").start();
+        proxy.answer("Well?");
+        proxy.stream("Well?").events();
+        assert_eq!(proxy.get("/v1/models").status, 200);
+        upstream.wait_until_closed(if connections > 1 { 3 } else { 0 });
+        assert_eq!((upstream.calls(), upstream.connections()), (3, connections), "{keep_alive}");
+    }
+}
+
 #[test]
 fn an_error_of_any_size_stays_small() {
     let upstream = FakeUpstream::always(refusal(500, &"many words ".repeat(200_000)));

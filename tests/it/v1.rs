@@ -557,6 +557,25 @@ fn calls_of_the_older_and_the_newer_kind_are_kept_as_well() {
     }
 }
 
+#[test]
+fn a_call_that_is_told_in_both_ways_is_one() {
+    let function = json!({"name": "weather", "arguments": "{}"});
+    let both = json!({"content": null, "function_call": function, "tool_calls": [{"id": "c", "type": "function", "function": function}]});
+    let (_, kept) = tool_calls_of(&pair_of(chat_body(json!({})), said(both, "tool_calls")));
+    assert_eq!(kept, json!([{"arguments": "{}", "id": "c", "name": "weather"}]));
+    let piece = |name: &str, arguments: &str| {
+        let function = json!({"name": name, "arguments": arguments});
+        let calls = json!([{"index": 0, "id": "c", "type": "function", "function": function}]);
+        let delta = json!({"function_call": function, "tool_calls": calls});
+        event(&json!({"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": delta}]}).to_string())
+    };
+    let steps = vec![stream_head(), piece("weather", "{"), piece("", "}"), event(&finish("tool_calls")), event("[DONE]"), end()];
+    let upstream = FakeUpstream::always(steps);
+    let proxy = Proxy::facing(&upstream).start();
+    events_of(&proxy, &chat(json!({"stream": true})));
+    assert_eq!(tool_calls_of(&proxy.newest_of(1)).1, kept);
+}
+
 fn pieces(calls: Value) -> String {
     let delta = json!({"tool_calls": calls});
     json!({"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": delta, "finish_reason": null}]}).to_string()
@@ -1235,6 +1254,15 @@ fn failures_at_the_models_are_those_of_the_table() {
         let proxy = Proxy::facing(&upstream).start();
         proxy.get("/v1/models/gpt-4o").expect_error(ours, code);
     }
+    // Some servers have the list alone.
+    let upstream = FakeUpstream::answering(|request| match request.target.as_str() {
+        "/v1/models" => reply_json(200, &json!({"object": "list", "data": [{"id": "other"}, {"id": "own/model", "size": 1.50}]})),
+        _ => refusal(404, "File Not Found"),
+    });
+    let proxy = Proxy::facing(&upstream).start();
+    let response = proxy.get("/v1/models/own%2Fmodel");
+    assert_eq!((response.status, response.json()), (200, json!({"id": "own/model", "size": 1.50})));
+    proxy.get("/v1/models/own").expect_error(404, "not_found");
     // Who has no list has no list: the address may be wrong.
     let upstream = FakeUpstream::always(refusal(404, "no"));
     Proxy::facing(&upstream).start().get("/v1/models").expect_error(502, "upstream_error");

@@ -66,7 +66,7 @@ struct Seen {
     connections: usize,
     /// Callers that went away before the script had ended.
     left: usize,
-    /// Connections that the script closed.
+    /// Connections that the script closed, or the caller between two calls.
     closed: usize,
 }
 
@@ -187,6 +187,7 @@ fn serve(stream: TcpStream, script: &Script, seen: &(Mutex<Seen>, Condvar)) {
             }
         }
     }
+    tell(seen, |seen| seen.closed += 1);
 }
 
 enum Went {
