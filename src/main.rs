@@ -5,7 +5,6 @@ mod clock;
 mod config;
 mod error;
 mod exchange;
-mod handoff;
 mod http;
 mod json;
 mod kernel;

@@ -9,7 +9,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::handoff::{Giver, Nothing, Taker, handoff};
+use oneshot::{Receiver, RecvTimeoutError, Sender};
+
 use crate::kernel;
 use crate::lock::{lock, wait_within};
 
@@ -54,7 +55,7 @@ pub struct Pool<W> {
 
 struct State<W> {
     /// Ways to idle threads, the last one to become idle at the end.
-    idle: Vec<(u64, Giver<Job<W>>)>,
+    idle: Vec<(u64, Sender<Job<W>>)>,
     queue: VecDeque<(Job<W>, IsVain)>,
     next_sweep: Instant,
     threads: usize,
@@ -104,7 +105,7 @@ impl<W: 'static> Pool<W> {
             if let Some((_, idle)) = state.idle.pop() {
                 break idle;
             }
-            let (new, coming) = handoff();
+            let (new, coming) = oneshot::channel();
             if self.start(&mut state, Some(coming)) {
                 break new;
             }
@@ -131,7 +132,7 @@ impl<W: 'static> Pool<W> {
         };
         drop(state);
         // A thread that is promised a job waits for it.
-        thread.give(job(task));
+        let _ = thread.send(job(task));
         self.spare();
         Ok(())
     }
@@ -156,7 +157,7 @@ impl<W: 'static> Pool<W> {
     }
 
     /// Starts a thread, with a job that is coming where there is one; false: there may be no more.
-    fn start(self: &Arc<Self>, state: &mut State<W>, coming: Option<Taker<Job<W>>>) -> bool {
+    fn start(self: &Arc<Self>, state: &mut State<W>, coming: Option<Receiver<Job<W>>>) -> bool {
         if state.threads >= self.size {
             return false;
         }
@@ -212,12 +213,12 @@ impl<W> Pool<W> {
         }
     }
 
-    fn work(&self, first: Option<Taker<Job<W>>>) {
+    fn work(&self, first: Option<Receiver<Job<W>>>) {
         // Its starter may do so, and a thread begins as its starter is.
         kernel::make_way(false);
         let mut own = (self.make)();
         let mut first = match first {
-            Some(coming) => coming.take(),
+            Some(coming) => coming.recv().ok(),
             None => {
                 lock(&self.state).is_spare_coming = false;
                 None
@@ -240,20 +241,20 @@ impl<W> Pool<W> {
                     return Some(job);
                 }
                 state.numbers += 1;
-                let (giver, coming) = handoff();
+                let (way, coming) = oneshot::channel();
                 let id = state.numbers;
-                state.idle.push((id, giver));
+                state.idle.push((id, way));
                 (id, coming)
             };
-            let mut came = coming.take_within(REST.min(self.patience));
-            if matches!(came, Err(Nothing::Yet)) {
+            let mut came = coming.recv_timeout(REST.min(self.patience));
+            if came.is_err() {
                 kernel::forget_unused_stack();
-                came = coming.take_within(self.patience.saturating_sub(REST));
+                came = coming.recv_timeout(self.patience.saturating_sub(REST));
             }
             match came {
                 Ok(job) => return Some(job),
-                Err(Nothing::Ever) => {}
-                Err(Nothing::Yet) => {
+                Err(RecvTimeoutError::Disconnected) => {}
+                Err(RecvTimeoutError::Timeout) => {
                     let mut state = lock(&self.state);
                     let idle = state.idle.len();
                     state.idle.retain(|(other, _)| *other != id);
@@ -268,7 +269,7 @@ impl<W> Pool<W> {
                     }
                     drop(state);
                     // Somebody took this thread in the last moment.
-                    if let Some(job) = coming.take() {
+                    if let Ok(job) = coming.recv() {
                         return Some(job);
                     }
                 }

@@ -15,13 +15,13 @@ use std::sync::{Arc, Mutex, RwLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use oneshot::{Receiver, RecvTimeoutError, Sender};
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, ffi, params};
 
 use crate::config::{self, Config};
 use crate::error::{ApiError, Code, StartError};
 use crate::exchange::{Pair, Usage, size_in_json};
-use crate::handoff::{Giver, Nothing, Taker, handoff};
 use crate::kernel;
 use crate::lock::{lock, share};
 use crate::metrics::Metrics;
@@ -69,9 +69,9 @@ struct Arrival {
 enum Order {
     Append(Box<Arrival>),
     /// Show that writing works.
-    Probe(Giver<bool>),
+    Probe(Sender<bool>),
     /// Tell when all words so far are indexed, for a search that is about to be made.
-    Index(Giver<()>),
+    Index(Sender<()>),
     Close,
 }
 
@@ -146,7 +146,7 @@ impl Store {
     pub fn keep(&self, pair: Pair, unique: Option<Unique>, lead: bool) -> Result<Pair, ApiError> {
         let (order, committed) = awaited(pair, unique);
         self.desk.order(order, lead);
-        committed.take().unwrap_or_else(|| Err(unavailable()))
+        committed.recv().unwrap_or_else(|_| Err(unavailable()))
     }
 
     /// The same for one of many that are in no hurry: what comes within a moment is committed together, and costs
@@ -154,11 +154,11 @@ impl Store {
     pub fn keep_together(&self, pair: Pair) -> Result<Pair, ApiError> {
         let (order, committed) = awaited(pair, None);
         self.desk.leave(order);
-        let stored = committed.take_within(GATHER).ok().or_else(|| {
+        let stored = committed.recv_timeout(GATHER).or_else(|_| {
             self.desk.hurry(false);
-            committed.take()
+            committed.recv()
         });
-        stored.unwrap_or_else(|| Err(unavailable()))
+        stored.unwrap_or_else(|_| Err(unavailable()))
     }
 
     /// What answered the request that this key sent with this `Idempotency-Key` within the last day.
@@ -178,7 +178,7 @@ impl Store {
             return !self.state.failing.load(Ordering::Relaxed);
         }
         self.probe().unwrap_or_else(|nothing| {
-            if nothing == Nothing::Ever {
+            if nothing == RecvTimeoutError::Disconnected {
                 // The writer is gone, so nobody else would tell.
                 self.state.failing.store(true, Ordering::Relaxed);
             }
@@ -210,9 +210,9 @@ impl Store {
     /// Waits until the words so far are indexed, for a search, but not for long: where there is very much of
     /// them, or the writer is in trouble, the newest pairs are not found.
     pub fn await_index(&self) {
-        let (done, indexed) = handoff();
+        let (done, indexed) = oneshot::channel();
         self.desk.order(Order::Index(done), false);
-        let _ = indexed.take_within(config::DATABASE_BUSY);
+        let _ = indexed.recv_timeout(config::DATABASE_BUSY);
     }
 
     /// A key's pairs that have all of `words` in question or answer, best match first: of the newest 500
@@ -255,10 +255,10 @@ impl Store {
     }
 
     /// Has the writer show that writing works.
-    fn probe(&self) -> Result<bool, Nothing> {
-        let (done, answer) = handoff();
+    fn probe(&self) -> Result<bool, RecvTimeoutError> {
+        let (done, answer) = oneshot::channel();
         self.desk.order(Order::Probe(done), false);
-        answer.take_within(PROBE_WAIT)
+        answer.recv_timeout(PROBE_WAIT)
     }
 
     fn read<T>(&self, query: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, ApiError> {
@@ -292,9 +292,9 @@ impl Store {
 }
 
 /// An order to keep a pair, and the way to what becomes of it.
-fn awaited(pair: Pair, unique: Option<Unique>) -> (Order, Taker<Result<Pair, ApiError>>) {
-    let (done, committed) = handoff();
-    let then = Box::new(move |stored| done.give(stored));
+fn awaited(pair: Pair, unique: Option<Unique>) -> (Order, Receiver<Result<Pair, ApiError>>) {
+    let (done, committed) = oneshot::channel();
+    let then = Box::new(move |stored| drop(done.send(stored)));
     (Order::Append(Box::new(Arrival { pair, unique, then })), committed)
 }
 

@@ -15,6 +15,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
+use oneshot::Sender;
 use rusqlite::{Connection, OpenFlags, ffi, params};
 
 use super::schema::{self, Trouble, advice};
@@ -22,7 +23,6 @@ use super::{Arrival, Order, PROBE_WAIT, State, Then, Unique, connect, reader, un
 use crate::config::Durability;
 use crate::error::ApiError;
 use crate::exchange::{Pair, Usage};
-use crate::handoff::Giver;
 use crate::kernel::{self, Room};
 use crate::lock::{lock, own, share};
 use crate::logging;
@@ -124,7 +124,7 @@ pub struct Writer {
     /// What was appended since the start and is not indexed, in bytes of text.
     unindexed_bytes: i64,
     /// Searches that wait until the words up to a row are indexed.
-    searches: Vec<(i64, Giver<()>)>,
+    searches: Vec<(i64, Sender<()>)>,
     next_retention: Instant,
     /// Retention rests after a failure.
     next_pruning: Instant,
@@ -240,14 +240,15 @@ impl Writer {
         })
     }
 
-    fn probe(&mut self, done: Giver<bool>) {
+    fn probe(&mut self, done: Sender<bool>) {
         let fresh = !self.state.failing.load(Ordering::Relaxed) && self.last_write.elapsed() < PROBE_WAIT && self.is_in_place();
         // A trial write is small: it works where the next answer, already paid for, would not fit.
         let fits = !self.is_closed && (self.wanted_room == 0 || self.has_room(self.wanted_room, self.quarters()));
         let mut probe = || self.attempt("probed", |connection| connection.execute_batch(PROBE)).is_some();
         let fine = fits && (fresh || probe());
         self.state.probing.store(false, Ordering::Relaxed);
-        done.give(fine);
+        // Who asked may have given up.
+        let _ = done.send(fine);
     }
 
     /// Commits the pairs together, then does what follows for each.
@@ -523,7 +524,7 @@ mod tests {
     use super::super::desk::Desk;
     use super::index::{MOST_UNINDEXED, MOST_UNINDEXED_BYTES};
     use super::*;
-    use crate::handoff::{Nothing, handoff};
+    use oneshot::{RecvTimeoutError, channel};
 
     /// A writer whose history is a file of its own.
     fn writer(name: &str) -> Writer {
@@ -646,7 +647,7 @@ mod tests {
         append(&mut writer, 30, 100 << 10);
         writer.catch_up();
         assert_eq!(writer.indexed, 0, "that can wait");
-        let (search, _waits) = handoff();
+        let (search, _waits) = channel();
         writer.searches.push((30, search));
         writer.catch_up();
         assert_eq!(writer.indexed, 2, "a search cannot");
@@ -663,17 +664,17 @@ mod tests {
     fn searches_go_on_when_they_miss_nothing_or_cannot_be_helped() {
         let mut writer = writer("searches");
         append(&mut writer, 3, 100 << 10);
-        let (early, late, gone) = (handoff(), handoff(), handoff());
+        let (early, late, gone) = (channel(), channel(), channel());
         writer.searches = vec![(2, early.0), (3, late.0), (3, gone.0)];
         drop(gone.1);
         writer.index();
         writer.let_searches_go();
-        assert_eq!(early.1.take(), None);
+        assert!(early.1.recv().is_err());
         assert_eq!(writer.searches.len(), 1, "who gave up is forgotten");
-        assert_eq!(late.1.take_within(Duration::ZERO), Err(Nothing::Yet));
+        assert_eq!(late.1.recv_timeout(Duration::ZERO), Err(RecvTimeoutError::Timeout));
         writer.state.failing.store(true, Ordering::Relaxed);
         writer.let_searches_go();
-        assert_eq!(late.1.take_within(Duration::ZERO), Err(Nothing::Ever));
+        assert_eq!(late.1.recv_timeout(Duration::ZERO), Err(RecvTimeoutError::Disconnected));
         remove(writer);
     }
 
@@ -681,16 +682,16 @@ mod tests {
     fn what_did_not_fit_is_not_asked_for_before_there_is_room() {
         let mut writer = writer("wanted-room");
         let works = |writer: &mut Writer| {
-            let (done, answer) = handoff();
+            let (done, answer) = channel();
             writer.probe(done);
-            answer.take()
+            answer.recv()
         };
         (writer.wanted_room, writer.open) = (u64::MAX, None);
         writer.state.failing.store(true, Ordering::Relaxed);
-        assert_eq!(works(&mut writer), Some(false));
+        assert_eq!(works(&mut writer), Ok(false));
         assert!(writer.state.failing.load(Ordering::Relaxed));
         writer.wanted_room = 1;
-        assert_eq!(works(&mut writer), Some(true));
+        assert_eq!(works(&mut writer), Ok(true));
         append(&mut writer, 1, 2);
         assert_eq!(writer.wanted_room, 0);
         remove(writer);
@@ -701,11 +702,11 @@ mod tests {
     fn a_nearly_full_disk_takes_what_fits_beside_the_journal_and_what_deleting_frees() {
         let mut writer = writer("nearly-full");
         let kept = |writer: &mut Writer| {
-            let (done, answer) = handoff();
+            let (done, answer) = channel();
             let pair = Pair { key: "k".into(), question: "w ".repeat(50_000), ..Pair::default() };
-            let then = Box::new(move |result: Result<Pair, ApiError>| done.give(result.is_ok()));
+            let then = Box::new(move |result: Result<Pair, ApiError>| drop(done.send(result.is_ok())));
             writer.append(vec![Arrival { pair, unique: None, then }]);
-            answer.take() == Some(true)
+            answer.recv() == Ok(true)
         };
         for _ in 0..20 {
             assert!(kept(&mut writer));
@@ -793,9 +794,9 @@ mod tests {
         desk.order(Order::Close, false);
         clerk.join().expect("no panic");
         for lead in [true, false] {
-            let (done, answer) = handoff();
+            let (done, answer) = channel();
             desk.order(Order::Probe(done), lead);
-            assert_eq!(answer.take_within(Duration::ZERO), Ok(false));
+            assert_eq!(answer.recv_timeout(Duration::ZERO), Ok(false));
         }
         fs::remove_file(path).expect("the file is there");
     }

@@ -24,8 +24,8 @@ const HOUSE: &[Room] = &[
     room("relay", 3, &["log"]),
     room("http", 2, &["log", "tiny_http", "rustix", "httpdate", "memchr"]),
     room("upstream", 2, &["log", "ureq", "rustix", "httpdate"]),
-    room("store", 2, &["log", "rusqlite", "crossbeam_channel"]),
-    room("pool", 1, &["log"]),
+    room("store", 2, &["log", "rusqlite", "crossbeam_channel", "oneshot"]),
+    room("pool", 1, &["log", "oneshot"]),
     room("logging", 1, &["log", "simplelog", "rustix"]),
     room("sse", 1, PURE),
     room("openai", 1, PURE),
@@ -34,7 +34,6 @@ const HOUSE: &[Room] = &[
     room("metrics", 1, PURE),
     room("rate_limit", 1, PURE),
     room("clock", 0, &["time"]),
-    room("handoff", 0, &[]),
     room("lock", 0, &[]),
     room("kernel", 0, &["libc", "libm", "rustix"]),
     room("config", 0, &["log", "dotenvy"]),
@@ -43,7 +42,7 @@ const HOUSE: &[Room] = &[
 ];
 
 /// Who may use whom on the same layer. Everybody else there is a stranger.
-const SIDEWAYS: &[(&str, &str)] = &[("openai", "exchange"), ("mock", "openai"), ("config", "error"), ("handoff", "lock")];
+const SIDEWAYS: &[(&str, &str)] = &[("openai", "exchange"), ("mock", "openai"), ("config", "error")];
 
 /// A crate that only one room may name.
 const OWNED: &[(&str, &str)] = &[("tiny_http", "http"), ("libc", "kernel"), ("ureq", "upstream"), ("rusqlite", "store")];

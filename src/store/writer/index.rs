@@ -83,7 +83,7 @@ impl Writer {
     /// forgotten.
     pub(super) fn let_searches_go(&mut self) {
         let failing = self.is_index_failing();
-        // A giver that is dropped wakes who waits.
-        self.searches.retain(|(up_to, search)| *up_to > self.indexed && !failing && search.is_awaited());
+        // A sender that is dropped wakes who waits.
+        self.searches.retain(|(up_to, search)| *up_to > self.indexed && !failing && !search.is_closed());
     }
 }
