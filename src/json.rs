@@ -3,9 +3,10 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::marker::PhantomData;
 
 use serde::Deserialize;
-use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
 /// Parts of a list that are kept, such as choices of an answer and tool calls: no model gives more, and an index beyond is
@@ -16,20 +17,11 @@ pub const MOST_PARTS: usize = 128;
 /// field of a few bytes would take many times its size.
 pub fn each_field<'a>(json: &'a [u8], see: impl FnMut(&str, &'a RawValue)) -> serde_json::Result<()> {
     let mut json = serde_json::Deserializer::from_slice(json);
-    EachField(see).deserialize(&mut json)?;
+    json.deserialize_map(EachField(see))?;
     json.end()
 }
 
-/// The same of an object inside.
-pub struct EachField<F>(pub F);
-
-impl<'de, F: FnMut(&str, &'de RawValue)> DeserializeSeed<'de> for EachField<F> {
-    type Value = ();
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
-        deserializer.deserialize_map(self)
-    }
-}
+struct EachField<F>(F);
 
 impl<'de, F: FnMut(&str, &'de RawValue)> Visitor<'de> for EachField<F> {
     type Value = ();
@@ -41,6 +33,28 @@ impl<'de, F: FnMut(&str, &'de RawValue)> Visitor<'de> for EachField<F> {
     fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
         while let Some((Name(name), value)) = map.next_entry()? {
             (self.0)(&name, value);
+        }
+        Ok(())
+    }
+}
+
+/// Shows every element of a JSON list, in their order. Nothing is kept here, either.
+pub fn each_element<'a, T: Deserialize<'a>>(list: &'a str, see: impl FnMut(T)) -> serde_json::Result<()> {
+    serde_json::Deserializer::from_str(list).deserialize_seq(EachElement(see, PhantomData))
+}
+
+struct EachElement<F, T>(F, PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>, F: FnMut(T)> Visitor<'de> for EachElement<F, T> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("a list")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(mut self, mut list: A) -> Result<(), A::Error> {
+        while let Some(element) = list.next_element()? {
+            (self.0)(element);
         }
         Ok(())
     }

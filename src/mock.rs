@@ -11,7 +11,8 @@ use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 use self::instance::instance;
-use crate::openai::{each_message, text_of};
+use crate::json::each_element;
+use crate::openai::{Sent, text_of};
 
 /// Characters of a question that the answer repeats.
 const REPEATED: usize = 500;
@@ -140,7 +141,7 @@ fn say(request: &[u8]) -> Said {
     let (mut question, mut prompt, mut called) = (String::new(), 0, Vec::new());
     // Who asks was let in, so it is a list.
     let _ = request.messages.map(|messages| {
-        each_message(messages, |message| {
+        each_element(messages.get(), |message: Sent| {
             let text = message.content.map(|content| text_of(content.get(), "\n")).unwrap_or_default();
             prompt += count(&text);
             if message.role.is_some_and(|role| role.get() == "\"user\"") {

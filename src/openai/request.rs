@@ -1,18 +1,15 @@
 //! A chat request on its way to the upstream: made of a question, or a client's own, with little changed. Knows nothing of
 //! answers.
 
-use std::fmt;
-
 use percent_encoding::percent_decode_str;
 use serde::Serialize;
-use serde::de::{Deserializer, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 use super::text_of;
 use crate::error::ApiError;
 use crate::exchange::{Question, is_longer, no_object, read};
-use crate::json::{EachField, Words, each_field};
+use crate::json::{Words, each_element, each_field, object};
 
 #[derive(Serialize)]
 struct Message<'a> {
@@ -85,7 +82,7 @@ impl Chat {
         fields.map_err(|e| no_object(body, e))?;
         let (mut any, mut wrong_role, mut question) = (false, false, None);
         if let Some(messages) = messages.filter(|messages| messages.get() != "null") {
-            let list = each_message(messages, |message| {
+            let list = each_element(messages.get(), |message: Sent| {
                 any = true;
                 match read::<Words>(message.role, "role", "a string") {
                     Ok(Some(Words(role))) if role == "user" => question = message.content,
@@ -202,36 +199,7 @@ pub struct Sent<'a> {
     pub tool_calls: Option<&'a RawValue>,
 }
 
-/// Shows every message of a list.
-pub fn each_message<'a>(list: &'a RawValue, see: impl FnMut(Sent<'a>)) -> serde_json::Result<()> {
-    serde_json::Deserializer::from_str(list.get()).deserialize_seq(EachMessage(see))
-}
-
-struct EachMessage<F>(F);
-
-impl<'de, F: FnMut(Sent<'de>)> Visitor<'de> for EachMessage<F> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str("a list of messages")
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(mut self, mut list: A) -> Result<(), A::Error> {
-        loop {
-            let mut sent = Sent::default();
-            let message = EachField(|name: &str, value: &'de RawValue| match name {
-                "role" => sent.role = Some(value),
-                "content" => sent.content = Some(value),
-                "tool_calls" => sent.tool_calls = Some(value),
-                _ => {}
-            });
-            if list.next_element_seed(message)?.is_none() {
-                return Ok(());
-            }
-            (self.0)(sent);
-        }
-    }
-}
+object!(Sent<'de> { role, content, tool_calls } wishes {});
 
 /// The model whose name stands in a path, in which clients may encode any byte (RFC 3986, section 2.1); `None`: none can
 /// have that name.
