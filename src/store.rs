@@ -90,16 +90,14 @@ pub struct Store {
 #[derive(Default)]
 struct State {
     failing: AtomicBool,
-    /// How often the database was opened: readers of an earlier opening are of no use.
-    opening: AtomicU64,
     /// The inode of the database that is open, or was last; 0: none.
     inode: AtomicU64,
     /// Shared by all who use a read connection. Another database at the same path has its journal's index at the same
     /// path, too, and whoever opens it cuts that short, which ends the process where somebody still looks into it
     /// (SIGBUS). So who opens it is alone.
     reading: RwLock<()>,
-    /// Read connections that nobody uses, each of an opening.
-    readers: Mutex<Vec<(u64, Connection)>>,
+    /// Read connections that nobody uses, to the database that is open; who opens another lets go of them.
+    readers: Mutex<Vec<Connection>>,
     /// A probe is under way; one is enough.
     probing: AtomicBool,
 }
@@ -272,14 +270,12 @@ impl Store {
                 return Err(unavailable());
             }
         }
-        let opening = self.state.opening.load(Ordering::Relaxed);
-        let kept = lock(&self.state.readers).pop();
-        let kept = kept.filter(|(of, _)| *of == opening).map(|(_, connection)| Ok(connection));
+        let kept = lock(&self.state.readers).pop().map(Ok);
         let result = kept.unwrap_or_else(|| reader(&self.path, &self.state)).and_then(|connection| {
             let found = query(&connection)?;
             let mut readers = lock(&self.state.readers);
-            if readers.len() < READERS && self.state.opening.load(Ordering::Relaxed) == opening {
-                readers.push((opening, connection));
+            if readers.len() < READERS {
+                readers.push(connection);
             }
             Ok(found)
         });

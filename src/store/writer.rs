@@ -432,7 +432,6 @@ impl Writer {
         // What they wait for may never be indexed there.
         self.searches.clear();
         // What reads by the old index of the journal would keep it for all that this process opens.
-        self.state.opening.fetch_add(1, Ordering::Relaxed);
         lock(&self.state.readers).clear();
         if let Some(open) = self.open.take() {
             self.last_id = 0;
@@ -476,7 +475,6 @@ impl Writer {
         let files = self.files().map_err(unseen)?;
         self.state.inode.store(files[0].unwrap_or(0), Ordering::Relaxed);
         self.open = Some(Open { connection, files });
-        self.state.opening.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 
