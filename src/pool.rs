@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use oneshot::{Receiver, RecvTimeoutError, Sender};
+use oneshot::{Receiver, Sender};
 
 use crate::kernel;
 use crate::lock::{lock, wait_within};
@@ -231,50 +231,39 @@ impl<W> Pool<W> {
 
     /// The next job; `None` where the thread is to end.
     fn next(&self) -> Option<Job<W>> {
-        loop {
-            let (id, coming) = {
-                let mut state = lock(&self.state);
-                if state.waiting > 0 {
-                    self.freed.notify_one();
-                }
-                if let Some((job, _)) = state.queue.pop_front() {
-                    return Some(job);
-                }
-                state.numbers += 1;
-                let (way, coming) = oneshot::channel();
-                let id = state.numbers;
-                state.idle.push((id, way));
-                (id, coming)
-            };
-            let mut came = coming.recv_timeout(REST.min(self.patience));
-            if came.is_err() {
-                kernel::forget_unused_stack();
-                came = coming.recv_timeout(self.patience.saturating_sub(REST));
-            }
-            match came {
-                Ok(job) => return Some(job),
-                Err(RecvTimeoutError::Disconnected) => {}
-                Err(RecvTimeoutError::Timeout) => {
-                    let mut state = lock(&self.state);
-                    let idle = state.idle.len();
-                    state.idle.retain(|(other, _)| *other != id);
-                    if state.idle.len() < idle {
-                        state.threads -= 1;
-                        let is_last = state.threads == 0;
-                        drop(state);
-                        if is_last {
-                            kernel::forget_unused_heap();
-                        }
-                        return None;
-                    }
-                    drop(state);
-                    // Somebody took this thread in the last moment.
-                    if let Ok(job) = coming.recv() {
-                        return Some(job);
-                    }
-                }
-            }
+        let mut state = lock(&self.state);
+        if state.waiting > 0 {
+            self.freed.notify_one();
         }
+        if let Some((job, _)) = state.queue.pop_front() {
+            return Some(job);
+        }
+        state.numbers += 1;
+        let id = state.numbers;
+        let (way, coming) = oneshot::channel();
+        state.idle.push((id, way));
+        drop(state);
+        if let Ok(job) = coming.recv_timeout(REST.min(self.patience)) {
+            return Some(job);
+        }
+        kernel::forget_unused_stack();
+        if let Ok(job) = coming.recv_timeout(self.patience.saturating_sub(REST)) {
+            return Some(job);
+        }
+        let mut state = lock(&self.state);
+        let Some(place) = state.idle.iter().position(|(other, _)| *other == id) else {
+            drop(state);
+            // Somebody took this thread in the last moment.
+            return coming.recv().ok();
+        };
+        state.idle.remove(place);
+        state.threads -= 1;
+        let is_last = state.threads == 0;
+        drop(state);
+        if is_last {
+            kernel::forget_unused_heap();
+        }
+        None
     }
 }
 
