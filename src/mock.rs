@@ -215,30 +215,3 @@ fn demanded_tool(tools: &Value, choice: &Value, called: &[String]) -> Option<Too
     let tool = tools.as_array()?.iter().find(|tool| tool["function"]["name"] == **name)?;
     Some(Tool { name: name.clone(), arguments: instance(&tool["function"]["parameters"]).to_string() })
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::openai::{parse_chunk, parse_completion};
-
-    #[test]
-    fn the_stream_says_what_the_whole_answer_says() {
-        let request = r#"{"model":"m","messages":[{"role":"user","content":"Привет, 🦀\u0000 world"}]}"#.as_bytes();
-        let whole = parse_completion(completion(request).as_bytes()).expect("an answer");
-        let data = chunks(request);
-        let chunks: Vec<_> = data.iter().map(|c| parse_chunk(c.as_bytes()).expect("a chunk")).collect();
-        let streamed: String = chunks.iter().map(|c| &*c.delta).collect();
-        assert_eq!(streamed, whole.answer);
-        assert!(streamed.ends_with("Привет, 🦀\0 world"));
-        assert_eq!(chunks.last().and_then(|c| c.usage), whole.usage);
-    }
-
-    #[test]
-    fn a_demanded_tool_is_called_with_arguments_of_its_schema() {
-        let request = br##"{"messages":[{"role":"user","content":"q"}],"tool_choice":{"type":"function","function":{"name":"f"}},
-            "tools":[{"type":"function","function":{"name":"f","parameters":{"type":"object","properties":{"city":{"type":"string"},"n":{"$ref":"#/$defs/n"}},"$defs":{"n":{"type":"integer"}}}}}]}"##;
-        let whole = parse_completion(completion(request).as_bytes()).expect("an answer");
-        assert_eq!(whole.finish_reason.as_deref(), Some("tool_calls"));
-        assert!(whole.answer.contains(r#"{\"city\":\"mock\",\"n\":0}"#), "{}", whole.answer);
-    }
-}

@@ -62,22 +62,3 @@ impl RateLimit {
         Err(error)
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_bucket_empties_and_fills_and_is_one_keys_own() {
-        let limit = RateLimit::new(2);
-        let (alice, bob): (Arc<str>, Arc<str>) = ("alice".into(), "bob".into());
-        let start = Instant::now();
-        assert_eq!(limit.take(&alice, start).expect("allowed")[1].1, "1");
-        assert!(limit.take(&alice, start).is_ok());
-        let refused = limit.take(&alice, start + Duration::from_secs(10)).expect_err("refused");
-        assert_eq!((refused.code.name(), refused.retry_after.as_deref()), ("rate_limited", Some("20")));
-        assert!(limit.take(&bob, start).is_ok());
-        assert!(limit.take(&alice, start + Duration::from_secs(30)).is_ok());
-        assert!(RateLimit::new(0).take(&alice, start).expect("allowed").is_empty());
-    }
-}

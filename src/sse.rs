@@ -154,13 +154,6 @@ mod tests {
     }
 
     #[test]
-    fn lines_are_kept_as_they_came() {
-        let mut events = Vec::new();
-        Splitter::new(1000, 1000).push(b"data:a\r\ndata:  b\r\n\r\n", &mut events).expect("within the limit");
-        assert_eq!(events[0].lines, b"data:a\ndata:  b\n");
-    }
-
-    #[test]
     fn endless_lines_events_and_comments_are_refused() {
         for piece in [&b"data: aaaaaaaaaaaaaaaa"[..], b"data: aaaa\n", b": c\n", b"event: x\n", b"\n\r"] {
             let mut splitter = Splitter::new(100, 50);

@@ -334,46 +334,16 @@ mod tests {
         assert_eq!(verdict(text), 200);
     }
 
+    /// `tests/it/attacks.rs` has many more.
     #[test]
-    fn broken_heads_are_refused() {
+    fn a_head_that_is_odd_is_judged_for_what_it_is() {
         for (head, status) in [
-            ("GET / HTTP/1.1\r\n\r\n", 400),
-            ("GET / HTTP/1.0\r\n\r\n", 200),
             ("GET HTTPS://a/livez HTTP/1.1\r\nHost: a\r\n\r\n", 200),
             ("GET http://a?x=/livez HTTP/1.1\r\nHost: a\r\n\r\n", 400),
             ("GET http://a#/livez HTTP/1.1\r\nHost: a\r\n\r\n", 400),
-            ("GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400),
-            ("GET / HTTP/1.1\nHost: a\n\n", 400),
-            ("GET / HTTP/1.1\r\nHost: a\rb\r\n\r\n", 400),
-            ("GET / HTTP/1.1\r\nHost: a\r\nA: b\0c\r\n\r\n", 400),
-            ("GET / HTTP/1.1\r\nHost: a\r\n b: c\r\n\r\n", 400),
-            ("GET / HTTP/1.1\r\nHost: a\r\nb : c\r\n\r\n", 400),
-            ("GET / HTTP/1.1\r\nHost: a\r\n: c\r\n\r\n", 400),
-            ("GET / HTTP/1.1\r\nHost: a\r\nb\r\n\r\n", 400),
-            ("\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n", 400),
-            ("GET  / HTTP/1.1\r\nHost: a\r\n\r\n", 400),
-            ("GET / HTTP/1.1 \r\nHost: a\r\n\r\n", 400),
-            ("GET / http/1.1\r\nHost: a\r\n\r\n", 400),
-            ("GET / HTTP/2.0\r\nHost: a\r\n\r\n", 505),
             ("PRI * HTTP/2.0\r\n\r\n", 505),
-            ("GET x HTTP/1.1\r\nHost: a\r\n\r\n", 400),
-            ("GET /é HTTP/1.1\r\nHost: a\r\n\r\n", 400),
             ("G\u{16}T", 400),
-            ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: abc\r\n\r\n", 400),
-            ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n", 400),
-            ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: +1\r\n\r\n", 400),
-            ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length:\r\n\r\n", 400),
-            ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
-            ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1, 1\r\n\r\n", 400),
             ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999999999999999\r\n\r\n", 200),
-            ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
-            ("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", 400),
-            ("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
-            ("POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
-            ("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n", 200),
-            ("POST / HTTP/1.1\r\nHost: a\r\nExpect: 200-ok\r\n\r\n", 417),
-            ("GET / HTTP/1.1\r\nHost: a\r\nX.Y!#$%&'*+.^_`|~-: z\r\nA: \tb\tc \t\r\nB: \u{e9}\r\n\r\n", 200),
-            ("GET / HTTP/1.1\r\nHost: a\r\nx\u{e9}: z\r\n\r\n", 400),
         ] {
             assert_eq!(verdict(head), status, "{head:?}");
         }

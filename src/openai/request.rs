@@ -216,48 +216,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_request_carries_what_was_asked_and_the_defaults() {
-        let asked = Question { question: "q".into(), model: None, system: None, temperature: Some(0.2), max_tokens: None };
-        let chat = Chat::from_question(asked, "m", Some("s"), true);
-        assert_eq!(
-            String::from_utf8(chat.body).expect("UTF-8"),
-            r#"{"model":"m","messages":[{"role":"system","content":"s"},{"role":"user","content":"q"}],"temperature":0.2,"stream":true,"stream_options":{"include_usage":true}}"#
-        );
-    }
-
-    #[test]
-    fn a_clients_own_body_is_passed_on_as_it_is() {
-        let body = br#"{ "seed": 1.50, "messages":[{"role":"user","content":[{"type":"text","text":"a"},{"type":"image_url"},{"type":"text","text":"b"}]},{"role":"tool","content":"c"}],"model":"x" }"#;
-        let mut chat = Chat::from_body(body, "m", 10).expect("a chat request");
-        assert_eq!((chat.body.as_slice(), chat.question.as_str(), chat.model.as_str()), (&body[..], "a\nb", "x"));
-        chat.set_model("y");
-        assert!(String::from_utf8_lossy(&chat.body).starts_with(r#"{"seed":1.50,"messages":["#));
-        let mut chat =
-            Chat::from_body(br#"{"messages":[{"role":"user","content":"a"}],"stream":true}"#, "m", 10).expect("a chat request");
-        assert_eq!(
-            String::from_utf8_lossy(&chat.body),
-            r#"{"messages":[{"role":"user","content":"a"}],"stream":true,"model":"m","stream_options":{"include_usage":true}}"#
-        );
-        assert!(chat.drop_usage() && !chat.drop_usage());
-        assert!(!String::from_utf8_lossy(&chat.body).contains("stream_options"));
-    }
-
-    #[test]
-    fn what_is_no_chat_request_is_refused() {
-        for (body, status) in [
-            ("{", 400),
-            ("[]", 422),
-            (r#"[[{"role":"user","content":"a"}],"m"]"#, 422),
-            ("{}", 422),
-            (r#"{"messages":[]}"#, 422),
-            (r#"{"messages":[{"role":"user"}],"stream":"yes"}"#, 422),
-            (r#"{"messages":[{"role":"user","content":"12345678901"}]}"#, 422),
-        ] {
-            assert_eq!(Chat::from_body(body.as_bytes(), "m", 10).expect_err("refused").code.status(), status, "{body}");
-        }
-    }
-
-    #[test]
     fn what_is_not_utf8_is_no_chat_request_also_in_a_name() {
         let body = b"{\"messages\":[{\"role\":\"user\",\"content\":\"a\"}],\"\xff\":1}";
         assert_eq!(Chat::from_body(body, "m", 10).expect_err("refused").code, crate::error::Code::INVALID_JSON);

@@ -194,21 +194,6 @@ mod tests {
     }
 
     #[test]
-    fn tool_calls_come_together_from_their_pieces() {
-        let mut calls = ToolCalls::default();
-        for data in [
-            r#"{"choices":[{"delta":{"tool_calls":[{"index":0,"id":"c1","function":{"name":"f","arguments":""}}]}}]}"#,
-            r#"{"choices":[{"delta":{"tool_calls":[{"index":0,"function":{"arguments":"{\"a\""}}]}}]}"#,
-            r#"{"choices":[{"delta":{"tool_calls":[{"index":0,"function":{"arguments":":1}"}}]}}]}"#,
-        ] {
-            calls.add(parse_chunk(data.as_bytes()).expect("a chunk").tool_calls);
-        }
-        let mut answer = String::new();
-        calls.append_to(&mut answer);
-        assert_eq!(answer, r#"{"tool_calls":[{"arguments":"{\"a\":1}","id":"c1","name":"f"}]}"#);
-    }
-
-    #[test]
     fn pieces_of_tool_calls_without_an_index_belong_to_the_call_before_until_an_id_comes() {
         let mut calls = ToolCalls::default();
         for (choice, pieces) in [

@@ -96,6 +96,7 @@ fn every_field_of_the_question_reaches_the_upstream_on_both_endpoints() {
             {"role": "user", "content": "Is it so?"}]);
         assert_eq!(sent["messages"], expected);
         assert_eq!(sent["stream"] == json!(true), path == "/api/streaming");
+        assert_eq!(sent["stream_options"]["include_usage"] == json!(true), path == "/api/streaming");
     }
 }
 

@@ -26,7 +26,7 @@ fn with_unasked_upstream(settings: &[(&str, &str)], check: impl FnOnce(&Proxy)) 
 #[test]
 fn a_body_that_is_not_json_is_400_invalid_json() {
     let deep = "[".repeat(100_000);
-    let bodies: [&[u8]; 9] = [
+    let bodies: [&[u8]; 12] = [
         b"",
         b"{",
         b"not json",
@@ -34,6 +34,9 @@ fn a_body_that_is_not_json_is_400_invalid_json() {
         b"{'question': 'a'}",
         b"{\"question\": \"\xff\xfe\"}",
         b"{\"question\": \"\\ud800\"}",
+        b"{\"\\ud800\": 1}",
+        b"{\"a\": [01]}",
+        b"[1",
         b"{\"question\": \"a\nb\"}",
         deep.as_bytes(),
     ];

@@ -298,6 +298,8 @@ fn the_upstreams_key_reaches_no_other_path_than_ours() {
         "a?b",
         "a%3fb",
         "a%23b",
+        "%252e%252e",
+        "%ff",
         "@b",
         "\\..\\files",
     ] {
