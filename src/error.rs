@@ -132,6 +132,12 @@ pub fn add_headers(headers: &mut Vec<Header>, ours: Vec<Header>) {
     headers.extend(ours);
 }
 
+/// Takes the upstream's own id of a request out of the fields that are passed on from it.
+pub fn take_id(headers: &mut Vec<Header>) -> Option<String> {
+    let place = headers.iter().position(|(name, _)| name == "x-request-id")?;
+    Some(headers.remove(place).1)
+}
+
 /// A request's id that cannot break a line of the log.
 pub fn is_sane_id(id: &str) -> bool {
     (1..=128).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))

@@ -321,7 +321,7 @@ impl Connection {
         }
         let own_id = head.as_ref().and_then(|head| head.field("x-request-id")).filter(|id| is_sane_id(id)).map(str::to_string);
         let id = own_id.clone().unwrap_or_else(|| self.listed.connections.new_id());
-        let responder = Responder::new(self, head.as_ref(), id.clone());
+        let responder = Responder::new(self, head.as_ref());
         Turn::Call(Box::new(Call { started, peer: self.peer, id, own_id: own_id.is_some(), head, admitted, body, responder }))
     }
 

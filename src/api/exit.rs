@@ -10,7 +10,7 @@ use super::places::Taken;
 use super::route::Endpoint;
 use super::{Admitted, Api};
 use crate::config;
-use crate::error::{ApiError, Code, Header, add_headers};
+use crate::error::{ApiError, Code, Header, add_headers, take_id};
 use crate::http::{Call, Head, Reply, Responder};
 use crate::metrics::Metrics;
 
@@ -55,22 +55,20 @@ pub struct Exit {
 impl Exit {
     /// Sends an answer. Always `None`: nothing is left to do of the request, whatever the caller has for that.
     pub fn send<T>(self, reply: Reply, model: Option<String>) -> Option<T> {
-        self.send_until(None, reply, model);
+        self.finish(reply, None, model, None);
         None
     }
 
-    /// Sends an answer, which the client has to have taken by then.
-    fn send_until(mut self, until: Option<Instant>, mut reply: Reply, model: Option<String>) {
-        if self.entry.own_id {
-            reply.headers.retain(|(name, _)| name != "x-request-id");
-        }
-        if let Some((_, id)) = reply.headers.iter().find(|(name, _)| name == "x-request-id") {
-            self.entry.id.clone_from(id);
+    /// Sends an answer, which the client has to have taken `until` then; `code` is an error's.
+    fn finish(mut self, mut reply: Reply, until: Option<Instant>, model: Option<String>, code: Option<Code>) {
+        // The upstream's own id stands in for ours where its answer is passed on.
+        if let (Some(id), false) = (take_id(&mut reply.headers), self.entry.own_id) {
+            self.entry.id = id;
         }
         add_headers(&mut reply.headers, self.headers);
         let gone = self.responder.reason(ApiError::client_gone()).code;
-        let bytes = self.responder.send(&reply, until);
-        let code = bytes.is_err().then_some(gone);
+        let bytes = self.responder.send(&reply, &self.entry.id, until);
+        let code = code.or(bytes.is_err().then_some(gone));
         self.entry.log(&Done { status: reply.status, bytes: bytes.unwrap_or(0), model, code });
     }
 
@@ -83,7 +81,7 @@ impl Exit {
         match api.room_for(&reply) {
             Some(place) => Some(Parting { exit: self, reply, model, _place: place }),
             None => {
-                self.send_until(Some(Instant::now() + config::CLIENT_STALL), reply, model);
+                self.finish(reply, Some(Instant::now() + config::CLIENT_STALL), model, None);
                 None
             }
         }
@@ -100,9 +98,7 @@ impl Exit {
         let mut reply = Reply::json(status, e.to_json(&self.entry.id));
         reply.headers.extend(e.retry_after.map(|wait| (Cow::Borrowed("Retry-After"), wait)));
         reply.headers.extend(e.headers);
-        add_headers(&mut reply.headers, self.headers);
-        let bytes = self.responder.send(&reply, None).unwrap_or(0);
-        self.entry.log(&Done { status, bytes, model: None, code });
+        self.finish(reply, None, None, code);
         None
     }
 }

@@ -100,7 +100,6 @@ pub struct Responder {
     /// The connection goes on after it.
     keep: bool,
     is_idle: bool,
-    id: String,
     /// An answer was begun.
     is_used: bool,
     answers: Arc<Answers>,
@@ -120,9 +119,9 @@ impl Drop for Responder {
 }
 
 impl Responder {
-    /// The right to answer the connection's last request, which is pending from now on: by its head, where it could be
-    /// read, and under this id.
-    pub fn new(connection: &Connection, head: Option<&Head>, id: String) -> Responder {
+    /// The right to answer the connection's last request, which is pending from now on, by its head, where it could be
+    /// read.
+    pub fn new(connection: &Connection, head: Option<&Head>) -> Responder {
         connection.answers.begin();
         let keep = !connection.closing;
         Responder {
@@ -131,7 +130,6 @@ impl Responder {
             head_only: head.is_some_and(|head| head.method() == "HEAD"),
             keep,
             is_idle: keep && kernel::is_idle(&connection.stream),
-            id,
             is_used: false,
             answers: Arc::clone(&connection.answers),
             listed: Arc::clone(&connection.listed),
@@ -154,7 +152,6 @@ impl Responder {
             head_only: false,
             keep: true,
             is_idle: true,
-            id: "test".to_string(),
             is_used: false,
             answers: Arc::default(),
             listed: Arc::new(Listed { connections: Arc::default(), inode: 0 }),
@@ -189,13 +186,13 @@ impl Responder {
         self.is_idle
     }
 
-    /// Sends the answer. Returns how many bytes of body went out; errs when the client did not take it, or not all of
-    /// it `until` then.
-    pub fn send(mut self, reply: &Reply, until: Option<Instant>) -> io::Result<u64> {
+    /// Sends the answer, under this id. Returns how many bytes of body went out; errs when the client did not take it, or
+    /// not all of it `until` then.
+    pub fn send(mut self, reply: &Reply, id: &str, until: Option<Instant>) -> io::Result<u64> {
         // One write for most; what is large is not copied, since the client may be slow to take it.
         const COPIED: usize = 64 * 1024;
         let body: &[u8] = if self.head_only { b"" } else { &reply.body };
-        let mut bytes = self.head(reply.status, reply.content_type, &reply.headers, Some(reply.body.len()));
+        let mut bytes = self.head(reply.status, reply.content_type, id, &reply.headers, Some(reply.body.len()));
         if body.len() <= COPIED {
             bytes.extend_from_slice(body);
             self.write(&bytes, until)?;
@@ -207,27 +204,24 @@ impl Responder {
     }
 
     /// Begins an answer whose length is not known: `first` goes out together with the head.
-    pub fn stream(mut self, content_type: &'static str, headers: &[Header], first: &[u8]) -> (StreamWriter, io::Result<()>) {
+    pub fn stream(mut self, content_type: &str, id: &str, headers: &[Header], first: &[u8]) -> (StreamWriter, io::Result<()>) {
         // The older version knows no other end of a body.
         self.keep &= !self.http10;
-        let mut bytes = self.head(200, content_type, headers, None);
+        let mut bytes = self.head(200, content_type, id, headers, None);
         frame(&mut bytes, first, self.http10);
         let result = self.write(&bytes, event_deadline());
         let writer = StreamWriter { responder: self, frame: Vec::new(), sent: first.len() as u64 };
         (writer, result)
     }
 
-    fn head(&self, status: u16, content_type: &str, headers: &[Header], length: Option<usize>) -> Vec<u8> {
+    fn head(&self, status: u16, content_type: &str, id: &str, headers: &[Header], length: Option<usize>) -> Vec<u8> {
         let mut head = Vec::with_capacity(256 + length.unwrap_or(1024));
         let reason = tiny_http::StatusCode(status);
         let reason = reason.default_reason_phrase();
         let date = httpdate::fmt_http_date(SystemTime::now());
         // Writing to a Vec cannot fail.
         let _ = write!(head, "HTTP/1.1 {status} {reason}\r\nDate: {date}\r\nContent-Type: {content_type}\r\n");
-        // The upstream's own id stands in for ours where its answer is passed on.
-        if !headers.iter().any(|(name, _)| name.eq_ignore_ascii_case("x-request-id")) {
-            let _ = write!(head, "X-Request-Id: {}\r\n", self.id);
-        }
+        let _ = write!(head, "X-Request-Id: {id}\r\n");
         for (name, value) in headers {
             let _ = write!(head, "{name}: {value}\r\n");
         }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::error::{ApiError, Header, StartError, add_headers};
+use crate::error::{ApiError, Header, StartError, add_headers, take_id};
 use crate::http::{Responder, StreamWriter};
 use crate::lock::lock;
 use crate::upstream::Hangup;
@@ -22,8 +22,9 @@ struct State {
     headers: Vec<Header>,
     /// Those of the upstream, for the same.
     passed_on: Vec<Header>,
-    /// The request's own id.
+    /// The request's own id, and the upstream's where that stands in for it.
     id: String,
+    upstream_id: Option<String>,
     /// The head takes in fields of the upstream's; true: but for its id.
     upstream_head: Option<bool>,
     last_sent: Instant,
@@ -49,6 +50,7 @@ impl ClientEnd {
                 headers,
                 passed_on: Vec::new(),
                 id,
+                upstream_id: None,
                 upstream_head,
                 last_sent: Instant::now(),
                 hangup: None,
@@ -60,7 +62,7 @@ impl ClientEnd {
     pub(super) fn pass_on(&self, mut upstream: Vec<Header>) {
         let mut state = lock(&self.state);
         let (Phase::Unanswered(_), Some(own_id)) = (&state.phase, state.upstream_head) else { return };
-        upstream.retain(|(name, _)| !own_id || name != "x-request-id");
+        state.upstream_id = take_id(&mut upstream).filter(|_| !own_id);
         state.passed_on = upstream;
     }
 
@@ -167,7 +169,7 @@ impl State {
     }
 
     fn id(&self) -> &str {
-        self.passed_on.iter().find(|(name, _)| name == "x-request-id").map_or(&self.id, |(_, id)| id)
+        self.upstream_id.as_ref().unwrap_or(&self.id)
     }
 
     fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
@@ -176,7 +178,7 @@ impl State {
                 let mut headers = self.passed_on.clone();
                 headers.extend([("Cache-Control".into(), "no-cache".into()), ("X-Accel-Buffering".into(), "no".into())]);
                 add_headers(&mut headers, std::mem::take(&mut self.headers));
-                let (writer, result) = responder.stream("text/event-stream; charset=utf-8", &headers, bytes);
+                let (writer, result) = responder.stream("text/event-stream; charset=utf-8", self.id(), &headers, bytes);
                 self.phase = Phase::Open(writer);
                 result
             }
