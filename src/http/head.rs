@@ -45,30 +45,30 @@ impl Head {
         if matches!(bytes, b"" | b"\r") {
             return Ok(None);
         }
+        let window = &bytes[..bytes.len().min(MAX_HEAD)];
+        let (mut request, mut fields, mut start) = (None, Vec::with_capacity(16), 0);
         // A line is ended by CRLF and by nothing else (RFC 9112, section 2.2, lets us refuse the rest).
-        let mut lines = Vec::with_capacity(16);
-        let mut start = 0;
-        let len = loop {
-            let window = &bytes[start..bytes.len().min(MAX_HEAD)];
-            match memchr2(b'\r', b'\n', window) {
-                Some(at) if window[at] == b'\n' => return Err(bad("a line ends with a bare LF; lines end with CRLF")),
-                Some(at) => match window.get(at + 1) {
-                    Some(b'\n') if at == 0 && lines.is_empty() => return Err(bad("the request line is empty")),
-                    Some(b'\n') if at == 0 => break start + 2,
-                    Some(b'\n') => {
-                        lines.push((start, start + at));
-                        start += at + 2;
-                    }
-                    Some(_) => return Err(bad("a CR without its LF")),
-                    None => return incomplete(bytes, lines.is_empty()),
-                },
-                None => return incomplete(bytes, lines.is_empty()),
+        while let Some(length) = memchr2(b'\r', b'\n', &window[start..]) {
+            let end = start + length;
+            match window.get(end + 1) {
+                _ if window[end] == b'\n' => return Err(bad("a line ends with a bare LF; lines end with CRLF")),
+                Some(b'\n') => {}
+                Some(_) => return Err(bad("a CR without its LF")),
+                None => break,
             }
-            if lines.len() > MAX_FIELDS + 1 {
-                return Err(ApiError::new(Code::HEADERS_TOO_LARGE, format!("more than {MAX_FIELDS} header fields")));
+            let line = (start, end);
+            start = end + 2;
+            match request {
+                None if length == 0 => return Err(bad("the request line is empty")),
+                None => request = Some(request_line(bytes, line)?),
+                Some(request) if length == 0 => return Ok(Some(Head::judge(&bytes[..start], request, fields))),
+                Some(_) if fields.len() == MAX_FIELDS => {
+                    return Err(ApiError::new(Code::HEADERS_TOO_LARGE, format!("more than {MAX_FIELDS} header fields")));
+                }
+                Some(_) => fields.push(field(bytes, line)?),
             }
-        };
-        Head::judge(&bytes[..len], &lines).map(Some)
+        }
+        incomplete(bytes, request.is_none())
     }
 
     /// Bytes of the head, the empty line included.
@@ -103,26 +103,13 @@ impl Head {
         named.next().map(|f| std::str::from_utf8(&self.bytes[f[2]..f[3]]).unwrap_or("\u{fffd}"))
     }
 
-    fn judge(head: &[u8], lines: &[(usize, usize)]) -> Result<Head, ApiError> {
-        let (method, target, http10, fault) = request_line(head, lines[0])?;
-        let mut fields = Vec::with_capacity(lines.len() - 1);
-        for line in &lines[1..] {
-            fields.push(field(head, *line)?);
-        }
-        let mut judged = Head {
-            bytes: head.to_vec(),
-            method,
-            target,
-            fields,
-            http10,
-            framing: Framing::Length(0),
-            close: http10,
-            expects_continue: false,
-            fault,
-        };
-        let fault = judged.judge_fields().err();
-        judged.fault = judged.fault.or(fault);
-        Ok(judged)
+    fn judge(head: &[u8], (method, target, http10, fault): RequestLine, fields: Vec<[usize; 4]>) -> Head {
+        let framing = Framing::Length(0);
+        let (bytes, close, expects_continue) = (head.to_vec(), http10, false);
+        let mut head = Head { bytes, method, target, fields, http10, framing, close, expects_continue, fault };
+        let fault = head.judge_fields().err();
+        head.fault = head.fault.or(fault);
+        head
     }
 
     fn judge_fields(&mut self) -> Result<(), ApiError> {
@@ -215,7 +202,9 @@ fn too_long() -> ApiError {
 type Range = (usize, usize);
 
 /// Where method and target stand, whether the version is 1.0, and what is wrong with the version.
-fn request_line(head: &[u8], (start, end): Range) -> Result<(Range, Range, bool, Option<ApiError>), ApiError> {
+type RequestLine = (Range, Range, bool, Option<ApiError>);
+
+fn request_line(head: &[u8], (start, end): Range) -> Result<RequestLine, ApiError> {
     let line = &head[start..end];
     let mut blanks = (0..line.len()).filter(|at| line[*at] == b' ');
     let (Some(first), Some(second), None) = (blanks.next(), blanks.next(), blanks.next()) else {
