@@ -339,12 +339,10 @@ impl Connection {
     fn is_whole(&self, parsed: &Result<Option<Head>, ApiError>) -> bool {
         match parsed {
             Ok(None) => false,
-            Ok(Some(head)) if head.fault.is_some() => true,
-            Ok(Some(head)) => match head.framing {
-                Framing::Length(length) => (self.unparsed.len() - head.len()) as u64 >= length,
-                Framing::Chunked => false,
-            },
-            Err(_) => true,
+            Ok(Some(head)) if head.fault.is_none() => {
+                matches!(head.framing, Framing::Length(length) if (self.unparsed.len() - head.len()) as u64 >= length)
+            }
+            _ => true,
         }
     }
 
@@ -400,10 +398,8 @@ impl Connection {
     /// Reads on until there is a whole head. `None`: the client has gone, and nothing is said.
     fn next_head(&mut self, mut parsed: Result<Option<Head>, ApiError>, deadline: Instant) -> Option<Result<Head, ApiError>> {
         loop {
-            match parsed {
-                Ok(Some(head)) => return Some(Ok(head)),
-                Err(e) => return Some(Err(e)),
-                Ok(None) => {}
+            if let Some(next) = parsed.transpose() {
+                return Some(next);
             }
             match self.receive(deadline.saturating_duration_since(Instant::now())) {
                 Ok(Some(1..)) => parsed = self.parse(),

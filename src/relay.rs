@@ -124,8 +124,7 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
     let mut began = false;
     loop {
         let more = events.next(&mut batch)?;
-        let mut done = None;
-        let mut failure = None;
+        let mut closing = None;
         for event in batch.drain(..) {
             let data = event.data();
             let data = data.trim_ascii();
@@ -134,7 +133,7 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
                 continue;
             }
             if data == b"[DONE]" {
-                done = Some([&event.lines[..], b"\n"].concat());
+                closing = Some(Ok([&event.lines[..], b"\n"].concat()));
                 break;
             }
             match take_in(data, draft, events) {
@@ -145,7 +144,7 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
                 }
                 Ok(false) => {}
                 Err(no) => {
-                    failure = Some(events.no_answer(broken_by(began), "failed", &no));
+                    closing = Some(Err(events.no_answer(broken_by(began), "failed", &no)));
                     break;
                 }
             }
@@ -158,27 +157,23 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
                 kernel::forget_unused_stack();
             }
         }
-        if let Some(failure) = failure {
-            return Err(failure);
-        }
-        let over = !more || done.is_some();
-        if let Some(done) = done.filter(|_| draft.answered) {
-            // Some servers say so of what they break off.
-            if draft.pair.finish_reason.is_none() {
-                events.settle()?;
-            }
-            return Ok(done);
-        }
-        if over {
-            return match draft.pair.finish_reason {
-                Some(_) if began && draft.others.values().all(|finished| *finished) => Ok(b"data: [DONE]\n\n".to_vec()),
-                _ => {
-                    let text = "the LLM's stream ended before its answer was complete";
-                    Err(events.failed(broken_by(began), text).into())
+        match closing {
+            Some(Err(failure)) => return Err(failure),
+            Some(Ok(done)) if draft.answered => {
+                // Some servers say so of what they break off.
+                if draft.pair.finish_reason.is_none() {
+                    events.settle()?;
                 }
-            };
+                return Ok(done);
+            }
+            None if more => {}
+            _ => break,
         }
     }
+    if draft.pair.finish_reason.is_some() && began && draft.others.values().all(|finished| *finished) {
+        return Ok(b"data: [DONE]\n\n".to_vec());
+    }
+    Err(events.failed(broken_by(began), "the LLM's stream ended before its answer was complete").into())
 }
 
 /// What a stream that fails by what came of it is: one that broke off, where it had begun, or no answer.
