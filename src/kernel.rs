@@ -16,7 +16,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use rustix::event::{PollFd, Timespec};
-use rustix::fs::{AtFlags, FileType, Statx, StatxFlags};
+use rustix::fs::FileType;
 use rustix::io::Errno;
 
 /// Waits until something is true of one of `fds`, which then say what; false: `until` came first.
@@ -35,8 +35,8 @@ pub fn poll(fds: &mut [PollFd], until: Option<Instant>) -> io::Result<bool> {
 /// Since Linux 6.13 a file whose times are asked for, as std does, has them written anew by its next write: a change of
 /// threads and up to 60 us more for a question on one connection.
 pub fn inode(path: &Path) -> io::Result<Option<u64>> {
-    match told_of(path, StatxFlags::INO) {
-        Ok(file) => Ok(Some(file.stx_ino)),
+    match rustix::fs::stat(path) {
+        Ok(file) => Ok(Some(file.st_ino)),
         Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
         Err(e) => Err(e.into()),
     }
@@ -44,11 +44,7 @@ pub fn inode(path: &Path) -> io::Result<Option<u64>> {
 
 /// The bytes of the file at a path, 0 where there is none.
 pub fn size(path: &Path) -> u64 {
-    told_of(path, StatxFlags::SIZE).map_or(0, |file| file.stx_size)
-}
-
-fn told_of(path: &Path, what: StatxFlags) -> rustix::io::Result<Statx> {
-    rustix::fs::statx(rustix::fs::CWD, path, AtFlags::empty(), what)
+    rustix::fs::stat(path).map_or(0, |file| file.st_size as u64)
 }
 
 /// Bytes of the file system of a path.

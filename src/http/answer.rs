@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::event::PollFlags;
 
@@ -218,10 +218,15 @@ impl Responder {
         let mut head = Vec::with_capacity(256 + length.unwrap_or(1024));
         let reason = tiny_http::StatusCode(status);
         let reason = reason.default_reason_phrase();
-        let date = httpdate::fmt_http_date(SystemTime::now());
+        // It panics at a clock that is not set.
+        let date = httpdate::fmt_http_date(SystemTime::now().max(UNIX_EPOCH));
         // Writing to a Vec cannot fail.
         let _ = write!(head, "HTTP/1.1 {status} {reason}\r\nDate: {date}\r\nContent-Type: {content_type}\r\n");
         let _ = write!(head, "X-Request-Id: {id}\r\n");
+        // A cache on the way must not give one key's answer to another (RFC 9111, section 3.5, asks for less of a proxy).
+        if !headers.iter().any(|(name, _)| name == "Cache-Control") {
+            head.extend_from_slice(b"Cache-Control: no-store\r\n");
+        }
         for (name, value) in headers {
             let _ = write!(head, "{name}: {value}\r\n");
         }

@@ -75,6 +75,10 @@ pub fn advice(trouble: &Trouble) -> String {
         }
         Some(DatabaseBusy | DatabaseLocked) => "another process holds its lock; end that process",
         Some(DiskFull | SystemIoFailure) => "the disk is full or failing; make room",
+        _ if matches!(e, rusqlite::Error::SqlInputError { .. }) => {
+            "its tables are not those that this program makes, as after .dump, which leaves out their version; restore a copy \
+             made with VACUUM INTO, or set DATABASE_PATH"
+        }
         _ => "it cannot be used",
     };
     // rusqlite's own text goes on with the statement, which may have many lines.

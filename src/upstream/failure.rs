@@ -134,7 +134,8 @@ impl Upstream {
             _ => (Code::UPSTREAM_ERROR, "failed"),
         };
         let mut logged = format!("the LLM {what} ({status})");
-        let mut error = self.failed(code, &if status < 400 { logged.clone() } else { format!("{logged}: {words}") });
+        let mut error =
+            self.failed(code, &if status < 400 || words.is_empty() { logged.clone() } else { format!("{logged}: {words}") });
         let retry_after = retry_after(response.headers());
         if matches!(code.status(), 429 | 503) {
             let clean = retry_after.filter(|value| !self.has_secret(value));

@@ -336,6 +336,16 @@ fn a_newer_database_is_refused_and_left_alone() {
 }
 
 #[test]
+fn a_copy_without_its_version_is_refused_with_what_to_do() {
+    let setup = Setup::new();
+    let database = rusqlite::Connection::open(setup.folder().join("history.db")).expect("a database");
+    database.execute_batch("CREATE TABLE history (id INTEGER PRIMARY KEY)").expect("as after .dump");
+    let ended = setup.run(&[]);
+    let line = ended.expect_refusal(1);
+    assert!(line.contains(".dump") && line.contains("VACUUM INTO"), "{line}");
+}
+
+#[test]
 fn the_folder_of_the_database_is_made() {
     let setup = Setup::new();
     let proxy = setup.clone().set("DATABASE_PATH", "some/where/deep/pairs.db").start();

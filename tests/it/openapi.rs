@@ -227,6 +227,7 @@ fn the_document_is_served_as_it_is_and_of_this_version() {
     let response = Proxy::start().get("/openapi.json");
     assert_eq!(response.json(), document());
     assert_eq!(document()["info"]["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(document()["servers"][0]["url"], ".", "it may stand below a path of a reverse proxy");
 }
 
 #[test]

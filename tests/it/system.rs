@@ -147,6 +147,29 @@ fn head_answers_like_get_without_the_body() {
     }
 }
 
+/// One key's answer is not another's, and what was ready need not be.
+#[test]
+fn no_answer_is_for_a_cache_on_the_way() {
+    let proxy = Proxy::with(&[("API_KEYS", "alice:secret1")]).start();
+    let ask = post("/api/ask", &json!({"question": "Hi"})).key("secret1");
+    for request in [
+        ask.clone(),
+        get("/api/history").key("secret1"),
+        get("/api/history"),
+        get("/v1/models").key("secret1"),
+        get("/livez"),
+        get("/readyz"),
+        get("/metrics").key("secret1"),
+        get("/nowhere"),
+    ] {
+        let response = proxy.call(&request);
+        assert_eq!(response.header("Cache-Control"), Some("no-store"), "{response:?}");
+    }
+    for path in ["/", "/console.js", "/openapi.json"] {
+        assert_ne!(proxy.get(path).header("Cache-Control"), Some("no-store"), "{path} has its own");
+    }
+}
+
 #[test]
 fn a_query_string_never_breaks_routing() {
     let proxy = Proxy::start();

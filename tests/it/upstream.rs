@@ -107,6 +107,9 @@ fn an_error_without_words_is_still_an_error() {
     expect_both(reply(500, &[("Content-Type", "application/json")], "{"), 502, "upstream_error");
     expect_both(reply_json(500, &json!({"error": null})), 502, "upstream_error");
     expect_both(reply_json(500, &json!([])), 502, "upstream_error");
+    let upstream = FakeUpstream::always(reply(500, &[], ""));
+    let error = Proxy::facing(&upstream).start().ask("Well?").expect_error(502, "upstream_error");
+    assert_eq!(error["message"], "the LLM failed (500)");
 }
 
 /// As the servers of llama.cpp and Apache say whose idle connections keep a thread from others.
