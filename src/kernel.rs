@@ -16,7 +16,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use rustix::event::{PollFd, Timespec};
-use rustix::fs::FileType;
+use rustix::fs::{AtFlags, FileType, StatxFlags};
 use rustix::io::Errno;
 
 /// Waits until something is true of one of `fds`, which then say what; false: `until` came first.
@@ -31,12 +31,10 @@ pub fn poll(fds: &mut [PollFd], until: Option<Instant>) -> io::Result<bool> {
     }
 }
 
-/// The inode of the file at a path, and nothing else of it; `None` where there is none. Errs where the disk does not say.
-/// Since Linux 6.13 a file whose times are asked for, as std does, has them written anew by its next write: a change of
-/// threads and up to 60 us more for a question on one connection.
+/// The inode of the file at a path; `None` where there is none. Errs where the disk does not say.
 pub fn inode(path: &Path) -> io::Result<Option<u64>> {
-    match rustix::fs::stat(path) {
-        Ok(file) => Ok(Some(file.st_ino)),
+    match told_of(path, StatxFlags::INO) {
+        Ok((inode, _)) => Ok(Some(inode)),
         Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
         Err(e) => Err(e.into()),
     }
@@ -44,7 +42,18 @@ pub fn inode(path: &Path) -> io::Result<Option<u64>> {
 
 /// The bytes of the file at a path, 0 where there is none.
 pub fn size(path: &Path) -> u64 {
-    rustix::fs::stat(path).map_or(0, |file| file.st_size as u64)
+    told_of(path, StatxFlags::SIZE).map_or(0, |(_, size)| size)
+}
+
+/// Inode and size of a file, that of them which is asked for, and nothing else. Since Linux 6.13 a file whose times are asked
+/// for, as std does, has them written anew by its next write: a change of threads and up to 60 us more for a question on one
+/// connection.
+fn told_of(path: &Path, what: StatxFlags) -> rustix::io::Result<(u64, u64)> {
+    match rustix::fs::statx(rustix::fs::CWD, path, AtFlags::empty(), what) {
+        // Older kernels and some sandboxes have none.
+        Err(Errno::NOSYS | Errno::PERM) => rustix::fs::stat(path).map(|file| (file.st_ino, file.st_size as u64)),
+        told => told.map(|file| (file.stx_ino, file.stx_size)),
+    }
 }
 
 /// Bytes of the file system of a path.

@@ -253,8 +253,8 @@ impl<W> Pool<W> {
         let mut state = lock(&self.state);
         let Some(place) = state.idle.iter().position(|(other, _)| *other == id) else {
             drop(state);
-            // Somebody took this thread in the last moment.
-            return coming.recv().ok();
+            // Somebody took this thread in the last moment; without a job where that ended in a panic.
+            return coming.recv().ok().or_else(|| self.next());
         };
         state.idle.remove(place);
         state.threads -= 1;

@@ -20,6 +20,11 @@ use crate::upstream::{Events, Failure, Line};
 
 pub use client_end::{ClientEnd, Pulse};
 
+/// The rest of a body after its last event comes at once, or the connection is not worth the wait.
+const MOMENT: Duration = Duration::from_millis(20);
+/// How long it is waited for where the last event leaves it open whether the answer is complete.
+const DOUBT: Duration = Duration::from_secs(1);
+
 /// The pair as it grows.
 pub struct Draft {
     /// Its model is what was asked for, until the upstream says which one answers.
@@ -103,7 +108,7 @@ pub fn run(
             Ok(done) => {
                 let streamed = complete(&done, end, store, is_alone(), draft);
                 if streamed.failure.is_none() {
-                    let _ = events.settle();
+                    let _ = events.settle(MOMENT);
                 }
                 return Ok(streamed);
             }
@@ -162,7 +167,7 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
             Some(Ok(done)) if draft.answered => {
                 // Some servers say so of what they break off.
                 if draft.pair.finish_reason.is_none() {
-                    events.settle()?;
+                    events.settle(DOUBT)?;
                 }
                 return Ok(done);
             }

@@ -235,6 +235,10 @@ impl Line {
     /// Lets go of the client, and of a connection that is better not kept.
     fn end(&mut self) {
         self.watch.end();
+        self.spare();
+    }
+
+    fn spare(&mut self) {
         if std::mem::take(&mut self.is_costly) {
             self.agent = self.upstream.agent(&self.watch);
         }
@@ -280,8 +284,8 @@ impl Line {
         request.uri = url.parse().map_err(|_| no_model())?;
         let answer = match self.attempts(&request, b"") {
             Ok(answer) => answer,
-            Err(failure) if failure.unknown_model && !path.is_empty() => return self.model_of_list(path).ok_or_else(no_model),
-            Err(failure) => return Err(failure.error),
+            Err(failure) if failure.unknown_model && !path.is_empty() => return self.model_of_list(path),
+            Err(failure) => return Err(failure.told()),
         };
         let headers = self.upstream.passed_on(answer.headers());
         let body = self.body(answer)?;
@@ -292,10 +296,15 @@ impl Line {
     }
 
     /// The same of the list: some servers, such as llama.cpp's, have nothing else.
-    fn model_of_list(&mut self, path: &str) -> Option<(Vec<u8>, Vec<Header>)> {
-        let name = openai::model_in_path(path.strip_prefix('/')?)?;
-        let (list, headers) = self.ask_for_models("").ok()?;
-        Some((openai::model_of_list(&list, &name)?, headers))
+    fn model_of_list(&mut self, path: &str) -> Result<(Vec<u8>, Vec<Header>), ApiError> {
+        let (list, headers) = self.ask_for_models("").map_err(|e| match e.code {
+            // There is no list either.
+            Code::UPSTREAM_ERROR | Code::UPSTREAM_BAD_ANSWER => no_model(),
+            _ => e,
+        })?;
+        let name = path.strip_prefix('/').and_then(openai::model_in_path);
+        let model = name.and_then(|name| openai::model_of_list(&list, &name));
+        model.map(|model| (model, headers)).ok_or_else(no_model)
     }
 
     fn think(&self, time: Duration) -> Result<(), ApiError> {
@@ -317,10 +326,11 @@ impl Line {
             if failure.refuses_usage && chat.drop_usage() {
                 continue;
             }
-            if !(failure.passing || failure.unknown_model) || !self.fall_back(chat) {
-                return Err(failure.error);
+            let (helps, error) = (failure.passing || failure.unknown_model, failure.told());
+            if !helps || !self.fall_back(chat) {
+                return Err(error);
             }
-            log::warn!("{:.100?} is asked next, after {}", chat.model, failure.error.code.name());
+            log::warn!("{:.100?} is asked next, after {}", chat.model, error.code.name());
         }
     }
 
@@ -334,7 +344,9 @@ impl Line {
                 Method::GET => self.agent.run(Request::from_parts(request.clone(), ())),
                 _ => self.agent.run(Request::from_parts(request.clone(), body)),
             };
-            self.is_costly = attempt.as_ref().is_ok_and(counts_requests);
+            // A new one costs more where it is one of TLS.
+            let is_plain = request.uri.scheme_str() == Some("http");
+            self.is_costly = is_plain && attempt.as_ref().is_ok_and(counts_requests);
             let failure = match attempt {
                 Ok(response) if response.status().is_success() => return Ok(response),
                 Ok(response) if self.watch.reused() && is_farewell(&response) => {
@@ -360,15 +372,13 @@ impl Line {
             let then = Instant::now().checked_add(wait);
             let too_late = self.watch.until().is_some_and(|until| then.is_none_or(|then| then >= until));
             if !failure.passing || too_late || retries == self.upstream.config.upstream_retries {
-                if !failure.logged.is_empty() {
-                    log::warn!("{}", failure.logged);
-                }
                 return Err(failure);
             }
             retries += 1;
             self.has_retried = true;
             self.upstream.metrics.upstream_retries.inc();
             log::debug!("attempt {retries} failed, next in {wait:?}: {}", failure.logged);
+            self.spare();
             self.think(wait)?;
         }
     }
@@ -405,8 +415,8 @@ fn is_farewell(response: &Response<Body>) -> bool {
     response.status() == StatusCode::REQUEST_TIMEOUT && closes
 }
 
-/// What a server says that has a thread for each connection, such as llama.cpp's: those that wait for one are not to wait
-/// for the end of those that are idle.
+/// What servers say that have a thread for each connection, such as llama.cpp's, and some others: who waits for one is not
+/// to wait until the idle ones end.
 fn counts_requests(response: &Response<Body>) -> bool {
     let says = response.headers().get("keep-alive").and_then(|value| value.to_str().ok());
     says.is_some_and(|says| says.split(',').any(|says| says.trim_ascii_start().starts_with("max=")))

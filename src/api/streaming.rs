@@ -62,12 +62,15 @@ impl Stream {
 
 // Not inlined, for the same reason.
 #[inline(never)]
-fn refuse(end: &ClientEnd, entry: Entry, e: ApiError) {
+fn refuse(end: &ClientEnd, mut entry: Entry, e: ApiError) {
     match end.unanswered() {
         Some((responder, headers)) => {
             Exit { responder, headers, entry }.refuse::<()>(e);
         }
         // A comment was sent while the stream waited, and with it the 200.
-        None => entry.log(&Done { status: 200, bytes: end.fail(&e), model: None, code: Some(e.code) }),
+        None => {
+            entry.id = end.id();
+            entry.log(&Done { status: 200, bytes: end.fail(&e), model: None, code: Some(e.code) });
+        }
     }
 }

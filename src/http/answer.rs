@@ -218,12 +218,12 @@ impl Responder {
         let mut head = Vec::with_capacity(256 + length.unwrap_or(1024));
         let reason = tiny_http::StatusCode(status);
         let reason = reason.default_reason_phrase();
-        // It panics at a clock that is not set.
+        // httpdate panics at a clock before that.
         let date = httpdate::fmt_http_date(SystemTime::now().max(UNIX_EPOCH));
         // Writing to a Vec cannot fail.
         let _ = write!(head, "HTTP/1.1 {status} {reason}\r\nDate: {date}\r\nContent-Type: {content_type}\r\n");
         let _ = write!(head, "X-Request-Id: {id}\r\n");
-        // A cache on the way must not give one key's answer to another (RFC 9111, section 3.5, asks for less of a proxy).
+        // A cache on the way must not give one key's answer to another, whatever it was told (RFC 9111, section 5.2.2.5).
         if !headers.iter().any(|(name, _)| name == "Cache-Control") {
             head.extend_from_slice(b"Cache-Control: no-store\r\n");
         }

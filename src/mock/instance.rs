@@ -10,12 +10,12 @@ use serde_json::{Map, Value, json};
 const DEEPEST: usize = 32;
 /// The most items of an array that are given.
 const MOST_ITEMS: usize = 1000;
-/// Bytes that are said for a schema, about. In the second half of them only what is required is said; where more is
-/// required, it is null.
+/// Bytes that are said for a schema, about. In the second half of them only what is required is said; what is required
+/// beyond that is null or left out.
 const LONGEST: usize = 64 * 1024;
 
-/// The simplest value that has everything in it: each property, and an item of each array. Null where there is none that
-/// has an end.
+/// The simplest value that has everything in it: each property, and an item of each array. Null where each one would
+/// contain itself, or is nested too deeply.
 pub fn instance(schema: &Value) -> Value {
     Maker { root: schema, open: Vec::new(), depth: 0, left: LONGEST }.inner(vec![schema]).unwrap_or_default()
 }
@@ -32,15 +32,22 @@ struct Maker<'a> {
 type Parts<'a> = Vec<&'a Value>;
 
 impl<'a> Maker<'a> {
-    /// A value within another one. `None`: it would have no end, since within a value what a reference means is not said
-    /// again.
+    /// A value within another one. `None`: it would contain itself, by a reference that is being followed, or is nested too
+    /// deeply.
     fn inner(&mut self, parts: Parts<'a>) -> Option<Value> {
+        if !self.afford(8) {
+            return Some(Value::Null);
+        }
+        self.deeper(parts, 0)
+    }
+
+    fn deeper(&mut self, parts: Parts<'a>, next: usize) -> Option<Value> {
         if self.depth > DEEPEST {
             return None;
         }
         self.depth += 1;
         let open = self.open.len();
-        let value = self.fit(parts, 0);
+        let value = self.fit(parts, next);
         self.open.truncate(open);
         self.depth -= 1;
         value
@@ -65,12 +72,7 @@ impl<'a> Maker<'a> {
             }
             parts.extend(part["allOf"].as_array().into_iter().flatten());
             if let Some(choices) = part["anyOf"].as_array().or(part["oneOf"].as_array()) {
-                return choices.iter().find_map(|choice| {
-                    let open = self.open.len();
-                    let value = self.fit([&parts[..], &[choice]].concat(), next);
-                    self.open.truncate(open);
-                    value
-                });
+                return choices.iter().find_map(|choice| self.deeper([&parts[..], &[choice]].concat(), next));
             }
         }
         self.value(&parts)
@@ -111,7 +113,7 @@ impl<'a> Maker<'a> {
         let least = (limit(parts, "minItems", f64::max).unwrap_or(0.0) as usize).max(firsts).min(MOST_ITEMS);
         let wanted = if self.is_frugal() || item(least).is_empty() { least } else { least.max(1) };
         let mut items = Vec::new();
-        while items.len() < wanted.min(most) {
+        while items.len() < wanted.min(most) && self.left > 0 {
             match self.inner(item(items.len())) {
                 Some(value) => items.push(value),
                 None if items.len() >= least => break,
@@ -189,7 +191,7 @@ fn limit(parts: &[&Value], name: &str, stricter: fn(f64, f64) -> f64) -> Option<
     parts.iter().filter_map(|part| part[name].as_f64()).reduce(stricter)
 }
 
-/// 0 or what comes next to it, within the schemas' limits (JSON Schema, validation, section 6.2).
+/// A number within the schemas' limits (JSON Schema, validation, section 6.2): the least, or 0, or what comes next to it.
 fn number(parts: &[&Value]) -> Value {
     let least = limit(parts, "minimum", f64::max);
     let above = limit(parts, "exclusiveMinimum", f64::max);
@@ -197,7 +199,8 @@ fn number(parts: &[&Value]) -> Value {
     let below = limit(parts, "exclusiveMaximum", f64::min);
     let step = limit(parts, "multipleOf", f64::max).filter(|step| *step > 0.0);
     // As it is: not every whole number is one that a float can be.
-    let exact = parts.iter().find_map(|part| Some(&part["minimum"]).filter(|least| least.is_i64()));
+    let is_least = |minimum: &&Value| minimum.is_i64() && minimum.as_f64() == least;
+    let exact = parts.iter().map(|part| &part["minimum"]).find(is_least);
     if let (Some(exact), None, None, None, None) = (exact, above, most, below, step) {
         return exact.clone();
     }
@@ -255,6 +258,7 @@ mod tests {
             (json!({"type": "string", "minLength": 6, "allOf": [{"pattern": "m"}, {"minLength": 5}]}), json!("mockmo")),
             (json!({"type": "string", "anyOf": [{"format": "date"}, {"format": "date-time"}]}), json!("2000-01-01")),
             (json!({"$ref": "#/$defs/n", "minimum": 5, "$defs": {"n": {"type": "integer", "minimum": 3}}}), json!(5)),
+            (json!({"$ref": "#/$defs/n", "minimum": 3, "$defs": {"n": {"type": "integer", "minimum": 5}}}), json!(5)),
             (json!({"type": "string", "format": "uuid4"}), json!("00000000-0000-4000-8000-000000000000")),
             (json!({"required": ["a"], "additionalProperties": {"type": "integer"}}), json!({"a": 0})),
             (json!({"$ref": "#/$defs/a%20b", "$defs": {"a b": {"const": 1}}}), json!(1)),
@@ -361,7 +365,14 @@ mod tests {
 
     #[test]
     fn a_schema_without_end_gets_an_end() {
+        let next = |n: usize| json!({"anyOf": [{"$ref": format!("#/a{n}")}]});
+        let mut chain: Value = (0..5000).map(|n| (format!("a{n}"), next(n + 1))).collect::<Map<_, _>>().into();
+        chain["$ref"] = json!("#/a0");
+        let bare = json!({"type": "array", "minItems": 1000});
+        let deep = json!({"type": "array", "minItems": 1000, "items": {"type": "array", "minItems": 1000, "items": bare}});
         for schema in [
+            chain,
+            deep,
             json!({"type":"array","minItems":16,"items":{"$ref":"#"}}),
             json!({"properties":{"a":{"$ref":"#"},"b":{"$ref":"#"},"c":{"anyOf":[{"$ref":"#"}]}}}),
             json!({"properties":{"a":{"const":"x".repeat(LONGEST)},"b":{"type":"number","minimum":vec![0; LONGEST]}}}),

@@ -178,12 +178,15 @@ impl Events<'_> {
         self.no_answer(Code::UPSTREAM_BAD_ANSWER, "did not stream", &no)
     }
 
-    /// After the last event: reads what is left, if it comes at once, so that the connection can be used again. Errs where
-    /// the body breaks off instead.
-    pub fn settle(&mut self) -> Result<(), Box<Failure>> {
+    /// After the last event: reads what is left, if it comes within this time, so that the connection can be used again.
+    /// Errs where the body breaks off instead, or the client has gone.
+    pub fn settle(&mut self, time: Duration) -> Result<(), Box<Failure>> {
+        if let Some(ended) = self.line.watch.ended() {
+            return Err(self.line.upstream.ended(ended).into());
+        }
         let Source::Upstream { reader, .. } = &mut self.source else { return Ok(()) };
         let mut buffer = [0; 256];
-        self.line.watch.without_client(Duration::from_millis(20));
+        self.line.watch.without_client(time);
         for _ in 0..16 {
             match reader.read(&mut buffer) {
                 Ok(1..) => {}

@@ -30,6 +30,16 @@ pub struct Failure {
     pub(super) refuses_usage: bool,
 }
 
+impl Failure {
+    /// Its error, after the line in the log.
+    pub(super) fn told(self) -> ApiError {
+        if !self.logged.is_empty() {
+            log::warn!("{}", self.logged);
+        }
+        self.error
+    }
+}
+
 impl From<ApiError> for Failure {
     /// There is no use in another attempt.
     fn from(error: ApiError) -> Failure {

@@ -1046,7 +1046,7 @@ fn a_hundred_requests_in_one_write_are_answered_in_order() {
 }
 
 #[test]
-fn a_full_house_serves_those_inside_and_opens_at_once_when_they_leave() {
+fn a_full_house_serves_those_inside_and_opens_when_they_leave() {
     let proxy = Proxy::with(&[("MAX_CONNECTIONS", "10")]).start();
     let mut inside: Vec<Connection> = (0..10).map(|_| proxy.connect()).collect();
     for connection in &mut inside {

@@ -1259,10 +1259,19 @@ fn failures_at_the_models_are_those_of_the_table() {
         "/v1/models" => reply_json(200, &json!({"object": "list", "data": [{"id": "other"}, {"id": "own/model", "size": 1.50}]})),
         _ => refusal(404, "File Not Found"),
     });
-    let proxy = Proxy::facing(&upstream).start();
+    let mut proxy = Proxy::facing(&upstream).start();
     let response = proxy.get("/v1/models/own%2Fmodel");
     assert_eq!((response.status, response.json()), (200, json!({"id": "own/model", "size": 1.50})));
     proxy.get("/v1/models/own").expect_error(404, "not_found");
+    proxy.expect_no_line(|line| line.contains("[WARN]"));
+    for (status, ours, code) in [(429, 429, "upstream_rate_limited"), (503, 503, "upstream_unavailable"), (404, 404, "not_found")]
+    {
+        let upstream = FakeUpstream::answering(move |request| match request.target.as_str() {
+            "/v1/models" => refusal(status, "no"),
+            _ => refusal(404, "File Not Found"),
+        });
+        Proxy::facing(&upstream).start().get("/v1/models/own").expect_error(ours, code);
+    }
     // Who has no list has no list: the address may be wrong.
     let upstream = FakeUpstream::always(refusal(404, "no"));
     Proxy::facing(&upstream).start().get("/v1/models").expect_error(502, "upstream_error");
