@@ -24,7 +24,9 @@ NEEDS = ["schemathesis==4.32.5", "jsonschema-rs", "prometheus-client"]
 KEY = "secret1"
 
 # What schemathesis takes for a refusal, beyond its own list: a body that is too large is one. What it does not: a 5xx.
+# A field of the query that nobody knows is passed over, as everywhere.
 CONFIG = """
+generation.allow-extra-parameters = false
 [checks.negative_data_rejection]
 expected-statuses = ["400", "401", "404", "405", "413", "415", "422"]
 [checks.positive_data_acceptance]
@@ -131,7 +133,7 @@ def main():
             command = [program, "--config-file", config, "run", f"{server.url}/openapi.json"]
             command += ["--header", f"Authorization: Bearer {KEY}", "--checks", "all", "--no-color", "--warnings", "off"]
             command += ["--max-examples", os.environ.get("EXAMPLES", "100"), "--seed", os.environ.get("SEED", "1")]
-            command += ["--generation-database", "none", "--output-sanitize", "false"]
+            command += ["--url", server.url, "--generation-database", "none", "--output-sanitize", "false"]
             hooks = {"SCHEMATHESIS_HOOKS": "openapi", "PYTHONPATH": str(ROOT / "tests"), "PYTHONDONTWRITEBYTECODE": "1"}
             if subprocess.run(command, cwd=folder, env=os.environ | hooks).returncode:
                 wrong.append("schemathesis has findings")
@@ -148,6 +150,11 @@ if __name__ == "__main__":
     main()
 elif "SCHEMATHESIS_HOOKS" in os.environ:
     import schemathesis
+
+    @schemathesis.hook
+    def filter_case(context, case):
+        """Not the key of a stream, which is not looked at."""
+        return not (isinstance(case.body, dict) and case.body.get("stream") and "Idempotency-Key" in (case.headers or {}))
 
     @schemathesis.hook
     def before_call(context, case, **_):
