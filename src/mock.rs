@@ -30,7 +30,7 @@ pub fn completion(request: &[u8]) -> String {
     let choice = |index: u64| {
         let (message, finish_reason) = match &said.tool {
             Some(tool) => {
-                let call = tool.call(&said.id, index);
+                let call = said.call(tool, index, &said.pieces.concat());
                 (json!({"role": "assistant", "content": null, "tool_calls": [call], "refusal": null}), "tool_calls")
             }
             None => (json!({"role": "assistant", "content": said.pieces.concat(), "refusal": null}), "stop"),
@@ -60,8 +60,8 @@ pub fn chunks(request: &[u8]) -> Vec<String> {
         };
         delta(json!({"role": "assistant", "content": ""}), Value::Null);
         if let Some(tool) = &said.tool {
-            let mut call = tool.call(&said.id, index);
-            (call["index"], call["function"]["arguments"]) = (json!(0), json!(""));
+            let mut call = said.call(tool, index, "");
+            call["index"] = json!(0);
             delta(json!({"tool_calls": [call]}), Value::Null);
             for piece in &said.pieces {
                 delta(json!({"tool_calls": [{"index": 0, "function": {"arguments": piece}}]}), Value::Null);
@@ -88,7 +88,8 @@ pub fn model(name: &str) -> Value {
 }
 
 struct Said {
-    tool: Option<Tool>,
+    /// The name of the tool that is called, as the request demanded.
+    tool: Option<String>,
     /// The answer, or the tool's arguments, as a stream brings them.
     pieces: Vec<String>,
     /// How often it is said.
@@ -98,20 +99,14 @@ struct Said {
     id: String,
 }
 
-/// A call of a tool that the request demanded.
-struct Tool {
-    name: String,
-    arguments: String,
-}
-
-impl Tool {
-    /// The call in an answer of this id, in the choice of this index.
-    fn call(&self, id: &str, index: u64) -> Value {
-        let mut id = id.replace("chatcmpl", "call");
+impl Said {
+    /// The call of a tool in the choice of this index.
+    fn call(&self, name: &str, index: u64, arguments: &str) -> Value {
+        let mut id = self.id.replace("chatcmpl", "call");
         if index > 0 {
             id += &format!("-{index}");
         }
-        json!({"id": id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}})
+        json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}})
     }
 }
 
@@ -153,16 +148,18 @@ fn say(request: &[u8]) -> Said {
             called.extend(names.map(str::to_string));
         })
     });
-    let tool = demanded_tool(&heard(request.tools), &heard(request.tool_choice), &called);
     let choices = heard(request.n).as_u64().unwrap_or(1).clamp(1, MOST_CHOICES);
     let format = heard(request.response_format);
-    let json = match format["type"].as_str() {
-        Some("json_object") => Some(json!({"mock": true, "question": repeated(&question)}).to_string()),
-        Some("json_schema") => Some(instance(&format["json_schema"]["schema"]).to_string()),
-        _ => None,
+    let (tool, json) = match demanded_tool(&heard(request.tools), &heard(request.tool_choice), &called) {
+        Some((name, arguments)) => (Some(name), Some(arguments)),
+        None => match format["type"].as_str() {
+            Some("json_object") => (None, Some(json!({"mock": true, "question": repeated(&question)}))),
+            Some("json_schema") => (None, Some(instance(&format["json_schema"]["schema"]))),
+            _ => (None, None),
+        },
     };
-    let pieces = match tool.as_ref().map(|tool| &tool.arguments).or(json.as_ref()) {
-        Some(json) => pieces_of_json(json),
+    let pieces = match json {
+        Some(json) => pieces_of_json(&json.to_string()),
         None => words(&format!("This is a mock answer to: {}", repeated(&question))),
     };
     let completion = pieces.len() * choices as usize;
@@ -200,9 +197,9 @@ fn heard(json: Option<&RawValue>) -> Value {
     json.and_then(|json| serde_json::from_str(json).ok()).unwrap_or_default()
 }
 
-/// The function that `tool_choice` names. Where it demands any, of all or of those that it allows: the first that was not
+/// The name of the function that `tool_choice` names, and arguments for it. Where it demands any, of all or of those that it allows: the first that was not
 /// `called` since the question, or the last, so that an agent that demands one at each step comes to the one that ends it.
-fn demanded_tool(tools: &Value, choice: &Value, called: &[String]) -> Option<Tool> {
+fn demanded_tool(tools: &Value, choice: &Value, called: &[String]) -> Option<(String, Value)> {
     let name = |tool: &Value| tool["function"]["name"].as_str().map(str::to_string);
     let list = |tools: &Value| -> Vec<String> { tools.as_array().into_iter().flatten().filter_map(name).collect() };
     let allowed = &choice["allowed_tools"];
@@ -213,5 +210,5 @@ fn demanded_tool(tools: &Value, choice: &Value, called: &[String]) -> Option<Too
     };
     let name = candidates.iter().find(|name| !called.contains(name)).or(candidates.last())?;
     let tool = tools.as_array()?.iter().find(|tool| tool["function"]["name"] == **name)?;
-    Some(Tool { name: name.clone(), arguments: instance(&tool["function"]["parameters"]).to_string() })
+    Some((name.clone(), instance(&tool["function"]["parameters"])))
 }

@@ -238,10 +238,15 @@ impl Line {
         self.spare();
     }
 
+    /// Closes the connection where it is better not kept.
     fn spare(&mut self) {
         if std::mem::take(&mut self.is_costly) {
-            self.agent = self.upstream.agent(&self.watch);
+            self.close();
         }
+    }
+
+    fn close(&mut self) {
+        self.agent = self.upstream.agent(&self.watch);
     }
 
     /// Counts a question as failed. Returns its error, which tells clients not to try again where that would multiply our
@@ -350,7 +355,7 @@ impl Line {
             let failure = match attempt {
                 Ok(response) if response.status().is_success() => return Ok(response),
                 Ok(response) if self.watch.reused() && is_farewell(&response) => {
-                    self.agent = self.upstream.agent(&self.watch);
+                    self.close();
                     continue;
                 }
                 Ok(response) => self.upstream.refused(response),
@@ -358,7 +363,7 @@ impl Line {
                     let ended = self.watch.ended();
                     // A kept connection may have died while nobody looked; that costs nobody an attempt.
                     if ended.is_none() && self.watch.reused() && matches!(e, ureq::Error::Io(_)) {
-                        self.agent = self.upstream.agent(&self.watch);
+                        self.close();
                         continue;
                     }
                     match ended {

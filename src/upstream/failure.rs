@@ -9,7 +9,7 @@ use ureq::http::{HeaderMap, Response, header};
 
 use super::Upstream;
 use super::watch::Ended;
-use crate::error::{ApiError, Code};
+use crate::error::{ApiError, Code, take_id};
 use crate::openai;
 
 /// An error answer is read so far for its words.
@@ -151,13 +151,11 @@ impl Upstream {
             let clean = retry_after.filter(|value| !self.has_secret(value));
             error.retry_after = clean.map(str::to_string).or(error.retry_after);
         }
-        for (name, value) in self.passed_on(response.headers()) {
-            match &*name {
-                "x-request-id" => logged.push_str(&format!(", its request {value}")),
-                name if name.starts_with("x-ratelimit-") => error.headers.push((name.to_string().into(), value)),
-                _ => {}
-            }
+        let mut fields = self.passed_on(response.headers());
+        if let Some(id) = take_id(&mut fields) {
+            logged += &format!(", its request {id}");
         }
+        error.headers.extend(fields.into_iter().filter(|(name, _)| name.starts_with("x-ratelimit-")));
         // OpenAI's word for an account without money, which no waiting fills.
         let quota = status == 429 && body.windows(18).any(|w| w == b"insufficient_quota");
         let wait = wait_in_ms(response.headers()).or(retry_after.and_then(wait_of));
