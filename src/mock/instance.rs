@@ -72,7 +72,10 @@ impl<'a> Maker<'a> {
             }
             parts.extend(part["allOf"].as_array().into_iter().flatten());
             if let Some(choices) = part["anyOf"].as_array().or(part["oneOf"].as_array()) {
-                return choices.iter().find_map(|choice| self.deeper([&parts[..], &[choice]].concat(), next));
+                return choices.iter().find_map(|choice| match self.afford(parts.len()) {
+                    true => self.deeper([&parts[..], &[choice]].concat(), next),
+                    false => Some(Value::Null),
+                });
             }
         }
         self.value(&parts)
@@ -127,6 +130,10 @@ impl<'a> Maker<'a> {
     fn fields(&mut self, parts: &[&'a Value]) -> Option<Map<String, Value>> {
         let known: Vec<&'a Map<String, Value>> = parts.iter().filter_map(|part| part["properties"].as_object()).collect();
         let required = |part: &&'a Value| part["required"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        // Read anew for each object.
+        if !self.afford(parts.iter().filter_map(|part| part["required"].as_array()).map(Vec::len).sum()) {
+            return Some(Map::new());
+        }
         let required: BTreeSet<&'a str> = parts.iter().flat_map(required).collect();
         let names = known.iter().flat_map(|known| known.keys().map(String::as_str)).chain(required.iter().copied());
         let mut object = Map::new();
@@ -283,6 +290,20 @@ mod tests {
         ] {
             assert_eq!(said(schema.clone()), expected, "{schema}");
         }
+    }
+
+    /// Before what is in vain cost something, this took hours.
+    #[test]
+    fn much_in_vain_comes_to_an_end() {
+        let (parts, choices) = (vec![0; 20_000], vec![json!({"$ref": "#/b"}); 300]);
+        let mut schema = json!({"anyOf": choices});
+        for _ in 0..DEEPEST {
+            schema = json!({"anyOf": [schema]});
+        }
+        schema["b"] = json!({"allOf": parts, "anyOf": parts});
+        instance(&schema);
+        let (objects, required) = (vec![json!({"$ref": "#/b"}); 10_000], vec!["a"; 60_000]);
+        instance(&json!({"prefixItems": objects, "b": {"type": "object", "required": required}}));
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! Calls of tools in answers: how they look on the way, how their pieces come together in a stream, and how history keeps
 //! them.
 
+use std::cell::Cell;
+
 use serde::de::{Deserializer, IgnoredAny};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -29,6 +31,7 @@ impl Function<'_> {
             arguments: Some(arguments.unwrap_or_default()),
             id,
             name: self.name.map(|Words(name)| name.into_owned()),
+            looks: Cell::default(),
         }
     }
 }
@@ -41,6 +44,9 @@ pub(super) struct ToolCall {
     arguments: Option<String>,
     id: Option<String>,
     name: Option<String>,
+    /// How often it was looked in vain whether the arguments are complete.
+    #[serde(skip)]
+    looks: Cell<usize>,
 }
 
 /// A tool call as it stands in an answer.
@@ -66,6 +72,9 @@ impl<'de> Deserialize<'de> for ToolCall {
     }
 }
 
+/// Arguments are read so often at most to see whether they are complete: they may come in a million pieces.
+const MOST_LOOKS: usize = 100;
+
 impl ToolCall {
     /// What a call takes in history beside its texts, in bytes: empty ones are many.
     const FRAME: usize = r#"{"arguments":null,"id":null,"name":null},"#.len();
@@ -77,7 +86,12 @@ impl ToolCall {
     /// Its arguments are an object to its end.
     fn is_complete(&self) -> bool {
         let arguments = self.arguments.as_deref().unwrap_or_default();
-        arguments.trim_end().ends_with('}') && from_json::<IgnoredAny>(arguments.as_bytes()).is_ok()
+        if !arguments.trim_end().ends_with('}') || self.looks.get() == MOST_LOOKS {
+            return false;
+        }
+        let is_complete = from_json::<IgnoredAny>(arguments.as_bytes()).is_ok();
+        self.looks.set(self.looks.get() + usize::from(!is_complete));
+        is_complete
     }
 
     fn size(&self) -> usize {
@@ -250,6 +264,22 @@ mod tests {
         assert_eq!(kept(&mixed.each_ref().map(String::as_str)), r#"("f") ("{}"), ("g") ("[]")"#, "by their ids");
         let later = r#"{"index":3,"id":"c1","function":{"name":"f","arguments":"{\"a\":1}"}}"#;
         assert_eq!(kept(&[later]), one, "whatever the first index");
+    }
+
+    /// Before there was a last look, each piece was as much work as all before it: minutes.
+    #[test]
+    fn arguments_that_might_be_complete_at_each_piece_are_not_read_each_time() {
+        let mut calls = ToolCalls::default();
+        let piece = |arguments: &str| {
+            format!(
+                r#"{{"choices":[{{"delta":{{"tool_calls":[{{"index":0,"function":{{"name":"f","arguments":"{arguments}"}}}}]}}}}]}}"#
+            )
+        };
+        calls.add(parse_chunk(piece(r#"{\"a\":"#).as_bytes()).expect("a chunk").tool_calls);
+        for _ in 0..50_000 {
+            calls.add(parse_chunk(piece("{}").as_bytes()).expect("a chunk").tool_calls);
+        }
+        assert_eq!((calls.calls.len(), calls.calls[0].looks.get()), (1, MOST_LOOKS));
     }
 
     #[test]
