@@ -1,8 +1,7 @@
-//! What only the kernel and the C library know or do, and neither std nor rustix offers: the descriptor of a socket
-//! that the HTTP library keeps to itself, whether a peer has taken what was sent, memory that is not in use, which
-//! thread goes first. What std does not do as it is needed here: a wait with an end, which file stands at a path and
-//! what room is left there, how many files may be open and threads there may be, how much memory the program takes. And a C
-//! function of our own.
+//! What the kernel and the C library know or do. That neither std nor rustix offers: the descriptor of a socket that the HTTP
+//! library keeps to itself, whether a peer has taken what was sent, memory that is not in use, which thread goes first. That
+//! std does otherwise: a wait with an end, which file stands at a path and what room is left there, how many files and
+//! threads there may be, how much memory the program takes. And a C function of our own.
 //! The only `unsafe` code of the program; knows no HTTP.
 //!
 //! Why the sockets: the library's parser has no limits, and its connection type does not let go of the
@@ -93,8 +92,10 @@ fn adopt(number: RawFd, local: SocketAddr, known: &impl Fn(u64) -> bool) -> Opti
     let inode = new_client(there, local, known)?;
     let copy = rustix::io::fcntl_dupfd_cloexec(there, 0).ok()?;
     if socket_inode(&copy) != Some(inode) {
-        // The number changed hands in between. It may be a file's now, so the copy is never closed.
-        let _ = copy.into_raw_fd();
+        // The number changed hands in between. Where it is a file's now, the copy is never closed.
+        if socket_inode(&copy).is_none() {
+            let _ = copy.into_raw_fd();
+        }
         return None;
     }
     Some((TcpStream::from(copy), inode))

@@ -80,7 +80,7 @@ pub struct Store {
     desk: Arc<Desk>,
     path: PathBuf,
     state: Arc<State>,
-    /// All pairs are one key's, but for those of keys that are no longer in use.
+    /// At most one key is configured, so (nearly) all rows belong to it.
     one_key: bool,
     /// The writer's own thread.
     clerk: Mutex<Option<JoinHandle<()>>>,

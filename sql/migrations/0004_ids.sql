@@ -12,7 +12,7 @@ CREATE TABLE history_with_ids (
     question          TEXT    NOT NULL,
     answer            TEXT    NOT NULL, -- as far as it came
     model             TEXT    NOT NULL, -- the model that answered, in the upstream's words
-    finish_reason     TEXT,             -- the upstream's word, 'client_gone' or 'upstream_error'
+    finish_reason     TEXT,             -- the upstream's word; where cut short why: 'client_gone', 'upstream_error', 'shutting_down'
     prompt_tokens     INTEGER,          -- tokens; null where the model counted none
     completion_tokens INTEGER,          -- tokens
     total_tokens      INTEGER,          -- tokens

@@ -1,4 +1,4 @@
-//! Places for what may be there so much at once: threads that do something, or bytes in memory. Knows nothing of what
+//! A counting semaphore with a time limit: for threads that do something, or bytes in memory. Knows nothing of what
 //! takes them.
 
 use std::sync::{Arc, Condvar, Mutex};
@@ -38,7 +38,8 @@ impl Places {
 impl Drop for Taken {
     fn drop(&mut self) {
         *lock(&self.places.taken) -= self.count;
-        self.places.freed.notify_one();
+        // One that frees much may let in several.
+        self.places.freed.notify_all();
     }
 }
 

@@ -67,7 +67,11 @@ impl Desk {
         let asleep = std::mem::take(&mut writer.is_clerk_asleep);
         drop(writer);
         if asleep || self.has_orders() {
-            self.wake();
+            // When the clerk has gone, what came meanwhile is ours, too.
+            match self.is_closed.load(Ordering::Relaxed) {
+                true => self.hurry(true),
+                false => self.wake(),
+            }
         }
     }
 
@@ -96,7 +100,14 @@ impl Desk {
             match rest {
                 Ok(Some(time)) if time.is_zero() || self.has_orders() => {}
                 Ok(Some(time)) => thread::park_timeout(time),
-                Ok(None) => return self.is_closed.store(true, Ordering::Relaxed),
+                Ok(None) => {
+                    self.is_closed.store(true, Ordering::Relaxed);
+                    // Who did not see that has left an order to us.
+                    fence(Ordering::SeqCst);
+                    let mut writer = lock(&self.writer);
+                    while writer.work(&self.inbox) {}
+                    return;
+                }
                 Err(_) => thread::park_timeout(QUIET),
             }
         }

@@ -1,6 +1,6 @@
 //! The version of the database and the steps to the newest, and in words what is wrong with a database. Knows no rows.
 
-use rusqlite::{Connection, TransactionBehavior};
+use rusqlite::{Connection, TransactionBehavior, ffi};
 
 /// Numbered from 1; the database's `user_version` is the number of the last one applied.
 pub const MIGRATIONS: &[&str] = &[
@@ -14,10 +14,15 @@ fn version(connection: &Connection) -> rusqlite::Result<i64> {
     connection.query_row("PRAGMA user_version", [], |row| row.get(0))
 }
 
-/// Errs where a newer program made the database.
+/// Errs where a newer or another program made the database.
 pub fn check(connection: &Connection) -> Result<(), Trouble> {
-    let version = version(connection)?;
-    if version > MIGRATIONS.len() as i64 { Err(Trouble::Newer(version)) } else { Ok(()) }
+    // In one statement, since another process may migrate it meanwhile.
+    let both = "SELECT user_version, (SELECT count(*) FROM sqlite_schema) FROM pragma_user_version";
+    match connection.query_row(both, [], |row| Ok((row.get(0)?, row.get::<_, i64>(1)?)))? {
+        (0, 1..) => Err(Trouble::Foreign),
+        (version, _) if version > MIGRATIONS.len() as i64 => Err(Trouble::Newer(version)),
+        _ => Ok(()),
+    }
 }
 
 /// Makes the migrations that are not made yet, each in a transaction.
@@ -40,6 +45,7 @@ pub fn migrate(connection: &mut Connection) -> rusqlite::Result<()> {
 pub enum Trouble {
     Sql(rusqlite::Error),
     Newer(i64),
+    Foreign,
 }
 
 impl From<rusqlite::Error> for Trouble {
@@ -47,6 +53,18 @@ impl From<rusqlite::Error> for Trouble {
         Trouble::Sql(e)
     }
 }
+
+const FOREIGN: &str = "its tables are not those that this program makes, as after .dump, which leaves out their version; restore a \
+                       copy made with VACUUM INTO, or set DATABASE_PATH";
+
+/// What fails where a file system lacks what processes need that share a database.
+const SHARING: [i32; 5] = [
+    ffi::SQLITE_IOERR_LOCK,
+    ffi::SQLITE_IOERR_SHMOPEN,
+    ffi::SQLITE_IOERR_SHMSIZE,
+    ffi::SQLITE_IOERR_SHMLOCK,
+    ffi::SQLITE_IOERR_SHMMAP,
+];
 
 /// The trouble in words, with what to do about it.
 pub fn advice(trouble: &Trouble) -> String {
@@ -61,11 +79,16 @@ pub fn advice(trouble: &Trouble) -> String {
                 MIGRATIONS.len()
             );
         }
+        Trouble::Foreign => return FOREIGN.to_string(),
         Trouble::Sql(e) => e,
     };
+    // rusqlite's own text goes on with the statement, which may have many lines.
+    let said = if let rusqlite::Error::SqlInputError { msg, .. } = e { msg.clone() } else { e.to_string() };
+    let extended = e.sqlite_error().map_or(0, |e| e.extended_code);
     let what = match e.sqlite_error_code() {
         Some(CannotOpen | PermissionDenied | ReadOnly) => {
-            "it cannot be written; check the rights of file and folder, or set DATABASE_PATH"
+            "it cannot be opened or written; check the rights of file and folder, how many files may be open and be made, or set \
+             DATABASE_PATH"
         }
         Some(NotADatabase) => "it is no SQLite database; move it away and start again, or restore a backup",
         // An error of the disk looks the same (SQLITE_IOERR_CORRUPTFS).
@@ -74,14 +97,13 @@ pub fn advice(trouble: &Trouble) -> String {
              and restore a backup if it is damaged"
         }
         Some(DatabaseBusy | DatabaseLocked) => "another process holds its lock; end that process",
-        Some(DiskFull | SystemIoFailure) => "the disk is full or failing; make room",
-        _ if matches!(e, rusqlite::Error::SqlInputError { .. }) => {
-            "its tables are not those that this program makes, as after .dump, which leaves out their version; restore a copy \
-             made with VACUUM INTO, or set DATABASE_PATH"
+        Some(SystemIoFailure) if SHARING.contains(&extended) => {
+            "its file system cannot lock or share memory, as that of a network may not; set DATABASE_PATH to a local disk"
         }
+        Some(DiskFull | SystemIoFailure) => "the disk is full or failing; make room",
+        _ if matches!(e, rusqlite::Error::SqlInputError { .. } | rusqlite::Error::QueryReturnedNoRows) => FOREIGN,
+        _ if extended == ffi::SQLITE_ERROR => FOREIGN,
         _ => "it cannot be used",
     };
-    // rusqlite's own text goes on with the statement, which may have many lines.
-    let said = if let rusqlite::Error::SqlInputError { msg, .. } = e { msg.clone() } else { e.to_string() };
     format!("{what} ({said})")
 }

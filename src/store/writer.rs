@@ -18,6 +18,7 @@ use crossbeam_channel::Receiver;
 use oneshot::Sender;
 use rusqlite::{Connection, OpenFlags, ffi, params};
 
+use self::index::INDEXING_REST;
 use super::schema::{self, Trouble, advice};
 use super::{Arrival, Order, PROBE_WAIT, State, Then, Unique, connect, reader, unavailable};
 use crate::config::Durability;
@@ -42,8 +43,10 @@ const PAGE: usize = 4096;
 const MOST_PAGES: usize = 4 * CHECKPOINT_PAGES;
 /// The writer does its housekeeping when nothing came for this long.
 pub const QUIET: Duration = Duration::from_millis(100);
-/// How often retention looks at the clock, and how long the index rests where it failed.
+/// How often retention looks at the clock, and how long the index rests at most where it failed.
 const RETENTION_TICK: Duration = Duration::from_secs(60);
+/// So many requests with an `Idempotency-Key` are forgotten at a time, so that a new pair never waits long.
+const FORGET_REQUESTS: usize = 100;
 /// Bytes of room that new pairs leave alone, or a sixteenth of a small disk: deleting takes some, too.
 const KEPT_ROOM: u64 = 4 << 20;
 /// Bytes that a row takes beside its texts, at most, in the journal and in the database.
@@ -129,8 +132,9 @@ pub struct Writer {
     /// Retention rests after a failure.
     next_pruning: Instant,
     next_forgetting: Instant,
-    /// The index rests after a failure.
+    /// The index rests after a failure, for how long after the next.
     next_indexing: Instant,
+    indexing_rest: Duration,
     /// Bytes that the pairs take which could not be written last; 0: they could.
     wanted_room: u64,
     /// How full the disk is; tests have disks of their own.
@@ -171,6 +175,7 @@ impl Writer {
             next_pruning: Instant::now(),
             next_forgetting: Instant::now(),
             next_indexing: Instant::now(),
+            indexing_rest: INDEXING_REST,
             wanted_room: 0,
             room: kernel::room,
         }
@@ -222,11 +227,11 @@ impl Writer {
         let more = match is_quiet || !self.searches.is_empty() {
             true => {
                 self.look_again();
-                self.forget_remembered();
-                self.retain() | self.index()
+                self.forget_remembered() | self.retain() | self.index()
             }
             false => {
                 self.catch_up();
+                self.forget_remembered();
                 false
             }
         };
@@ -359,25 +364,35 @@ impl Writer {
         (self.room)(&self.path).is_none_or(|room| room.left + free >= wanted.saturating_add(unmoved))
     }
 
-    /// How much of the room that is left alone new pairs leave: where they take the place of old ones the file does not grow.
+    /// Quarters of `KEPT_ROOM` that new pairs must leave: one where each replaces an old pair and the file stays as it is.
     fn quarters(&self) -> u64 {
         if self.max_rows > 0 && self.rows >= self.max_rows { 1 } else { 4 }
     }
 
     /// Drops old notes of requests that must not be asked twice.
-    fn forget_remembered(&mut self) {
-        if Instant::now() >= self.next_forgetting {
-            self.next_forgetting = Instant::now() + RETENTION_TICK;
-            self.transact("pruned", |connection| connection.execute(include_str!("../../sql/queries/forget_remembered.sql"), []));
+    /// Forgets some of the requests with an `Idempotency-Key` that nobody may repeat any more; true when there may be more
+    /// to do.
+    fn forget_remembered(&mut self) -> bool {
+        if Instant::now() < self.next_forgetting {
+            return false;
         }
+        let forgotten = self.transact("cleared of old requests", |connection| {
+            connection.execute(include_str!("../../sql/queries/forget_remembered.sql"), [FORGET_REQUESTS as i64])
+        });
+        let more = forgotten == Some(FORGET_REQUESTS);
+        if !more {
+            self.next_forgetting = Instant::now() + RETENTION_TICK;
+        }
+        more
     }
 
-    /// The same as `transact` for what writes pairs or stands for that: what becomes of it says whether they can be kept.
+    /// `transact` for pairs and trial writes, whose result also sets `failing`: whether pairs can be kept at present.
     fn attempt<T>(&mut self, what: &str, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Option<T> {
         let result = self.transact(what, work);
         let failing = result.is_none();
         if self.state.failing.swap(failing, Ordering::Relaxed) && !failing {
             log::info!("history can be written again");
+            self.next_indexing = Instant::now();
         }
         result
     }
@@ -588,6 +603,63 @@ mod tests {
         let deleted = writer.write(|connection| connection.execute("DELETE FROM history WHERE id > 708", []));
         assert_eq!(deleted, Ok(10));
         assert!(writer.index() && !writer.index(), "nothing is left to do");
+        remove(writer);
+    }
+
+    /// As when somebody gives ids by the clock.
+    #[test]
+    fn far_between_ids_is_not_far_behind() {
+        let mut writer = writer("far");
+        append(&mut writer, 1, 2);
+        let by_hand = "INSERT INTO history VALUES (1760000000000000000, '', '', '', '', '', NULL, NULL, NULL, NULL, 0)";
+        assert_eq!(writer.write(|connection| connection.execute(by_hand, [])), Ok(1));
+        append(&mut writer, 1, 2);
+        writer.catch_up();
+        assert_eq!(writer.indexed, 1760000000000000001, "and there is an end to it");
+        remove(writer);
+    }
+
+    #[test]
+    fn an_index_that_fails_rests_the_longer_the_longer_it_fails_and_no_more_where_pairs_are_kept_again() {
+        let mut writer = writer("rest");
+        append(&mut writer, 1, 2);
+        let full: fn(&Path) -> Option<Room> = |_| Some(Room { left: 0, total: 1 << 30 });
+        let roomy = std::mem::replace(&mut writer.room, full);
+        for (seconds, next) in [(1, 2), (2, 4), (4, 8)] {
+            writer.next_indexing = Instant::now();
+            assert!(writer.indexing_rest == Duration::from_secs(seconds) && !writer.index());
+            assert!(writer.is_index_failing() && writer.indexing_rest == Duration::from_secs(next));
+        }
+        writer.attempt("written", |_| Err::<(), _>(disk_full()));
+        writer.room = roomy;
+        append(&mut writer, 1, 2);
+        assert!(!writer.is_index_failing() && writer.index());
+        assert_eq!((writer.indexed, writer.indexing_rest), (2, INDEXING_REST));
+        remove(writer);
+    }
+
+    #[test]
+    fn what_was_noted_of_a_request_goes_with_its_pair() {
+        let mut writer = writer("noted");
+        append(&mut writer, 4, 2);
+        let change = |writer: &mut Writer, sql: &str| writer.write(|connection| connection.execute_batch(sql)).expect("changed");
+        let note = "INSERT INTO idempotency SELECT 'k', id, '/', x'', NULL, id, unixepoch() + id FROM history";
+        let date = "UPDATE history SET created_at = strftime('%Y-%m-%dT%H:%M:%fZ', unixepoch() + id, 'unixepoch')";
+        change(&mut writer, &format!("{note}; {date}"));
+        let set_back = "UPDATE history SET created_at = '2100-01-01T00:00:00.000Z'";
+        for (sql, left) in [
+            ("DELETE FROM history WHERE id = 1", "2,3,4"),
+            ("DELETE FROM history WHERE id = 3", "2,3,4"),
+            ("DELETE FROM history WHERE id = 2", "4"),
+            (set_back, "4"),
+        ] {
+            change(&mut writer, sql);
+            writer.next_forgetting = Instant::now();
+            assert!(!writer.forget_remembered());
+            let ids = "SELECT group_concat(history_id) FROM (SELECT history_id FROM idempotency ORDER BY history_id)";
+            let ids = writer.write(|connection| connection.query_row(ids, [], |row| row.get::<_, String>(0)));
+            assert_eq!(ids.as_deref(), Ok(left), "{sql}");
+        }
         remove(writer);
     }
 

@@ -466,6 +466,23 @@ fn trouble_with_the_database_is_503_history_unavailable_and_passes_by_itself() {
     assert_eq!(proxy.count_rows(), 2, "what was refused is not stored");
 }
 
+/// A trial write goes where pairs go: nobody pays for an answer that cannot be kept.
+#[test]
+fn where_pairs_cannot_be_kept_although_the_file_can_be_written_the_llm_is_asked_once() {
+    let upstream = FakeUpstream::always(answer("Yes"));
+    let proxy = Proxy::facing(&upstream).start();
+    let refuse = "CREATE TRIGGER no BEFORE INSERT ON history BEGIN SELECT raise(ABORT, 'no'); END";
+    proxy.database().execute_batch(refuse).expect("made");
+    for _ in 0..4 {
+        proxy.ask("Well?").expect_error(503, "history_unavailable");
+    }
+    assert_eq!((upstream.calls(), proxy.get("/readyz").status), (1, 503));
+    proxy.database().execute_batch("DROP TRIGGER no").expect("gone");
+    eventually("ready again", || proxy.get("/readyz").status == 200);
+    assert_eq!(proxy.ask("Well?").status, 200);
+    assert_eq!(proxy.count_rows(), 1, "what was tried is not there");
+}
+
 #[test]
 fn a_stream_that_cannot_be_stored_ends_in_an_error_and_not_in_done() {
     let proxy = Proxy::start();

@@ -2,7 +2,7 @@
 //! not what is searched for.
 
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
 
@@ -16,6 +16,9 @@ const CHORE_BYTES: i64 = 256 << 10;
 pub(super) const MOST_UNINDEXED: i64 = 200_000;
 /// The same in bytes of text.
 pub(super) const MOST_UNINDEXED_BYTES: i64 = 64 << 20;
+
+/// The index rests so long after a failure, and twice as long after each further one.
+pub(super) const INDEXING_REST: Duration = Duration::from_secs(1);
 
 /// The last of the rows that are indexed next, and the bytes of their texts; `None` where there are no rows.
 fn bite(connection: &Connection) -> rusqlite::Result<Option<(i64, i64)>> {
@@ -33,12 +36,15 @@ fn bite(connection: &Connection) -> rusqlite::Result<Option<(i64, i64)>> {
 }
 
 impl Writer {
-    /// Under a load that never pauses: one bite of the index after each batch where a search waits for it. Where
-    /// very much is not indexed, the more bites the more that is, so that it does not grow for ever.
+    /// Under a load that never pauses: one bite of the index after each batch where a search waits for it. Else
+    /// one for each `MOST_UNINDEXED` rows (or bytes) not indexed, so that they stay bounded.
     pub fn catch_up(&mut self) {
         let behind = ((self.last_id - self.indexed) / MOST_UNINDEXED).max(self.unindexed_bytes / MOST_UNINDEXED_BYTES);
         for _ in 0..behind.max(i64::from(!self.searches.is_empty())) {
-            self.index();
+            // By ids there may be far more than there are rows.
+            if !self.index() {
+                break;
+            }
         }
     }
 
@@ -69,8 +75,10 @@ impl Writer {
             self.grew(0, 2 * bytes as usize);
             self.indexed = up_to;
             self.unindexed_bytes = if up_to < self.last_id { (self.unindexed_bytes - bytes).max(0) } else { 0 };
+            self.indexing_rest = INDEXING_REST;
         } else {
-            self.next_indexing = Instant::now() + RETENTION_TICK;
+            self.next_indexing = Instant::now() + self.indexing_rest;
+            self.indexing_rest = (2 * self.indexing_rest).min(RETENTION_TICK);
         }
         done.is_some()
     }

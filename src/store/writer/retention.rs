@@ -101,7 +101,7 @@ impl Writer {
         })
     }
 
-    /// After so many rows were deleted, of `most` that would have been.
+    /// Notes that `deleted` rows, of at most `most`, are gone.
     pub(super) fn shrank(&mut self, surplus: &Surplus, deleted: u64, most: u64) {
         self.rows = self.rows.saturating_sub(deleted);
         if surplus.days > 0 && deleted < most {
