@@ -63,15 +63,17 @@ impl Code {
 pub struct ApiError {
     pub code: Code,
     /// For people: the cause, and what to do about it.
-    pub message: String,
+    pub message: Box<str>,
     /// The request field at fault.
     pub param: Option<Box<str>>,
     /// The upstream's account has no money left: `insufficient_quota` is then its `error.type`, as clients know it.
     pub no_quota: bool,
     /// The value of the `Retry-After` header, passed on as it came or in seconds.
-    pub retry_after: Option<String>,
+    pub retry_after: Option<Box<str>>,
     /// Further header fields of the answer.
     pub headers: Vec<Header>,
+    /// For the log: what the upstream did, in none of its words.
+    pub cause: Option<Box<str>>,
 }
 
 /// A header field of an answer: name and value.
@@ -79,9 +81,9 @@ pub type Header = (Cow<'static, str>, String);
 
 impl ApiError {
     /// An error of `code` with a text for people; every 503 gets `Retry-After: 1` here.
-    pub fn new(code: Code, message: impl Into<String>) -> ApiError {
-        let retry_after = (code.status() == 503).then(|| "1".to_string());
-        ApiError { code, message: message.into(), param: None, no_quota: false, retry_after, headers: Vec::new() }
+    pub fn new(code: Code, message: impl Into<Box<str>>) -> ApiError {
+        let retry_after = (code.status() == 503).then(|| "1".into());
+        ApiError { code, message: message.into(), param: None, no_quota: false, retry_after, headers: Vec::new(), cause: None }
     }
 
     /// Nobody is there any more to be answered: it stands in the log only.
@@ -95,7 +97,7 @@ impl ApiError {
     }
 
     /// A 422 that names the field at fault.
-    pub fn invalid(param: &str, message: impl Into<String>) -> ApiError {
+    pub fn invalid(param: &str, message: impl Into<Box<str>>) -> ApiError {
         ApiError { param: Some(param.into()), ..ApiError::new(Code::INVALID_REQUEST, message) }
     }
 

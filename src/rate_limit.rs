@@ -57,7 +57,7 @@ impl RateLimit {
             Code::RATE_LIMITED,
             format!("this key may ask {} questions a minute; the next in {wait} s", self.per_minute),
         );
-        error.retry_after = Some(wait.to_string());
+        error.retry_after = Some(wait.to_string().into());
         error.headers = headers;
         Err(error)
     }

@@ -114,7 +114,7 @@ pub fn run(
             }
             Err(failure) => {
                 drop(events);
-                if !(failure.passing && draft.first_event.is_none() && line.fall_back(chat)) {
+                if !(failure.passing && draft.first_event.is_none() && line.fall_back(chat, &failure.error)) {
                     return cut_short(line.give_up(failure.error), end, store, draft);
                 }
             }
@@ -181,7 +181,7 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
     Err(events.failed(broken_by(began), "the LLM's stream ended before its answer was complete").into())
 }
 
-/// What a stream that fails by what came of it is: one that broke off, where it had begun, or no answer.
+/// The code for a stream whose events are at fault: it broke off if it had begun, else it is no answer.
 fn broken_by(began: bool) -> Code {
     if began { Code::UPSTREAM_ERROR } else { Code::UPSTREAM_BAD_ANSWER }
 }
@@ -206,7 +206,7 @@ fn take_in(data: &[u8], draft: &mut Draft, events: &Events) -> Result<bool, NoAn
     }
     draft.pair.usage = chunk.usage.or(draft.pair.usage);
     draft.answered |= chunk.has_choice;
-    Ok(draft.wants_usage || chunk.has_choice || chunk.usage.is_none())
+    Ok(draft.wants_usage || chunk.has_choice || !chunk.has_usage)
 }
 
 // What comes after the last event is not inlined: each stream waits with every page of stack that was used.
@@ -231,8 +231,13 @@ fn complete(done: &[u8], end: &ClientEnd, store: &Store, is_alone: bool, draft: 
 fn cut_short(e: ApiError, end: &ClientEnd, store: &Store, mut draft: Box<Draft>) -> Result<Streamed, ApiError> {
     let e = end.reason(e);
     let gone = e.code == Code::CLIENT_GONE;
-    if end.is_unanswered() && !gone {
-        return Err(e);
+    let is_unanswered = end.is_unanswered();
+    if is_unanswered {
+        if !gone {
+            return Err(e);
+        }
+        // What is no stream for the metrics has used no tokens.
+        draft.pair.usage = None;
     }
     let reason = if matches!(e.code, Code::CLIENT_GONE | Code::SHUTTING_DOWN) { e.code } else { Code::UPSTREAM_ERROR };
     draft.pair.finish_reason = Some(reason.name().to_string());
@@ -241,7 +246,7 @@ fn cut_short(e: ApiError, end: &ClientEnd, store: &Store, mut draft: Box<Draft>)
         log::warn!("a stream that was cut short is not in the history: {}", e.message);
     }
     if gone {
-        return if end.is_unanswered() { Err(e) } else { Ok(Streamed { bytes: end.abort(), failure: Some(e.code), ..streamed }) };
+        return if is_unanswered { Err(e) } else { Ok(Streamed { bytes: end.abort(), failure: Some(e.code), ..streamed }) };
     }
     Ok(fail(&e, end, streamed))
 }

@@ -117,6 +117,9 @@ impl Splitter {
             self.lines.reserve(whole.len() + 2);
             self.lines.extend_from_slice(whole);
             self.lines.push(b'\n');
+        } else if let Some(error) = whole.strip_prefix(b"error:").filter(|error| error.trim_ascii_start().starts_with(b"{")) {
+            // A field of llama.cpp's own, until 2025; what has no name for it would take the answer for whole.
+            self.lines.extend_from_slice(&[b"data: {\"error\":", error, b"}\n"].concat());
         } else {
             self.noise += whole.len() + 1;
         }
@@ -151,6 +154,12 @@ mod tests {
         }
         let bytes: Vec<&[u8]> = stream.chunks(1).collect();
         assert_eq!(split(&bytes), whole);
+    }
+
+    #[test]
+    fn an_error_in_a_field_of_its_own_is_an_event() {
+        let said = split(&[b"error: {\"code\":500}\n\nerror: no JSON\n\nerrors: {}\n\ndata: a\n\n"]);
+        assert_eq!(said, ["{\"error\": {\"code\":500}}", "a"]);
     }
 
     #[test]

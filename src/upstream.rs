@@ -36,6 +36,8 @@ pub use failure::Failure;
 
 /// Characters of a message that repeats the upstream's words.
 const MAX_WORDS: usize = 1200;
+/// How long the rest of an error answer is waited for.
+const WORDS_PATIENCE: Duration = Duration::from_secs(2);
 const FIRST_BACKOFF: Duration = Duration::from_millis(250);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(8);
 
@@ -130,8 +132,10 @@ impl Upstream {
         text
     }
 
-    fn failed(&self, code: Code, text: &str) -> ApiError {
-        ApiError::new(code, self.redact(text))
+    /// What the LLM did, in our own words, and what it says, without secrets; empty: nothing.
+    fn failed(&self, code: Code, what: &str, words: &str) -> ApiError {
+        let message = if words.is_empty() { self.redact(what) } else { self.redact(&format!("{what}: {words}")) };
+        ApiError { cause: Some(self.redact(what).into()), ..ApiError::new(code, message) }
     }
 
     /// The fields of the upstream's head that mean something to its clients, where their values are sane.
@@ -169,7 +173,9 @@ pub struct Line {
     deadline: Instant,
     /// It was sent again after a failure.
     has_retried: bool,
-    /// The connection takes something from others while it is idle.
+    /// How the upstream calls it in its own logs, as far as it said.
+    its_id: Option<String>,
+    /// An idle connection occupies a thread of the server's.
     is_costly: bool,
 }
 
@@ -178,7 +184,15 @@ impl Line {
     pub fn new(upstream: &Arc<Upstream>) -> Line {
         let watch = Watch::default();
         let agent = upstream.agent(&watch);
-        Line { upstream: Arc::clone(upstream), agent, watch, deadline: Instant::now(), has_retried: false, is_costly: false }
+        Line {
+            upstream: Arc::clone(upstream),
+            agent,
+            watch,
+            deadline: Instant::now(),
+            has_retried: false,
+            its_id: None,
+            is_costly: false,
+        }
     }
 
     /// What another thread calls to end the stream that this client has left, where it is under way: the worker, which
@@ -204,7 +218,7 @@ impl Line {
             let (body, headers) = match self.upstream.config.mode {
                 Mode::Upstream => {
                     let response = self.call(chat)?;
-                    let headers = self.upstream.passed_on(response.headers());
+                    let headers = self.hear(response.headers());
                     (self.body(response)?, headers)
                 }
                 _ => {
@@ -218,9 +232,12 @@ impl Line {
                     completion.finish_reason = completion.finish_reason.map(|reason| self.upstream.redact(&reason));
                     return Ok(Answered { body, completion, headers });
                 }
-                Err(no) if no.passing && self.fall_back(chat) => {}
                 Err(no) => {
-                    return Err(self.upstream.failed(Code::UPSTREAM_BAD_ANSWER, &format!("the LLM gave no answer: {}", no.why)));
+                    let what = format!("the LLM gave no answer: {}", no.why);
+                    let e = self.upstream.failed(Code::UPSTREAM_BAD_ANSWER, &what, &no.words);
+                    if !(no.passing && self.fall_back(chat, &e)) {
+                        return Err(e);
+                    }
                 }
             }
         }
@@ -249,17 +266,39 @@ impl Line {
         self.agent = self.upstream.agent(&self.watch);
     }
 
-    /// Counts a question as failed. Returns its error, which tells clients not to try again where that would multiply our
-    /// own attempts or take as long once more.
+    /// Counts a question as failed, and says in the log what the upstream did. Returns its error, which tells clients not to
+    /// try again where that would multiply our own attempts or take as long once more.
+    // Not inlined: a stream would keep room on its stack for what only this needs.
+    #[inline(never)]
     pub fn give_up(&self, e: ApiError) -> ApiError {
+        self.tell(&e);
         self.upstream.metrics.upstream_error(e.code);
         if self.has_retried || e.code == Code::UPSTREAM_TIMEOUT { e.pointless_to_retry() } else { e }
     }
 
-    /// Turns to the next fallback model, where there is one and time for it.
-    pub fn fall_back(&self, chat: &mut Chat) -> bool {
+    /// Notes how the upstream calls the question; returns the fields of its answer's head that mean something to clients.
+    fn hear(&mut self, headers: &HeaderMap) -> Vec<Header> {
+        let fields = self.upstream.passed_on(headers);
+        self.its_id = fields.iter().find(|(name, _)| name == "x-request-id").map(|(_, id)| id.clone());
+        fields
+    }
+
+    /// Says in the log what the upstream did.
+    fn tell(&self, e: &ApiError) {
+        let Some(cause) = &e.cause else { return };
+        let its_id = self.its_id.as_ref().map(|id| format!(", its request {id}"));
+        log::warn!("{cause}{}", its_id.unwrap_or_default());
+    }
+
+    /// Turns to the next fallback model after this failure, where there is one and time for it.
+    #[inline(never)]
+    pub fn fall_back(&self, chat: &mut Chat, e: &ApiError) -> bool {
         let falls_back = Instant::now() < self.deadline && chat.fall_back(&self.upstream.config.fallback_models);
-        self.upstream.metrics.upstream_fallbacks.add(falls_back.into());
+        if falls_back {
+            self.upstream.metrics.upstream_fallbacks.inc();
+            self.tell(e);
+            log::warn!("{:.100?} is asked next, after {}", chat.model, e.code.name());
+        }
         falls_back
     }
 
@@ -276,37 +315,37 @@ impl Line {
         }
         self.begin();
         self.watch.begin(client, self.deadline);
-        let result = self.ask_for_models(path);
+        let result = match self.ask_for_models(path) {
+            Err(failure) if failure.unknown_model && !path.is_empty() => self.model_of_list(path),
+            result => result.map_err(|failure| failure.error),
+        };
         self.end();
         result.map_err(|e| self.give_up(e))
     }
 
-    fn ask_for_models(&mut self, path: &str) -> Result<(Vec<u8>, Vec<Header>), ApiError> {
+    fn ask_for_models(&mut self, path: &str) -> Result<(Vec<u8>, Vec<Header>), Box<Failure>> {
         let mut request = self.upstream.request.clone();
         request.method = Method::GET;
         request.headers.remove(header::CONTENT_TYPE);
         let url = format!("{}/models{path}", self.upstream.config.upstream.base);
         request.uri = url.parse().map_err(|_| no_model())?;
-        let answer = match self.attempts(&request, b"") {
-            Ok(answer) => answer,
-            Err(failure) if failure.unknown_model && !path.is_empty() => return self.model_of_list(path),
-            Err(failure) => return Err(failure.told()),
-        };
-        let headers = self.upstream.passed_on(answer.headers());
+        let answer = self.attempts(&request, b"")?;
+        let headers = self.hear(answer.headers());
         let body = self.body(answer)?;
         if !openai::is_model_answer(&body) {
-            return Err(self.upstream.failed(Code::UPSTREAM_BAD_ANSWER, "the LLM answered with something else than models"));
+            return Err(self
+                .upstream
+                .failed(Code::UPSTREAM_BAD_ANSWER, "the LLM answered with something else than models", "")
+                .into());
         }
         Ok((body, headers))
     }
 
     /// The same of the list: some servers, such as llama.cpp's, have nothing else.
     fn model_of_list(&mut self, path: &str) -> Result<(Vec<u8>, Vec<Header>), ApiError> {
-        let (list, headers) = self.ask_for_models("").map_err(|e| match e.code {
-            // There is no list either.
-            Code::UPSTREAM_ERROR | Code::UPSTREAM_BAD_ANSWER => no_model(),
-            _ => e,
-        })?;
+        // Where there is no list either, there is no such model.
+        let unlisted = |failure: Box<Failure>| if failure.unknown_model { no_model() } else { failure.error };
+        let (list, headers) = self.ask_for_models("").map_err(unlisted)?;
         let name = path.strip_prefix('/').and_then(openai::model_in_path);
         let model = name.and_then(|name| openai::model_of_list(&list, &name));
         model.map(|model| (model, headers)).ok_or_else(no_model)
@@ -331,11 +370,9 @@ impl Line {
             if failure.refuses_usage && chat.drop_usage() {
                 continue;
             }
-            let (helps, error) = (failure.passing || failure.unknown_model, failure.told());
-            if !helps || !self.fall_back(chat) {
-                return Err(error);
+            if !(failure.passing || failure.unknown_model) || !self.fall_back(chat, &failure.error) {
+                return Err(failure.error);
             }
-            log::warn!("{:.100?} is asked next, after {}", chat.model, error.code.name());
         }
     }
 
@@ -344,12 +381,13 @@ impl Line {
         let mut retries = 0;
         loop {
             self.watch.note_reuse(false);
+            self.its_id = None;
             self.upstream.metrics.upstream_attempts.inc();
             let attempt = match request.method {
                 Method::GET => self.agent.run(Request::from_parts(request.clone(), ())),
                 _ => self.agent.run(Request::from_parts(request.clone(), body)),
             };
-            // A new one costs more where it is one of TLS.
+            // Over TLS a new connection costs more.
             let is_plain = request.uri.scheme_str() == Some("http");
             self.is_costly = is_plain && attempt.as_ref().is_ok_and(counts_requests);
             let failure = match attempt {
@@ -358,7 +396,7 @@ impl Line {
                     self.close();
                     continue;
                 }
-                Ok(response) => self.upstream.refused(response),
+                Ok(response) => self.refused(response),
                 Err(e) => {
                     let ended = self.watch.ended();
                     // A kept connection may have died while nobody looked; that costs nobody an attempt.
@@ -382,9 +420,23 @@ impl Line {
             retries += 1;
             self.has_retried = true;
             self.upstream.metrics.upstream_retries.inc();
-            log::debug!("attempt {retries} failed, next in {wait:?}: {}", failure.logged);
+            log::debug!("attempt {retries} failed, next in {wait:?}: {}", failure.error.cause.as_deref().unwrap_or_default());
             self.spare();
             self.think(wait)?;
+        }
+    }
+
+    /// An answer that refuses the question. Its words are not waited for as an answer is: a retry or another model may help.
+    fn refused(&mut self, response: Response<Body>) -> Box<Failure> {
+        self.hear(response.headers());
+        let until = self.watch.until();
+        let patience = Instant::now() + WORDS_PATIENCE;
+        self.watch.bound(Some(until.map_or(patience, |until| until.min(patience))));
+        let failure = self.upstream.refused(response);
+        self.watch.bound(until);
+        match self.watch.ended() {
+            Some(ended) => self.upstream.ended(ended).into(),
+            None => failure,
         }
     }
 
@@ -399,13 +451,13 @@ impl Line {
         let result = reader.take((config::MAX_ANSWER + 1 - body.len()) as u64).read_to_end(&mut body);
         if body.len() > config::MAX_ANSWER {
             let text = format!("the LLM's answer is larger than {} bytes", config::MAX_ANSWER);
-            return Err(self.upstream.failed(Code::UPSTREAM_BAD_ANSWER, &text));
+            return Err(self.upstream.failed(Code::UPSTREAM_BAD_ANSWER, &text, ""));
         }
         match result {
             Ok(_) => Ok(body),
             Err(e) => Err(match self.watch.ended() {
                 Some(ended) => self.upstream.ended(ended),
-                None => self.upstream.failed(Code::UPSTREAM_BAD_ANSWER, &format!("the LLM's answer broke off: {e}")),
+                None => self.upstream.failed(Code::UPSTREAM_BAD_ANSWER, &format!("the LLM's answer broke off: {e}"), ""),
             }),
         }
     }
@@ -420,8 +472,8 @@ fn is_farewell(response: &Response<Body>) -> bool {
     response.status() == StatusCode::REQUEST_TIMEOUT && closes
 }
 
-/// What servers say that have a thread for each connection, such as llama.cpp's, and some others: who waits for one is not
-/// to wait until the idle ones end.
+/// `Keep-Alive: max=` is sent by servers with a thread for each connection, such as llama.cpp's: an idle connection
+/// there keeps somebody waiting.
 fn counts_requests(response: &Response<Body>) -> bool {
     let says = response.headers().get("keep-alive").and_then(|value| value.to_str().ok());
     says.is_some_and(|says| says.split(',').any(|says| says.trim_ascii_start().starts_with("max=")))

@@ -1,4 +1,4 @@
-//! The way out of a request: the right to answer it, its line in the log, its place in the metrics. Knows no endpoint.
+//! The way out of a request: the right to answer it, its line in the log, its place in the metrics. Knows endpoints by their names only.
 
 use std::borrow::Cow;
 use std::net::SocketAddr;
@@ -53,7 +53,7 @@ pub struct Exit {
 }
 
 impl Exit {
-    /// Sends an answer. Always `None`: nothing is left to do of the request, whatever the caller has for that.
+    /// Sends an answer. Always `None`, of any type, which callers return in turn: nothing is left for a worker.
     pub fn send<T>(self, reply: Reply, model: Option<String>) -> Option<T> {
         self.finish(reply, None, model, None);
         None
@@ -96,7 +96,7 @@ impl Exit {
             return None;
         }
         let mut reply = Reply::json(status, e.to_json(&self.entry.id));
-        reply.headers.extend(e.retry_after.map(|wait| (Cow::Borrowed("Retry-After"), wait)));
+        reply.headers.extend(e.retry_after.map(|wait| (Cow::Borrowed("Retry-After"), wait.into_string())));
         reply.headers.extend(e.headers);
         self.finish(reply, None, None, code);
         None

@@ -25,7 +25,7 @@ pub struct Completion {
 /// Reads the body of a 200. Errs when it is no answer: not JSON, without choices, or an `error` in place
 /// of one.
 pub fn parse_completion(body: &[u8]) -> Result<Completion, NoAnswer> {
-    let answer: Answer = from_json(body).map_err(|e| format!("its answer is not a chat completion: {e}"))?;
+    let answer: Answer = from_json(body).map_err(|e| NoAnswer::other("its answer is not a chat completion", e))?;
     answer.no_error("it answered with an error", body)?;
     let mut choices = answer.choices.map_or_else(Vec::new, |Few(choices)| choices);
     if choices.is_empty() {
@@ -89,6 +89,8 @@ pub struct Chunk<'a> {
     /// Of further choices (`n` > 1), which reach the client and not the history: which, and whether it is finished.
     pub others: Vec<(u64, bool)>,
     pub usage: Option<Usage>,
+    /// It has a usage, counted or not.
+    pub has_usage: bool,
     /// Without one it is a frame around the answer: the usage, what a filter says, or nothing we know.
     pub has_choice: bool,
 }
@@ -100,10 +102,10 @@ fn reason(given: Option<Words>) -> Option<Cow<str>> {
 
 /// Reads the data of one event that is not `[DONE]`. Errs when it is an error or no chunk.
 pub fn parse_chunk(data: &[u8]) -> Result<Chunk<'_>, NoAnswer> {
-    let answer: Answer = from_json(data).map_err(|e| format!("an event of its stream is not a chunk: {e}"))?;
+    let answer: Answer = from_json(data).map_err(|e| NoAnswer::other("an event of its stream is not a chunk", e))?;
     answer.no_error("its stream broke off with an error", data)?;
-    let usage = usage(answer.usage);
-    let mut chunk = Chunk { model: answer.model.map(|Words(model)| model), usage, ..Chunk::default() };
+    let (has_usage, usage) = (answer.usage.is_some(), usage(answer.usage));
+    let mut chunk = Chunk { model: answer.model.map(|Words(model)| model), usage, has_usage, ..Chunk::default() };
     let choices = answer.choices.map_or_else(Vec::new, |Few(choices)| choices);
     chunk.has_choice = !choices.is_empty();
     for choice in choices {
@@ -128,17 +130,24 @@ struct Answer<'a> {
     usage: Option<Counts>,
     error: Option<&'a RawValue>,
     object: Option<&'a RawValue>,
+    message: Option<&'a RawValue>,
+    code: Option<&'a RawValue>,
 }
 
-object!(Answer<'de> { choices, error, object } wishes { model, usage });
+object!(Answer<'de> { choices, error, object, message, code } wishes { model, usage });
 
 impl Answer<'_> {
     /// Errs where it is an error or has one, by what `json` says; `what` its sender did.
     fn no_error(&self, what: &str, json: &[u8]) -> Result<(), NoAnswer> {
         no_error(what, self.error)?;
-        // Another form of it, without a frame.
-        let is_error = self.choices.is_none() && self.object.is_some_and(|object| object.get() == "\"error\"");
-        if is_error { Err(NoAnswer::error(what, &String::from_utf8_lossy(json))) } else { Ok(()) }
+        // Other forms of it, without a frame: vLLM's, llama.cpp's.
+        let says_so = self.object.is_some_and(|object| object.get() == "\"error\"");
+        let says_why = self.message.is_some_and(|message| message.get().starts_with('"')) && self.code.is_some_and(is_error);
+        if self.choices.is_none() && (says_so || says_why) {
+            Err(NoAnswer::error(what, &String::from_utf8_lossy(json)))
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -228,7 +237,7 @@ mod tests {
     #[test]
     fn what_is_not_utf8_is_no_json_also_where_nobody_reads_it() {
         let chunk = b"{\"id\":\"\xff\",\"choices\":[{\"index\":0,\"delta\":{\"content\":\"a\"}}]}";
-        assert!(parse_chunk(chunk).is_err_and(|no| no.why.contains("utf-8")));
+        assert!(parse_chunk(chunk).is_err_and(|no| no.words.contains("utf-8")));
         assert!(parse_chunk(&chunk.map(|b| if b == 0xff { b'x' } else { b })).is_ok());
     }
 
@@ -275,12 +284,12 @@ mod tests {
             ("<html>", "not a chat completion"),
             (r#"{"id":1}"#, "no choices"),
             (r#"{"choices":[]}"#, "no choices"),
-            (r#"{"object":"error","message":"Overloaded","code":503}"#, "with an error: Overloaded"),
+            (r#"{"object":"error","message":"Overloaded","code":503}"#, "with an error Overloaded"),
             (r#"{"choices":[{}]}"#, "no message"),
             (r#"{"error":{"code":502,"message":"Provider down"}}"#, "Provider down"),
         ] {
             let e = parse_completion(body.as_bytes()).expect_err("no answer");
-            assert!(e.why.contains(why), "{e:?}");
+            assert!(format!("{} {}", e.why, e.words).contains(why), "{e:?}");
         }
     }
 
@@ -311,9 +320,9 @@ mod tests {
         assert_eq!(parse_chunk(br#"{"id":"x"}"#), Ok(Chunk::default()));
         let e = parse_chunk(br#"{"error":{"code":429,"message":"slow down"},"choices":[{"finish_reason":"error"}]}"#);
         let e = e.expect_err("an error");
-        assert!(e.why.contains("slow down") && e.passing);
+        assert!(e.words.contains("slow down") && e.passing);
         let e = parse_chunk(br#"{"object":"error","message":"out of memory","type":"InternalServerError","code":500}"#);
         let e = e.expect_err("an error");
-        assert!(e.why.contains("out of memory") && e.passing);
+        assert!(e.words.contains("out of memory") && e.passing);
     }
 }

@@ -14,17 +14,24 @@ const LARGE_ERROR: usize = 64 * 1024;
 pub struct NoAnswer {
     /// For people.
     pub why: String,
+    /// What it says itself, or what is wrong with that; empty where there is nothing more to say.
+    pub words: String,
     /// An error that may not be there the next time, or with another model, by the code in it.
     pub passing: bool,
 }
 
 impl From<String> for NoAnswer {
     fn from(why: String) -> NoAnswer {
-        NoAnswer { why, passing: false }
+        NoAnswer { why, words: String::new(), passing: false }
     }
 }
 
 impl NoAnswer {
+    /// Something else than was asked for; `words` say what is wrong with it.
+    pub(super) fn other(why: &str, words: String) -> NoAnswer {
+        NoAnswer { words, ..why.to_string().into() }
+    }
+
     /// Holds more than an answer may.
     pub fn too_large() -> NoAnswer {
         format!("its answer is larger than {MAX_ANSWER} bytes").into()
@@ -32,9 +39,18 @@ impl NoAnswer {
 
     pub(super) fn error(what: &str, error: &str) -> NoAnswer {
         let error = &readable(error);
-        let code = &error["code"];
-        let code = code.as_u64().or_else(|| code.as_str()?.parse().ok());
-        NoAnswer { why: format!("{what}: {}", error_words(error)), passing: matches!(code, Some(404 | 408 | 429 | 500..=599)) }
+        NoAnswer { why: what.to_string(), words: error_words(error), passing: may_pass(error) }
+    }
+}
+
+/// What other servers than OpenRouter say of an error that may not be there the next time.
+const PASSING: [&str; 4] = ["server_error", "rate_limit_exceeded", "rate_limit_error", "overloaded_error"];
+
+fn may_pass(error: &Value) -> bool {
+    let code = &error["code"];
+    match code.as_u64().or_else(|| code.as_str()?.parse().ok()) {
+        Some(code) => matches!(code, 404 | 408 | 429 | 500..=599),
+        None => [code, &error["type"]].iter().any(|word| word.as_str().is_some_and(|word| PASSING.contains(&word))),
     }
 }
 
@@ -78,9 +94,24 @@ fn readable(json: &str) -> Value {
     error.unwrap_or_else(|| json.chars().take(LARGE_ERROR).collect::<String>().into())
 }
 
-/// What people read of an error; its code, where that is a word, by which programs tell it from others, or the type where
-/// the code is but a number.
+/// What people read of an error, and of the error behind it where a router tells that of another server
+/// (<https://openrouter.ai/docs/api/reference/errors-and-debugging>).
 fn error_words(error: &Value) -> String {
+    let metadata = &error["metadata"];
+    let behind = match &metadata["raw"] {
+        Value::Null => None,
+        Value::String(raw) => Some(error_told(raw.as_bytes()).0),
+        raw => Some(words(bare(raw))),
+    };
+    let provider = metadata["provider_name"].as_str().filter(|_| behind.is_some()).map(one_line);
+    let reasons = metadata["reasons"].as_array().map(|reasons| one_line(&Value::from(reasons.as_slice()).to_string()));
+    let all = [Some(words(error)), provider, behind, reasons].into_iter().flatten().filter(|words| !words.is_empty());
+    all.collect::<Vec<_>>().join(": ")
+}
+
+/// What people read of it alone; its code, where that is a word, by which programs tell it from others, or the type where
+/// the code is but a number.
+fn words(error: &Value) -> String {
     let text = ["message", "detail", "msg"].iter().find_map(|name| error.get(name)?.as_str());
     match text.or(error.as_str()) {
         Some(text) => {
@@ -109,7 +140,7 @@ mod tests {
         let deep = format!("{}{}", "[".repeat(1000), "]".repeat(1000));
         for error in [format!(r#"{{"message":"Overfull","a":[{}0]}}"#, "[0],".repeat(LARGE_ERROR)), deep] {
             let e = parse_completion(format!(r#"{{"error":{error}}}"#).as_bytes()).expect_err("an error");
-            assert!(e.why.contains(&error[..20]) && e.why.len() < 2 * LARGE_ERROR, "{:.100}", e.why);
+            assert!(e.words.contains(&error[..20]) && e.words.len() < 2 * LARGE_ERROR, "{:.100}", e.words);
         }
     }
 
@@ -136,6 +167,10 @@ mod tests {
             (br#"{"detail":"c"}"#, "c"),
             (b"bad gateway\n", "bad gateway"),
             (br#"{"error":{"code":7}}"#, r#"{"code":7}"#),
+            (br#"{"error":{"message":"a","code":400,"metadata":{"raw":"{\"error\":{\"message\":\"b\"}}","provider_name":"P"}}}"#, "a: P: b"),
+            (br#"{"error":{"message":"a","metadata":{"raw":{"detail":"b"}}}}"#, "a: b"),
+            (br#"{"error":{"message":"a","metadata":{"raw":"b\nc","provider_name":"P"}}}"#, "a: P: b c"),
+            (br#"{"error":{"message":"a","metadata":{"raw":"","provider_name":"P","reasons":["b"]}}}"#, "a: P: [\"b\"]"),
         ] {
             assert_eq!(error_told(body).0, text);
         }

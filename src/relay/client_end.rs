@@ -25,7 +25,7 @@ struct State {
     /// The request's own id, and the upstream's where that stands in for it.
     id: String,
     upstream_id: Option<String>,
-    /// The head takes in fields of the upstream's; true: but for its id.
+    /// `Some`: pass on the upstream's fields, its id only if false.
     upstream_head: Option<bool>,
     last_sent: Instant,
     /// There once a worker has taken the stream.

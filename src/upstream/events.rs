@@ -74,7 +74,7 @@ impl Line {
             return Ok((Source::Mock(chunks.collect()), Vec::new()));
         }
         let response = self.call(chat)?;
-        let headers = self.upstream.passed_on(response.headers());
+        let headers = self.hear(response.headers());
         let content_type = response.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
         let says_json = content_type.is_some_and(|value| media_type(value).ends_with("json"));
         let shape = if says_json { Shape::Json } else { Shape::Unknown };
@@ -104,6 +104,7 @@ impl Events<'_> {
             Source::Upstream { reader, splitter, shape } => {
                 let mut buffer = [0; 1024];
                 while events.len() == before {
+                    self.line.watch.piece_came();
                     let read = match reader.read(&mut buffer) {
                         Ok(0) => return Ok(self.last(events)),
                         Ok(read) => &buffer[..read],
@@ -204,12 +205,13 @@ impl Events<'_> {
 
     /// A failure by what came, without secrets; `what` the LLM did.
     pub fn no_answer(&self, code: Code, what: &str, no: &NoAnswer) -> Box<Failure> {
-        Box::new(Failure { passing: no.passing, ..self.failed(code, &format!("the LLM {what}: {}", no.why)).into() })
+        let error = self.line.upstream.failed(code, &format!("the LLM {what}: {}", no.why), &no.words);
+        Box::new(Failure { passing: no.passing, ..error.into() })
     }
 
-    /// A failure in the stream's own words, without secrets.
+    /// A failure in our own words.
     pub fn failed(&self, code: Code, text: &str) -> ApiError {
-        self.line.upstream.failed(code, text)
+        self.line.upstream.failed(code, text, "")
     }
 }
 

@@ -9,7 +9,7 @@ use ureq::http::{HeaderMap, Response, header};
 
 use super::Upstream;
 use super::watch::Ended;
-use crate::error::{ApiError, Code, take_id};
+use crate::error::{ApiError, Code};
 use crate::openai;
 
 /// An error answer is read so far for its words.
@@ -18,8 +18,6 @@ const MAX_ERROR_BODY: u64 = 64 * 1024;
 /// Why an attempt or a stream failed, and whether another may do better.
 pub struct Failure {
     pub error: ApiError,
-    /// For the log: what happened, in none but our own words; empty where the request's line says it all.
-    pub(super) logged: String,
     /// It may go by: another attempt may succeed, or another model.
     pub passing: bool,
     /// How long the upstream asked to be left alone.
@@ -30,20 +28,10 @@ pub struct Failure {
     pub(super) refuses_usage: bool,
 }
 
-impl Failure {
-    /// Its error, after the line in the log.
-    pub(super) fn told(self) -> ApiError {
-        if !self.logged.is_empty() {
-            log::warn!("{}", self.logged);
-        }
-        self.error
-    }
-}
-
 impl From<ApiError> for Failure {
     /// There is no use in another attempt.
     fn from(error: ApiError) -> Failure {
-        Failure { error, logged: String::new(), passing: false, wait: None, unknown_model: false, refuses_usage: false }
+        Failure { error, passing: false, wait: None, unknown_model: false, refuses_usage: false }
     }
 }
 
@@ -97,7 +85,7 @@ impl Upstream {
             Ended::TimedOut => {
                 let text =
                     format!("the LLM did not answer within {} s (UPSTREAM_TIMEOUT_SECS)", self.config.upstream_timeout.as_secs());
-                self.failed(Code::UPSTREAM_TIMEOUT, &text)
+                self.failed(Code::UPSTREAM_TIMEOUT, &text, "")
             }
         }
     }
@@ -118,12 +106,12 @@ impl Upstream {
             ureq::Error::Io(e) => (Code::UPSTREAM_UNAVAILABLE, format!("the LLM cannot be reached: {e}"), true),
             e => (Code::UPSTREAM_BAD_ANSWER, format!("the LLM's answer is not HTTP as it should be: {e}"), false),
         };
-        let mut error = self.failed(code, &text);
+        let mut error = self.failed(code, &text, "");
         // A certificate that is not believed: all else of this code may pass.
         if !passing && code == Code::UPSTREAM_UNAVAILABLE {
             error = error.pointless_to_retry();
         }
-        Box::new(Failure { passing, logged: error.message.clone(), ..error.into() })
+        Box::new(Failure { passing, ..error.into() })
     }
 
     /// An answer with a status that is not a success.
@@ -136,25 +124,21 @@ impl Upstream {
         let (code, what) = match status {
             300..=399 => (Code::UPSTREAM_ERROR, "redirected, which is not followed; check OPENAI_BASE_URL"),
             400 | 413 | 422 => (Code::UPSTREAM_REJECTED, "rejected the request"),
-            401 | 403 => (Code::UPSTREAM_ERROR, "refused the server's key"),
+            401 => (Code::UPSTREAM_ERROR, "refused the server's key"),
+            403 => (Code::UPSTREAM_ERROR, "does not allow this, or not with the server's key"),
             404 => (Code::UPSTREAM_ERROR, "has nothing there; check OPENAI_BASE_URL and the model"),
             408 => (Code::UPSTREAM_TIMEOUT, "was too slow"),
             429 => (Code::UPSTREAM_RATE_LIMITED, "limits the rate"),
             503 | 529 => (Code::UPSTREAM_UNAVAILABLE, "is not available"),
             _ => (Code::UPSTREAM_ERROR, "failed"),
         };
-        let mut logged = format!("the LLM {what} ({status})");
-        let mut error =
-            self.failed(code, &if status < 400 || words.is_empty() { logged.clone() } else { format!("{logged}: {words}") });
+        let mut error = self.failed(code, &format!("the LLM {what} ({status})"), if status < 400 { "" } else { &words });
         let retry_after = retry_after(response.headers());
         if matches!(code.status(), 429 | 503) {
             let clean = retry_after.filter(|value| !self.has_secret(value));
-            error.retry_after = clean.map(str::to_string).or(error.retry_after);
+            error.retry_after = clean.map(Box::from).or(error.retry_after);
         }
-        let mut fields = self.passed_on(response.headers());
-        if let Some(id) = take_id(&mut fields) {
-            logged += &format!(", its request {id}");
-        }
+        let fields = self.passed_on(response.headers());
         error.headers.extend(fields.into_iter().filter(|(name, _)| name.starts_with("x-ratelimit-")));
         // OpenAI's word for an account without money, which no waiting fills.
         let quota = status == 429 && body.windows(18).any(|w| w == b"insufficient_quota");
@@ -168,7 +152,7 @@ impl Upstream {
         }
         let passing = matches!(status, 408 | 429 | 500..=599) && !quota;
         let refuses_usage = code == Code::UPSTREAM_REJECTED && String::from_utf8_lossy(&body).contains("stream_options");
-        Box::new(Failure { error, logged, passing, wait, unknown_model: status == 404, refuses_usage })
+        Box::new(Failure { error, passing, wait, unknown_model: status == 404, refuses_usage })
     }
 }
 

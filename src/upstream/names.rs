@@ -15,7 +15,7 @@ use crate::lock::lock;
 /// A look-up is shared by who comes within this time; later its answer may be lost, and another is begun.
 const SHARED: Duration = Duration::from_secs(2);
 
-/// The look-ups of names, for all connections to one upstream, whose result all take who wait for it. The system's resolver
+/// Look-ups of the upstream's name; who asks while one is under way waits for that one's result. The system's resolver
 /// can only be waited for, so a thread of its own does that; where it hangs, one thread hangs for each two seconds.
 #[derive(Clone, Debug, Default)]
 pub struct Names(Arc<Mutex<Weak<Lookup>>>);

@@ -13,8 +13,8 @@ use super::watch::Watch;
 use super::wire::Wire;
 use crate::error::StartError;
 
-/// Bytes of the library's own buffers, each way, which stay as large as they are: what goes through them in pieces finds
-/// room in ours. With 16 KiB of input an answer's head had to be smaller than that, and each stream kept them.
+/// Bytes of ureq's own buffers, each way, which never grow or shrink; ours behind them do. With 16 KiB each stream kept
+/// 16 KiB, and a larger head did not fit.
 pub const PIECE: usize = 2 * 1024;
 
 /// Makes TLS connections out of those that need it. Shared by all lines: a session that one had can be resumed by another,

@@ -31,8 +31,10 @@ struct Bounds {
     silence: Option<Duration>,
     ended: Option<Ended>,
     reused: bool,
-    /// Nobody waits: a connection is looked at.
+    /// Reads do not wait: `is_open` looks.
     looks: bool,
+    /// Since when a stream's next piece is waited for.
+    since: Option<Instant>,
     /// The socket that a stream comes from.
     source: Option<Arc<TcpStream>>,
 }
@@ -57,12 +59,29 @@ impl Watch {
         bounds.silence = None;
     }
 
+    /// A stream's next piece is waited for from now on.
+    pub fn piece_came(&self) {
+        lock(&self.0).since = None;
+    }
+
+    /// Bounds what is left of the call by this time instead, and forgets that another time was over.
+    pub fn bound(&self, until: Option<Instant>) {
+        let mut bounds = lock(&self.0);
+        bounds.until = until;
+        bounds.ended = bounds.ended.filter(|ended| *ended != Ended::TimedOut);
+    }
+
     /// How long the stream under way, which comes from `source`, may be silent; `None` where the call is none yet. From
     /// now on whoever ends the stream shuts that socket; errs where it was ended before.
     pub fn stream_from(&self, source: &Arc<TcpStream>) -> Result<Option<Duration>, Ended> {
         let mut bounds = lock(&self.0);
-        if bounds.silence.is_some() && bounds.source.is_none() {
-            bounds.source = Some(Arc::clone(source));
+        if let Some(silence) = bounds.silence {
+            bounds.source.get_or_insert_with(|| Arc::clone(source));
+            // Bytes that are no piece, such as trailers without end, do not break it.
+            let since = *bounds.since.get_or_insert_with(Instant::now);
+            if since.elapsed() > silence {
+                bounds.ended.get_or_insert(Ended::TimedOut);
+            }
         }
         bounds.ended.map_or(Ok(bounds.silence), Err)
     }
@@ -161,7 +180,11 @@ impl Watch {
             // Client first: an answer that nobody reads is not worth waiting for, even if it is there.
             Ok(true) if is_watched && !fds[0].revents().is_empty() => Err(Ended::ClientGone),
             Ok(true) => Ok(()),
-            Ok(false) | Err(_) => Err(Ended::TimedOut),
+            Ok(false) => Err(Ended::TimedOut),
+            Err(e) => {
+                log::warn!("the LLM cannot be waited for: {e}");
+                Err(Ended::TimedOut)
+            }
         }
     }
 }

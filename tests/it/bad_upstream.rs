@@ -97,6 +97,67 @@ fn an_upstream_that_never_pauses_is_given_up_when_the_time_is_over() {
     }
 }
 
+/// Bytes that are no piece of a body do not break its silence.
+#[test]
+fn a_stream_whose_trailers_have_no_end_is_given_up() {
+    let head = JSON_HEAD.replace("application/json", "text/event-stream");
+    let start = send(format!("{head}Transfer-Encoding: chunked\r\n\r\n"));
+    for began in [false, true] {
+        let said = if began { vec![start.clone(), event(&delta("Half"))] } else { vec![start.clone()] };
+        let upstream = FakeUpstream::always([said, vec![send("0\r\n"), Step::Repeat(b"X: y\r\n".to_vec())]].concat());
+        let proxy = Proxy::facing(&upstream).set("UPSTREAM_IDLE_SECS", "1").start();
+        let response = proxy.call(&streaming("Well?"));
+        assert!(response.everything().contains("upstream_timeout"), "{response:?}");
+        upstream.wait_until_left(1);
+    }
+}
+
+/// Its words are waited for a moment, not for the whole time that the question has.
+#[test]
+fn an_error_answer_without_an_end_leaves_time_for_another_model() {
+    let upstream = FakeUpstream::answering(|request| match request.json()["model"] == "good" {
+        true if request.is_streaming() => streamed(&["Yes"]),
+        true => answer("Yes"),
+        false => vec![send("HTTP/1.1 500 No\r\nContent-Length: 500\r\n\r\n{\"error\""), Step::Silence],
+    });
+    let setup = Proxy::facing(&upstream).set("OPENAI_FALLBACK_MODELS", "good").set("UPSTREAM_RETRIES", "0");
+    let proxy = setup.start();
+    on_both(&proxy, |path, response| assert_eq!(response.status, 200, "{path}: {response:?}"));
+}
+
+#[test]
+fn a_client_that_leaves_amid_an_error_answer_is_gone() {
+    let upstream = FakeUpstream::always(vec![send("HTTP/1.1 400 No\r\nContent-Length: 500\r\n\r\n{\"error\""), Step::Silence]);
+    let proxy = Proxy::facing(&upstream).start();
+    for (number, path) in ["/api/ask", "/api/streaming"].into_iter().enumerate() {
+        let mut client = proxy.connect();
+        client.send(&post(path, &json!({"question": "Well?"})));
+        upstream.wait_for_calls(number + 1);
+        drop(client);
+        proxy.wait_for_line(|line| line.contains(path) && line.contains("status=499") && line.contains("code=client_gone"));
+    }
+}
+
+/// llama.cpp's servers told errors so until 2025, and `[DONE]` all the same.
+#[test]
+fn an_error_in_a_field_of_its_own_or_without_a_frame_is_one() {
+    let error = r#"{"code":500,"message":"words of its own","type":"server_error"}"#;
+    let field = piece(format!("error: {error}\n\n"));
+    for told in [field, event(error)] {
+        for (began, status) in [(false, 502), (true, 200)] {
+            let said = if began { vec![stream_head(), event(&delta("Half"))] } else { vec![stream_head()] };
+            let upstream = FakeUpstream::always([said, vec![told.clone(), event("[DONE]"), end()]].concat());
+            let proxy = Proxy::facing(&upstream).start();
+            let response = proxy.call(&streaming("Well?"));
+            let text = response.everything();
+            assert!(response.status == status && text.contains("words of its own") && !text.contains("[DONE]"), "{text}");
+            if began {
+                assert_eq!(proxy.newest_of(1)["finish_reason"], "upstream_error");
+            }
+        }
+    }
+}
+
 /// The answer is out, and the upstream goes on within the very chunk that nobody needs.
 #[test]
 fn an_upstream_that_drips_on_after_the_end_does_not_keep_the_worker() {

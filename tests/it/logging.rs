@@ -161,6 +161,51 @@ fn the_log_says_why_the_llm_gave_no_answer_and_not_in_its_words() {
     }
 }
 
+/// Also where it answered 200, and where a stream had begun.
+#[test]
+fn the_log_says_why_what_came_is_no_answer() {
+    let error = r#"{"error":{"code":400,"message":"words of its own"}}"#;
+    let begun = |end: Step| vec![stream_head(), event(&delta("Half")), end];
+    let cases: [(bool, Vec<Step>, &str); 8] = [
+        (false, reply(200, &[], "words of its own"), "the LLM gave no answer: its answer is not a chat completion"),
+        (false, reply(200, &[], r#"{"choices":"words of its own"}"#), "its answer is not a chat completion"),
+        (false, reply(200, &[], error), "it answered with an error"),
+        (false, reply(200, &[], r#"{"choices":[]}"#), "its answer has no choices"),
+        (true, vec![stream_head(), event(error), end()], "its stream broke off with an error"),
+        (true, begun(event(error)), "its stream broke off with an error"),
+        (true, begun(Step::Close), "the LLM's stream broke off"),
+        (true, begun(Step::Silence), "the LLM's stream was silent for 1 s"),
+    ];
+    for (streams, steps, said) in cases {
+        let upstream = FakeUpstream::always(steps);
+        let mut proxy = Proxy::facing(&upstream).set("UPSTREAM_IDLE_SECS", "1").start();
+        proxy.call(&if streams { streaming("Well?") } else { post("/api/ask", &json!({"question": "Well?"})) });
+        let told: Vec<String> = proxy.whole_log().into_iter().filter(|line| line.contains("[WARN]")).collect();
+        assert!(told.len() == 1 && told[0].contains(said) && !told[0].contains("of its own"), "{said}: {told:?}");
+    }
+}
+
+#[test]
+fn the_log_says_after_what_another_model_is_asked() {
+    let failures = [refusal(500, "no"), reply_json(200, &json!({"error": {"code": 500, "message": "no"}}))];
+    for (failure, said) in failures.into_iter().zip(["failed (500)", "it answered with an error"]) {
+        for path in ["/api/ask", "/api/streaming"] {
+            let failure = failure.clone();
+            let upstream = FakeUpstream::answering(move |request| match request.json()["model"] == "good" {
+                true if request.is_streaming() => streamed(&["Yes"]),
+                true => reply_json(200, &completion("Yes")),
+                false => failure.clone(),
+            });
+            let setup = Proxy::facing(&upstream).set("OPENAI_FALLBACK_MODELS", "good").set("UPSTREAM_RETRIES", "0");
+            let mut proxy = setup.start();
+            assert_eq!(proxy.call(&post(path, &json!({"question": "Well?"}))).status, 200);
+            let told: Vec<String> = proxy.whole_log().into_iter().filter(|line| line.contains("[WARN]")).collect();
+            assert!(told.len() == 2 && told[0].contains(said), "{path}: {told:?}");
+            assert!(told[1].contains("\"good\" is asked next, after upstream_"), "{path}: {told:?}");
+        }
+    }
+}
+
 #[test]
 fn no_question_answer_header_or_secret_is_in_any_line_at_any_level() {
     for level in ["info", "debug", "trace"] {

@@ -288,6 +288,11 @@ fn the_events_of_a_stream_reach_the_client_byte_for_byte_and_one_by_one() {
 
 #[test]
 fn the_usage_chunk_reaches_only_who_asked_for_it() {
+    // Also where nothing was counted.
+    let empty = r#"{"choices":[],"usage":{}}"#;
+    let upstream = FakeUpstream::always(stream_of(&[&delta("Yes"), &finish("stop"), empty]));
+    let proxy = Proxy::facing(&upstream).start();
+    assert_eq!(proxy.connect().stream(&chat_stream()).events(), [delta("Yes"), finish("stop"), "[DONE]".to_owned()]);
     let upstream = FakeUpstream::always(stream_of(&[&delta("Yes"), &finish("stop"), &usage()]));
     let proxy = Proxy::facing(&upstream).start();
     let without = [delta("Yes"), finish("stop")];
@@ -1051,8 +1056,9 @@ fn a_stream_that_has_begun_is_not_taken_over_by_another_model() {
 
 #[test]
 fn an_error_of_a_retryable_kind_inside_a_200_is_worth_a_fallback_too() {
-    for (streams_it, code) in [(true, 503), (false, 503), (true, 404), (false, 404)] {
-        let error = json!({"error": {"code": code, "message": "No provider available"}});
+    let codes = [json!(503), json!(404), json!("503"), json!("server_error"), json!("rate_limit_exceeded"), Value::Null];
+    for (streams_it, code) in [true, false].iter().flat_map(|way| codes.iter().map(|code| (*way, code))) {
+        let error = json!({"error": {"code": code, "message": "No provider available", "type": "overloaded_error"}});
         let first_event = error.to_string();
         let upstream = FakeUpstream::answering(move |request| match request.json()["model"] == "good" {
             true => either(request, "Yes"),
@@ -1104,7 +1110,7 @@ fn what_fails_when_the_time_is_over_is_told_as_it_is() {
 
 #[test]
 fn a_stream_without_any_choice_is_no_answer() {
-    for data in ["{}", r#"{"message":"boom","code":500}"#, r#"{"choices":[]}"#] {
+    for data in ["{}", r#"{"message":"boom"}"#, r#"{"message":"boom","code":null}"#, r#"{"choices":[]}"#] {
         let upstream = FakeUpstream::always(stream_of(&[data]));
         let proxy = Proxy::facing(&upstream).start();
         let mut stream = proxy.connect().stream(&chat_stream());
@@ -1149,16 +1155,18 @@ fn a_fallback_is_tried_after_heartbeats_too() {
 
 #[test]
 fn an_error_inside_a_200_that_stays_is_worth_no_fallback() {
-    let error = json!({"error": {"code": 400, "message": "No such voice"}});
-    let upstream = FakeUpstream::answering(move |request| match request.json()["model"] == "good" {
-        true => either(request, "Yes"),
-        false => reply_json(200, &error),
-    });
-    let proxy = Proxy::facing(&upstream).set("OPENAI_FALLBACK_MODELS", "good").start();
-    for request in all_ways("bad") {
-        proxy.call(&request).expect_error(502, "upstream_bad_answer");
+    for code in [json!(400), json!("content_policy_violation")] {
+        let error = json!({"error": {"code": code, "message": "No such voice", "type": "invalid_request_error"}});
+        let upstream = FakeUpstream::answering(move |request| match request.json()["model"] == "good" {
+            true => either(request, "Yes"),
+            false => reply_json(200, &error),
+        });
+        let proxy = Proxy::facing(&upstream).set("OPENAI_FALLBACK_MODELS", "good").start();
+        for request in all_ways("bad") {
+            proxy.call(&request).expect_error(502, "upstream_bad_answer");
+        }
+        assert_eq!(upstream.calls(), 4);
     }
-    assert_eq!(upstream.calls(), 4);
 }
 
 #[test]
@@ -1264,8 +1272,13 @@ fn failures_at_the_models_are_those_of_the_table() {
     assert_eq!((response.status, response.json()), (200, json!({"id": "own/model", "size": 1.50})));
     proxy.get("/v1/models/own").expect_error(404, "not_found");
     proxy.expect_no_line(|line| line.contains("[WARN]"));
-    for (status, ours, code) in [(429, 429, "upstream_rate_limited"), (503, 503, "upstream_unavailable"), (404, 404, "not_found")]
-    {
+    for (status, ours, code) in [
+        (429, 429, "upstream_rate_limited"),
+        (503, 503, "upstream_unavailable"),
+        (401, 502, "upstream_error"),
+        (500, 502, "upstream_error"),
+        (404, 404, "not_found"),
+    ] {
         let upstream = FakeUpstream::answering(move |request| match request.target.as_str() {
             "/v1/models" => refusal(status, "no"),
             _ => refusal(404, "File Not Found"),
