@@ -58,7 +58,11 @@ const SETTINGS: &[Setting] = &[
     Setting("MAX_CONNECTIONS", "4096", "open client connections, 1 to 100000; more wait in the backlog"),
     Setting("MAX_BODY_BYTES", "1048576", "request body, 1 to 536870912 bytes"),
     Setting("MAX_QUESTION_CHARS", "100000", "question, 1 to 1000000000 characters"),
-    Setting("RATE_LIMIT_PER_MINUTE", "0", "questions a key may ask in a minute, up to 1000000; 0: as many as it likes"),
+    Setting(
+        "RATE_LIMIT_PER_MINUTE",
+        "0",
+        "questions a key may ask in a minute on average, and as many at once, up to 1000000; 0: as many as it likes",
+    ),
     Setting("HISTORY_LIMIT", "20", "pairs in one page of history when the client names no limit, 1 to 1000"),
     Setting("HISTORY_SYNC", "full", "full: a power cut loses nothing; normal: it may lose the last moments"),
     Setting("HISTORY_MAX_ROWS", "0", "pairs kept, the oldest go first; 0: all"),
@@ -347,6 +351,7 @@ impl Given {
     fn text(&self, name: &str) -> String {
         let given = self.0.get(name).map(|given| given.trim()).filter(|given| !given.is_empty());
         let default = || SETTINGS.iter().find(|setting| setting.0 == name).map(|setting| setting.1);
+        debug_assert!(default().is_some(), "no setting {name}");
         given.or_else(default).unwrap_or_default().to_string()
     }
 
@@ -354,7 +359,7 @@ impl Given {
         let given = if SECRETS.contains(&name) {
             "the value given (not shown)".to_string()
         } else {
-            format!("{:?}", redact_userinfo(&self.text(name)))
+            format!("{:?}", redact_url(&self.text(name)))
         };
         StartError::usage(format!("{name}: {given} is not allowed; it must be {allowed}"))
     }
@@ -412,11 +417,13 @@ fn api_keys(given: &Given) -> Result<Vec<ApiKey>, StartError> {
         let named_well = (1..=64).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
         let secret_well = (1..=ApiKey::MAX_SECRET).contains(&secret.len()) && secret.bytes().all(|b| (0x21..0x7f).contains(&b));
         let new = keys.iter().all(|key| key.secret != secret);
-        if !(named_well && secret_well && new) {
+        // As Docker's --env-file reads what other programs take the quotes off.
+        let is_quoted = ['"', '\''].iter().any(|quote| secret.starts_with(*quote) && secret.ends_with(*quote));
+        if !(named_well && secret_well && new) || is_quoted {
             return Err(given.bad(
                 "API_KEYS",
                 "NAME:SECRET,NAME:SECRET,... with names of 1 to 64 letters, digits, '.', '_' or '-', \
-                 secrets of 1 to 256 printable ASCII characters without blanks, and no secret twice",
+                 secrets of 1 to 256 printable ASCII characters without blanks and not in quotes, and no secret twice",
             ));
         }
         keys.push(ApiKey { name: name.into(), secret: secret.to_string() });
@@ -461,12 +468,16 @@ fn upstream_url(given: &Given) -> Result<UpstreamUrl, StartError> {
     Ok(UpstreamUrl { base: format!("{scheme}://{host}{}", path.trim_end_matches('/')), credentials })
 }
 
-/// The URL with `user:password@` taken out, where it has one.
-fn redact_userinfo(text: &str) -> String {
+/// The URL without `user:password@` and a query, which may be a key.
+fn redact_url(text: &str) -> String {
     let start = text.find("://").map_or(0, |scheme| scheme + 3);
-    match text.rfind('@') {
-        Some(at) if at >= start => format!("{}***{}", &text[..start], &text[at..]),
-        Some(at) => format!("***{}", &text[at..]),
-        None => text.to_string(),
+    let (user, rest) = match text.rfind('@') {
+        Some(at) => ("***", &text[at..]),
+        None => ("", &text[start..]),
+    };
+    let scheme = if text.rfind('@').is_none_or(|at| at >= start) { &text[..start] } else { "" };
+    match rest.find(['?', '#']).filter(|_| start > 0) {
+        Some(query) => format!("{scheme}{user}{}***", &rest[..=query]),
+        None => format!("{scheme}{user}{rest}"),
     }
 }

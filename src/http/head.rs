@@ -233,8 +233,12 @@ fn request_line(head: &[u8], (start, end): Range) -> Result<RequestLine, ApiErro
     let text = &head[target.0..target.1];
     let begins_with = |scheme: &&&[u8]| text.get(..scheme.len()).is_some_and(|start| start.eq_ignore_ascii_case(scheme));
     if let Some(scheme) = [&b"http://"[..], b"https://"].iter().find(begins_with) {
-        let path = text.iter().skip(scheme.len()).position(|b| b"/?#".contains(b)).map(|at| scheme.len() + at);
-        target.0 += path.filter(|at| text[*at] == b'/').ok_or_else(|| bad("the target has no path"))?;
+        match text.iter().skip(scheme.len()).position(|b| b"/?#".contains(b)).map(|at| scheme.len() + at) {
+            Some(at) if text[at] == b'/' => target.0 += at,
+            Some(_) => return Err(bad("the target has no path")),
+            // No path means / (RFC 9110, section 4.2.3), and one stands before the host.
+            None => target = (target.0 + scheme.len() - 1, target.0 + scheme.len()),
+        }
     } else if text != b"*" && !text.starts_with(b"/") {
         return Err(bad("the target does not start with /"));
     }
@@ -328,6 +332,7 @@ mod tests {
     fn a_head_that_is_odd_is_judged_for_what_it_is() {
         for (head, status) in [
             ("GET HTTPS://a/livez HTTP/1.1\r\nHost: a\r\n\r\n", 200),
+            ("GET http://a HTTP/1.1\r\nHost: a\r\n\r\n", 200),
             ("GET http://a?x=/livez HTTP/1.1\r\nHost: a\r\n\r\n", 400),
             ("GET http://a#/livez HTTP/1.1\r\nHost: a\r\n\r\n", 400),
             ("PRI * HTTP/2.0\r\n\r\n", 505),

@@ -61,9 +61,20 @@ fn the_database_of_another_program_is_refused_in_one_line() {
     database.execute_batch("CREATE TABLE history (visits)").expect("made");
     let ended = setup.run(&[]);
     assert_eq!((ended.status.code(), ended.stderr.len()), (Some(1), 1), "{ended:?}");
-    assert!(ended.stderr[0].contains("table history already exists"), "{ended:?}");
     let line = ended.expect_refusal(1);
     assert!(line.contains(".dump") && line.contains("VACUUM INTO"), "so it looks after .dump, too: {line}");
+    // Its own count of versions may look like one of ours.
+    for made in ["CREATE TABLE invoices (x)", "CREATE TABLE invoices (x); PRAGMA user_version = 2", "PRAGMA user_version = 4"] {
+        let setup = Setup::new();
+        let path = setup.folder().join("history.db");
+        rusqlite::Connection::open(&path).and_then(|database| database.execute_batch(made)).expect("made");
+        let ended = setup.run(&[]);
+        let line = ended.expect_refusal(1);
+        assert!(line.contains("its tables are not those that this program makes"), "{made}: {line}");
+        let tables = "SELECT count(*) FROM sqlite_schema WHERE name NOT IN ('invoices')";
+        let database = rusqlite::Connection::open(&path).expect("it opens");
+        assert_eq!(database.query_row(tables, [], |row| row.get::<_, i64>(0)), Ok(0), "{made}: nothing was added");
+    }
 }
 
 #[test]
@@ -274,6 +285,8 @@ fn a_bad_secret_is_refused_without_being_shown() {
                 "alice:hunter2,alice:hunter2",
                 "alice:hunt er2",
                 "алиса:хантер",
+                "\"hunter2\"",
+                "alice:'hunter2'",
             ],
         ),
         ("OPENAI_API_KEY", &["hunter2\nX-Injected: 1", "hunt er2", "\"hunter2\"", "хантер"]),
@@ -286,7 +299,12 @@ fn a_bad_secret_is_refused_without_being_shown() {
             assert!(!line.contains("hunt") && !line.contains("хантер"), "it does not show {name}: {line}");
         }
     }
-    for url in ["http://user:hunter2@host name/v1", "http://user:hunter2@host:port/v1"] {
+    for url in [
+        "http://user:hunter2@host name/v1",
+        "http://user:hunter2@host:port/v1",
+        "http://host/v1?key=hunter2",
+        "http://user:hunter2@host/v1?key=hunter2&a=@#hunter2",
+    ] {
         let ended = Setup::new().set("OPENAI_BASE_URL", url).run(&[]);
         let line = ended.expect_refusal(2);
         assert!(line.contains("OPENAI_BASE_URL") && !line.contains("hunter2"), "{line}");
@@ -448,6 +466,16 @@ fn the_example_lists_every_setting_commented() {
         let line = example.lines().find(is_about);
         let line = line.unwrap_or_else(|| panic!("{name} is missing in .env.example"));
         assert!(line.contains(default), "the default of {name} is {default}: {line}");
+    }
+    // The program's own list, which may be longer than the contract's.
+    let help = Setup::new().run(&["--help"]).stdout;
+    let names: Vec<&str> = help.iter().filter_map(|line| line.strip_prefix("  ")?.split(' ').next()).collect();
+    let names: Vec<&&str> = names.iter().filter(|name| name.starts_with(|c: char| c.is_ascii_uppercase())).collect();
+    assert!(names.len() > SETTINGS.len(), "{names:?}");
+    for name in names {
+        assert!(example.lines().any(|line| line.starts_with(&format!("# {name}="))), "{name} is missing in .env.example");
+        let row = format!("| `{name}` | ");
+        assert!(include_str!("../../README.md").contains(&row), "{name} is missing in the README");
     }
     let started = Setup::new().file(".env", &example).start();
     assert_eq!(started.get("/livez").status, 200, "the example as it is can be used");

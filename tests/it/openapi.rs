@@ -114,6 +114,22 @@ fn the_document_has_every_route_and_no_other() {
     assert_eq!(routed, documented(&document()));
 }
 
+/// What the history's query may ask for stands in one match.
+#[test]
+fn the_document_has_every_parameter_of_the_history() {
+    let code = include_str!("../../src/api/history.rs").split("match name {").nth(1).and_then(|rest| rest.split("_ =>").next());
+    let arms = code
+        .expect("the match")
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix('"')?.split_once("\" => "))
+        .map(|(name, _)| name);
+    let document = document();
+    let parameters = document["paths"]["/api/history"]["get"]["parameters"].as_array().expect("parameters");
+    let documented =
+        parameters.iter().filter(|parameter| parameter["in"] == "query").filter_map(|parameter| parameter["name"].as_str());
+    assert_eq!(arms.collect::<BTreeSet<_>>(), documented.collect());
+}
+
 #[test]
 fn every_documented_method_is_answered_and_every_other_refused() {
     let document = document();
