@@ -212,7 +212,7 @@ pub struct Connection {
     patience: Duration,
     /// Bytes that were received and belong to the next request.
     unparsed: Vec<u8>,
-    /// An empty line before the next request was.
+    /// The empty line before a head was skipped.
     passed_over: bool,
     /// The last answer says that no other follows.
     closing: bool,
@@ -283,8 +283,8 @@ impl Connection {
                 break;
             }
         }
-        // One request at a time: only who does not wait for answers is made to wait here. Nor is a connection at its end
-        // before its last answer, which may still wait for its commit.
+        // One request at a time: only a client that pipelines waits here. And the connection does not end before its last
+        // answer, which may still wait for its commit.
         if self.answers.is_pending() {
             if at_once {
                 return Turn::Quiet;

@@ -37,8 +37,8 @@ pub fn start(level: log::LevelFilter) {
     std::panic::set_hook(Box::new(|panic| log::error!("bug: {}", panic.to_string().replace('\n', " "))));
 }
 
-/// Past the buffer of the standard library, which would write what failed another time. A terminal, which somebody may have
-/// stopped, is opened anew where that is allowed: only so it is for us alone that a write does not wait.
+/// Not std's, whose buffer would repeat what failed. A terminal, which may be stopped (Ctrl-S), is opened anew if
+/// possible: O_NONBLOCK on the inherited one would hold for all who share it.
 fn stdout() -> io::Result<File> {
     let stdout = io::stdout();
     if stdout.is_terminal() {

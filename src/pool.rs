@@ -214,7 +214,7 @@ impl<W> Pool<W> {
     }
 
     fn work(&self, first: Option<Receiver<Job<W>>>) {
-        // Its starter may do so, and a thread begins as its starter is.
+        // A new thread inherits SCHED_BATCH from its starter.
         kernel::make_way(false);
         let mut own = (self.make)();
         let mut first = match first {
@@ -253,7 +253,7 @@ impl<W> Pool<W> {
         let mut state = lock(&self.state);
         let Some(place) = state.idle.iter().position(|(other, _)| *other == id) else {
             drop(state);
-            // Somebody took this thread in the last moment; without a job where that ended in a panic.
+            // `give` took this thread just now; if it panicked before it sent the job, wait anew.
             return coming.recv().ok().or_else(|| self.next());
         };
         state.idle.remove(place);

@@ -31,8 +31,8 @@ const SHORT_STAY: Duration = Duration::from_millis(2);
 const SLOW_COMMIT: Duration = Duration::from_millis(100);
 /// A reader without a connection ends after this: it keeps nothing that is worth more.
 const READER_PATIENCE: Duration = Duration::from_secs(1);
-/// How long requests that are ended at a shutdown have to be kept, also where the database is locked, and to tell their
-/// clients; and once more without those.
+/// How long requests that a shutdown ends have for storing their pair and telling the client; then as long again for
+/// storing alone, with the sockets shut.
 const LAST_WORDS: Duration = Duration::from_secs(3);
 /// How long the accept loop waits when descriptors or threads ran out.
 const EXHAUSTED: Duration = Duration::from_millis(50);

@@ -220,7 +220,7 @@ impl Api {
         place.ok_or_else(|| ApiError::new(Code::OVERLOADED, "too much is being read from the history; try again"))
     }
 
-    /// Answers with what can be asked for again: with 503 where too much is on its way to slow clients already.
+    /// Sends an answer that costs nothing to repeat; 503 where too much is on its way to slow clients already.
     fn give(&self, exit: Exit, reply: Reply, model: Option<String>) -> Option<Errand> {
         match self.room_for(&reply) {
             Some(_place) => exit.send(reply, model),
