@@ -359,10 +359,6 @@ impl Line {
     fn call(&mut self, chat: &mut Chat) -> Result<Response<Body>, ApiError> {
         let upstream = Arc::clone(&self.upstream);
         loop {
-            // Whoever has left while another model failed is not worth a call.
-            if chat.has_fallen_back() {
-                self.think(Duration::ZERO)?;
-            }
             let failure = match self.attempts(&upstream.request, &chat.body) {
                 Ok(response) => return Ok(response),
                 Err(failure) => failure,

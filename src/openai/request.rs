@@ -132,11 +132,6 @@ impl Chat {
         Ok(chat)
     }
 
-    /// Another model than the one that was asked for first is asked now.
-    pub fn has_fallen_back(&self) -> bool {
-        !self.tried.is_empty()
-    }
-
     /// Turns to the next of the fallback models that was not asked yet; false: there is none.
     pub fn fall_back(&mut self, fallbacks: &[String]) -> bool {
         self.tried.push(self.model.clone());
