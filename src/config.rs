@@ -418,7 +418,7 @@ fn api_keys(given: &Given) -> Result<Vec<ApiKey>, StartError> {
         let secret_well = (1..=ApiKey::MAX_SECRET).contains(&secret.len()) && secret.bytes().all(|b| (0x21..0x7f).contains(&b));
         let new = keys.iter().all(|key| key.secret != secret);
         // As Docker's --env-file reads what other programs take the quotes off.
-        let is_quoted = ['"', '\''].iter().any(|quote| secret.starts_with(*quote) && secret.ends_with(*quote));
+        let is_quoted = secret.starts_with(['"', '\'']) || secret.ends_with(['"', '\'']);
         if !(named_well && secret_well && new) || is_quoted {
             return Err(given.bad(
                 "API_KEYS",
@@ -471,13 +471,12 @@ fn upstream_url(given: &Given) -> Result<UpstreamUrl, StartError> {
 /// The URL without `user:password@` and a query, which may be a key.
 fn redact_url(text: &str) -> String {
     let start = text.find("://").map_or(0, |scheme| scheme + 3);
-    let (user, rest) = match text.rfind('@') {
-        Some(at) => ("***", &text[at..]),
-        None => ("", &text[start..]),
-    };
-    let scheme = if text.rfind('@').is_none_or(|at| at >= start) { &text[..start] } else { "" };
-    match rest.find(['?', '#']).filter(|_| start > 0) {
-        Some(query) => format!("{scheme}{user}{}***", &rest[..=query]),
-        None => format!("{scheme}{user}{rest}"),
+    let query = text.find(['?', '#']).unwrap_or(text.len());
+    let rest = if query < text.len() { "***" } else { "" };
+    match text.rfind('@') {
+        None => format!("{}{rest}", &text[..query]),
+        // One may have the other's sign in it.
+        Some(at) if at < start || query < at => "***".to_string(),
+        Some(at) => format!("{}***{}{rest}", &text[..start], &text[at..query]),
     }
 }

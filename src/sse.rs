@@ -9,7 +9,7 @@ use memchr::{memchr_iter, memchr2};
 /// One event: its data lines as they came.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Event {
-    /// The data lines byte for byte, each ended by one LF.
+    /// The data lines byte for byte, each ended by one LF; a field `error:` as a data line.
     pub lines: Vec<u8>,
 }
 

@@ -237,7 +237,8 @@ fn request_line(head: &[u8], (start, end): Range) -> Result<RequestLine, ApiErro
             Some(at) if text[at] == b'/' => target.0 += at,
             Some(_) => return Err(bad("the target has no path")),
             // No path means / (RFC 9110, section 4.2.3), and one stands before the host.
-            None => target = (target.0 + scheme.len() - 1, target.0 + scheme.len()),
+            None if text.len() > scheme.len() => target = (target.0 + scheme.len() - 1, target.0 + scheme.len()),
+            None => return Err(bad("the target has no host")),
         }
     } else if text != b"*" && !text.starts_with(b"/") {
         return Err(bad("the target does not start with /"));
@@ -333,6 +334,7 @@ mod tests {
         for (head, status) in [
             ("GET HTTPS://a/livez HTTP/1.1\r\nHost: a\r\n\r\n", 200),
             ("GET http://a HTTP/1.1\r\nHost: a\r\n\r\n", 200),
+            ("GET http:// HTTP/1.1\r\nHost: a\r\n\r\n", 400),
             ("GET http://a?x=/livez HTTP/1.1\r\nHost: a\r\n\r\n", 400),
             ("GET http://a#/livez HTTP/1.1\r\nHost: a\r\n\r\n", 400),
             ("PRI * HTTP/2.0\r\n\r\n", 505),

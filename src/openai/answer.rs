@@ -142,13 +142,18 @@ impl Answer<'_> {
         no_error(what, self.error)?;
         // Other forms of it, without a frame: vLLM's, llama.cpp's.
         let says_so = self.object.is_some_and(|object| object.get() == "\"error\"");
-        let says_why = self.message.is_some_and(|message| message.get().starts_with('"')) && self.code.is_some_and(is_error);
+        let says_why = self.message.is_some_and(|message| message.get().starts_with('"')) && self.code.is_some_and(is_failure);
         if self.choices.is_none() && (says_so || says_why) {
             Err(NoAnswer::error(what, &String::from_utf8_lossy(json)))
         } else {
             Ok(())
         }
     }
+}
+
+/// A code as HTTP has them for failures: others, such as 0 or 200, say that all is well.
+fn is_failure(code: &RawValue) -> bool {
+    code.get().parse().is_ok_and(|code: u16| code >= 400)
 }
 
 #[derive(Default)]

@@ -103,10 +103,7 @@ impl Desk {
                 Ok(None) => {
                     self.is_closed.store(true, Ordering::Relaxed);
                     // Who did not see that has left an order to us.
-                    fence(Ordering::SeqCst);
-                    let mut writer = lock(&self.writer);
-                    while writer.work(&self.inbox) {}
-                    return;
+                    return self.hurry(true);
                 }
                 Err(_) => thread::park_timeout(QUIET),
             }

@@ -87,7 +87,7 @@ pub fn advice(trouble: &Trouble) -> String {
     let extended = e.sqlite_error().map_or(0, |e| e.extended_code);
     let what = match e.sqlite_error_code() {
         Some(CannotOpen | PermissionDenied | ReadOnly) => {
-            "it cannot be opened or written; check the rights of file and folder, how many files may be open and be made, or set \
+            "it cannot be opened or written; check the rights of file and folder, the limits on open files and on files of the disk, or set \
              DATABASE_PATH"
         }
         Some(NotADatabase) => "it is no SQLite database; move it away and start again, or restore a backup",

@@ -369,7 +369,6 @@ impl Writer {
         if self.max_rows > 0 && self.rows >= self.max_rows { 1 } else { 4 }
     }
 
-    /// Drops old notes of requests that must not be asked twice.
     /// Forgets some of the requests with an `Idempotency-Key` that nobody may repeat any more; true when there may be more
     /// to do.
     fn forget_remembered(&mut self) -> bool {

@@ -72,14 +72,20 @@ impl Watch {
     }
 
     /// How long the stream under way, which comes from `source`, may be silent; `None` where the call is none yet. From
-    /// now on whoever ends the stream shuts that socket; errs where it was ended before.
-    pub fn stream_from(&self, source: &Arc<TcpStream>) -> Result<Option<Duration>, Ended> {
+    /// now on whoever ends the stream shuts that socket; errs where it was ended before. `received`: the bytes that came
+    /// since its last piece.
+    pub fn stream_from(&self, source: &Arc<TcpStream>, received: &mut usize) -> Result<Option<Duration>, Ended> {
+        // More than a record of TLS, which is no piece until its last byte has come.
+        const NO_PIECE: usize = 32 * 1024;
         let mut bounds = lock(&self.0);
         if let Some(silence) = bounds.silence {
             bounds.source.get_or_insert_with(|| Arc::clone(source));
-            // Bytes that are no piece, such as trailers without end, do not break it.
-            let since = *bounds.since.get_or_insert_with(Instant::now);
-            if since.elapsed() > silence {
+            let since = *bounds.since.get_or_insert_with(|| {
+                *received = 0;
+                Instant::now()
+            });
+            // Much that is no piece, such as trailers without end, does not break it.
+            if *received > NO_PIECE && since.elapsed() > silence {
                 bounds.ended.get_or_insert(Ended::TimedOut);
             }
         }
@@ -204,6 +210,25 @@ mod tests {
     use std::io::Read;
     use std::net::TcpListener;
 
+    /// A record of TLS over a slow line is none, either, before its last byte is there.
+    #[test]
+    fn what_brings_no_piece_is_silence_where_it_is_much() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
+        let source = Arc::new(TcpStream::connect(listener.local_addr().expect("bound")).expect("connected"));
+        let (watch, mut received) = (Watch::default(), 7);
+        watch.only_silence(Duration::ZERO);
+        assert_eq!((watch.stream_from(&source, &mut received), received), (Ok(Some(Duration::ZERO)), 0));
+        received += 32 * 1024;
+        std::thread::sleep(Duration::from_millis(1));
+        assert_eq!(watch.stream_from(&source, &mut received), Ok(Some(Duration::ZERO)));
+        received += 1;
+        watch.piece_came();
+        assert_eq!((watch.stream_from(&source, &mut received), received), (Ok(Some(Duration::ZERO)), 0));
+        received += 32 * 1024 + 1;
+        std::thread::sleep(Duration::from_millis(1));
+        assert_eq!(watch.stream_from(&source, &mut received), Err(Ended::TimedOut));
+    }
+
     #[test]
     fn a_stream_is_ended_for_its_own_client_only() {
         let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
@@ -213,13 +238,13 @@ mod tests {
         let watch = Watch::default();
         watch.begin(Arc::clone(&client), Instant::now() + Duration::from_secs(60));
         watch.client_left(&client);
-        assert_eq!(watch.stream_from(&source), Ok(None), "the wait for the answer's head notices it itself");
+        assert_eq!(watch.stream_from(&source, &mut 0), Ok(None), "the wait for the answer's head notices it itself");
         watch.only_silence(Duration::from_secs(60));
-        assert_eq!(watch.stream_from(&source), Ok(Some(Duration::from_secs(60))));
+        assert_eq!(watch.stream_from(&source, &mut 0), Ok(Some(Duration::from_secs(60))));
         watch.client_left(&other);
         assert_eq!(watch.ended(), None);
         watch.client_left(&client);
-        assert_eq!(watch.stream_from(&source), Err(Ended::ClientGone));
+        assert_eq!(watch.stream_from(&source, &mut 0), Err(Ended::ClientGone));
         assert_eq!(upstream.read(&mut [0]).ok(), Some(0), "the socket is closed, which wakes who waits for it");
         watch.end();
         watch.client_left(&client);

@@ -47,7 +47,15 @@ impl Connector<()> for WireConnector {
                 Ok(stream) => {
                     let buffers = SmallBuffers::default();
                     let (stream, watch) = (Arc::new(stream), self.watch.clone());
-                    return Ok(Some(Wire { stream, buffers, just_read: false, is_patient: false, is_cut: false, watch }));
+                    return Ok(Some(Wire {
+                        stream,
+                        buffers,
+                        just_read: false,
+                        received: 0,
+                        is_patient: false,
+                        is_cut: false,
+                        watch,
+                    }));
                 }
                 Err(e) if self.watch.ended().is_some() => return Err(e),
                 Err(e) => failure = e,
@@ -89,6 +97,8 @@ pub struct Wire {
     stream: Arc<TcpStream>,
     buffers: SmallBuffers,
     just_read: bool,
+    /// Bytes since the last piece of a stream.
+    received: usize,
     /// The socket waits for as long as a stream may be silent.
     is_patient: bool,
     /// The upstream takes no more of the request.
@@ -101,7 +111,7 @@ impl Wire {
     /// not wait, and errs with `WouldBlock`.
     fn receive(&mut self) -> Result<usize, ureq::Error> {
         let looks = self.watch.looks();
-        let silence = if looks { None } else { self.watch.stream_from(&self.stream)? };
+        let silence = if looks { None } else { self.watch.stream_from(&self.stream, &mut self.received)? };
         if let Some(silence) = silence {
             self.be_patient(silence)?;
         }
@@ -126,6 +136,7 @@ impl Wire {
                         return Err(ended.into());
                     }
                     self.buffers.input_appended(amount);
+                    self.received += amount;
                     return Ok(amount);
                 }
                 Err(Errno::AGAIN) if silence.is_some() => self.watch.ended_by(Ended::TimedOut)?,

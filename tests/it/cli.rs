@@ -286,6 +286,7 @@ fn a_bad_secret_is_refused_without_being_shown() {
                 "alice:hunt er2",
                 "алиса:хантер",
                 "\"hunter2\"",
+                "\"hunter2,hunter3\"",
                 "alice:'hunter2'",
             ],
         ),
@@ -303,6 +304,9 @@ fn a_bad_secret_is_refused_without_being_shown() {
         "http://user:hunter2@host name/v1",
         "http://user:hunter2@host:port/v1",
         "http://host/v1?key=hunter2",
+        "host/v1?key=hunter2",
+        "http:/u:p@host?key=hunter2",
+        "http://host/v1?key=abc@hunter2",
         "http://user:hunter2@host/v1?key=hunter2&a=@#hunter2",
     ] {
         let ended = Setup::new().set("OPENAI_BASE_URL", url).run(&[]);

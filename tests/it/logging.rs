@@ -178,7 +178,8 @@ fn the_log_says_why_what_came_is_no_answer() {
     ];
     for (streams, steps, said) in cases {
         let upstream = FakeUpstream::always(steps);
-        let mut proxy = Proxy::facing(&upstream).set("UPSTREAM_IDLE_SECS", "1").start();
+        let idle = if said.contains("silent") { "1" } else { "60" };
+        let mut proxy = Proxy::facing(&upstream).set("UPSTREAM_IDLE_SECS", idle).start();
         proxy.call(&if streams { streaming("Well?") } else { post("/api/ask", &json!({"question": "Well?"})) });
         let told: Vec<String> = proxy.whole_log().into_iter().filter(|line| line.contains("[WARN]")).collect();
         assert!(told.len() == 1 && told[0].contains(said) && !told[0].contains("of its own"), "{said}: {told:?}");

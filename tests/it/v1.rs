@@ -1110,7 +1110,7 @@ fn what_fails_when_the_time_is_over_is_told_as_it_is() {
 
 #[test]
 fn a_stream_without_any_choice_is_no_answer() {
-    for data in ["{}", r#"{"message":"boom"}"#, r#"{"message":"boom","code":null}"#, r#"{"choices":[]}"#] {
+    for data in ["{}", r#"{"message":"boom"}"#, r#"{"message":"ok","code":200}"#, r#"{"choices":[]}"#] {
         let upstream = FakeUpstream::always(stream_of(&[data]));
         let proxy = Proxy::facing(&upstream).start();
         let mut stream = proxy.connect().stream(&chat_stream());

@@ -17,6 +17,9 @@ pub(super) const MOST_UNINDEXED: i64 = 200_000;
 /// The same in bytes of text.
 pub(super) const MOST_UNINDEXED_BYTES: i64 = 64 << 20;
 
+/// At most so many bites at once: by ids there may be far more than there are rows.
+const MOST_BITES: i64 = 10;
+
 /// The index rests so long after a failure, and twice as long after each further one.
 pub(super) const INDEXING_REST: Duration = Duration::from_secs(1);
 
@@ -40,8 +43,7 @@ impl Writer {
     /// one for each `MOST_UNINDEXED` rows (or bytes) not indexed, so that they stay bounded.
     pub fn catch_up(&mut self) {
         let behind = ((self.last_id - self.indexed) / MOST_UNINDEXED).max(self.unindexed_bytes / MOST_UNINDEXED_BYTES);
-        for _ in 0..behind.max(i64::from(!self.searches.is_empty())) {
-            // By ids there may be far more than there are rows.
+        for _ in 0..behind.min(MOST_BITES).max(i64::from(!self.searches.is_empty())) {
             if !self.index() {
                 break;
             }
