@@ -417,9 +417,9 @@ fn api_keys(given: &Given) -> Result<Vec<ApiKey>, StartError> {
         let named_well = (1..=64).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
         let secret_well = (1..=ApiKey::MAX_SECRET).contains(&secret.len()) && secret.bytes().all(|b| (0x21..0x7f).contains(&b));
         let new = keys.iter().all(|key| key.secret != secret);
-        // As Docker's --env-file reads what other programs take the quotes off.
-        let is_quoted = secret.starts_with(['"', '\'']) || secret.ends_with(['"', '\'']);
-        if !(named_well && secret_well && new) || is_quoted {
+        // Docker's --env-file leaves quotes that others take off.
+        let unquoted = !secret.starts_with(['"', '\'']) && !secret.ends_with(['"', '\'']);
+        if !(named_well && secret_well && unquoted && new) {
             return Err(given.bad(
                 "API_KEYS",
                 "NAME:SECRET,NAME:SECRET,... with names of 1 to 64 letters, digits, '.', '_' or '-', \

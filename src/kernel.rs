@@ -91,14 +91,13 @@ fn adopt(number: RawFd, local: SocketAddr, known: &impl Fn(u64) -> bool) -> Opti
     // process holds on the file (fcntl(2)), and SQLite's are such.
     let inode = new_client(there, local, known)?;
     let copy = rustix::io::fcntl_dupfd_cloexec(there, 0).ok()?;
-    if socket_inode(&copy) != Some(inode) {
+    match socket_inode(&copy) {
+        Some(same) if same == inode => return Some((TcpStream::from(copy), inode)),
         // The number changed hands in between. Where it is a file's now, the copy is never closed.
-        if socket_inode(&copy).is_none() {
-            let _ = copy.into_raw_fd();
-        }
-        return None;
+        Some(_) => {}
+        None => _ = copy.into_raw_fd(),
     }
-    Some((TcpStream::from(copy), inode))
+    None
 }
 
 /// The inode of a client's socket that is not known yet.

@@ -197,8 +197,9 @@ fn heard(json: Option<&RawValue>) -> Value {
     json.and_then(|json| serde_json::from_str(json).ok()).unwrap_or_default()
 }
 
-/// The name of the function that `tool_choice` names, and arguments for it. Where it demands any, of all or of those that it allows: the first that was not
-/// `called` since the question, or the last, so that an agent that demands one at each step comes to the one that ends it.
+/// The name of the function that `tool_choice` names, and arguments for it. Where it demands any, of all or of those that it
+/// allows: the first that was not `called` since the question, or the last, so that an agent that demands one at each step
+/// comes to the one that ends it.
 fn demanded_tool(tools: &Value, choice: &Value, called: &[String]) -> Option<(String, Value)> {
     let name = |tool: &Value| tool["function"]["name"].as_str().map(str::to_string);
     let list = |tools: &Value| -> Vec<String> { tools.as_array().into_iter().flatten().filter_map(name).collect() };

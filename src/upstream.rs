@@ -25,7 +25,7 @@ use crate::config::{self, Config, Mode};
 use crate::error::{ApiError, Code, Header, StartError, is_sane_id};
 use crate::metrics::Metrics;
 use crate::mock;
-use crate::openai::{self, Chat, Completion};
+use crate::openai::{self, Chat, Completion, NoAnswer};
 use names::Names;
 use tls::Tls;
 use watch::Watch;
@@ -132,10 +132,21 @@ impl Upstream {
         text
     }
 
-    /// What the LLM did, in our own words, and what it says, without secrets; empty: nothing.
-    fn failed(&self, code: Code, what: &str, words: &str) -> ApiError {
-        let message = if words.is_empty() { self.redact(what) } else { self.redact(&format!("{what}: {words}")) };
-        ApiError { cause: Some(self.redact(what).into()), ..ApiError::new(code, message) }
+    /// What the LLM did, in our own words, without secrets.
+    fn failed(&self, code: Code, what: &str) -> ApiError {
+        let what = self.redact(what);
+        ApiError { cause: Some(what.as_str().into()), ..ApiError::new(code, what) }
+    }
+
+    /// The same, and what it says, where it says anything.
+    fn failed_saying(&self, code: Code, what: &str, words: &str) -> ApiError {
+        let e = self.failed(code, what);
+        if words.is_empty() { e } else { ApiError { message: self.redact(&format!("{what}: {words}")).into(), ..e } }
+    }
+
+    /// What came is no answer; `what` the LLM did.
+    fn no_answer(&self, code: Code, what: &str, no: &NoAnswer) -> ApiError {
+        self.failed_saying(code, &format!("the LLM {what}: {}", no.why), &no.words)
     }
 
     /// The fields of the upstream's head that mean something to its clients, where their values are sane.
@@ -233,8 +244,7 @@ impl Line {
                     return Ok(Answered { body, completion, headers });
                 }
                 Err(no) => {
-                    let what = format!("the LLM gave no answer: {}", no.why);
-                    let e = self.upstream.failed(Code::UPSTREAM_BAD_ANSWER, &what, &no.words);
+                    let e = self.upstream.no_answer(Code::UPSTREAM_BAD_ANSWER, "gave no answer", &no);
                     if !(no.passing && self.fall_back(chat, &e)) {
                         return Err(e);
                     }
@@ -333,10 +343,8 @@ impl Line {
         let headers = self.hear(answer.headers());
         let body = self.body(answer)?;
         if !openai::is_model_answer(&body) {
-            return Err(self
-                .upstream
-                .failed(Code::UPSTREAM_BAD_ANSWER, "the LLM answered with something else than models", "")
-                .into());
+            let text = "the LLM answered with something else than models";
+            return Err(self.upstream.failed(Code::UPSTREAM_BAD_ANSWER, text).into());
         }
         Ok((body, headers))
     }
@@ -424,11 +432,11 @@ impl Line {
 
     /// An answer that refuses the question. Its words are not waited for as an answer is: a retry or another model may help.
     fn refused(&mut self, response: Response<Body>) -> Box<Failure> {
-        self.hear(response.headers());
+        let fields = self.hear(response.headers());
         let until = self.watch.until();
         let patience = Instant::now() + WORDS_PATIENCE;
         self.watch.bound(Some(until.map_or(patience, |until| until.min(patience))));
-        let failure = self.upstream.refused(response);
+        let failure = self.upstream.refused(response, fields);
         self.watch.bound(until);
         match self.watch.ended() {
             Some(ended) => self.upstream.ended(ended).into(),
@@ -447,13 +455,13 @@ impl Line {
         let result = reader.take((config::MAX_ANSWER + 1 - body.len()) as u64).read_to_end(&mut body);
         if body.len() > config::MAX_ANSWER {
             let text = format!("the LLM's answer is larger than {} bytes", config::MAX_ANSWER);
-            return Err(self.upstream.failed(Code::UPSTREAM_BAD_ANSWER, &text, ""));
+            return Err(self.upstream.failed(Code::UPSTREAM_BAD_ANSWER, &text));
         }
         match result {
             Ok(_) => Ok(body),
             Err(e) => Err(match self.watch.ended() {
                 Some(ended) => self.upstream.ended(ended),
-                None => self.upstream.failed(Code::UPSTREAM_BAD_ANSWER, &format!("the LLM's answer broke off: {e}"), ""),
+                None => self.upstream.failed(Code::UPSTREAM_BAD_ANSWER, &format!("the LLM's answer broke off: {e}")),
             }),
         }
     }

@@ -1,4 +1,5 @@
-//! The way out of a request: the right to answer it, its line in the log, its place in the metrics. Knows endpoints by their names only.
+//! The way out of a request: the right to answer it, its line in the log, its place in the metrics. Knows endpoints by
+//! their names only.
 
 use std::borrow::Cow;
 use std::net::SocketAddr;

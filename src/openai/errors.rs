@@ -16,7 +16,7 @@ pub struct NoAnswer {
     pub why: String,
     /// What it says itself, or what is wrong with that; empty where there is nothing more to say.
     pub words: String,
-    /// An error that may not be there the next time, or with another model, by the code in it.
+    /// An error that may not be there the next time, or with another model, by its code or type.
     pub passing: bool,
 }
 

@@ -67,11 +67,7 @@ impl Desk {
         let asleep = std::mem::take(&mut writer.is_clerk_asleep);
         drop(writer);
         if asleep || self.has_orders() {
-            // When the clerk has gone, what came meanwhile is ours, too.
-            match self.is_closed.load(Ordering::Relaxed) {
-                true => self.hurry(true),
-                false => self.wake(),
-            }
+            self.hurry(false);
         }
     }
 
@@ -103,7 +99,7 @@ impl Desk {
                 Ok(None) => {
                     self.is_closed.store(true, Ordering::Relaxed);
                     // Who did not see that has left an order to us.
-                    return self.hurry(true);
+                    return self.hurry(false);
                 }
                 Err(_) => thread::park_timeout(QUIET),
             }

@@ -54,8 +54,8 @@ impl From<rusqlite::Error> for Trouble {
     }
 }
 
-const FOREIGN: &str = "its tables are not those that this program makes, as after .dump, which leaves out their version; restore a \
-                       copy made with VACUUM INTO, or set DATABASE_PATH";
+const FOREIGN: &str = "its tables are not those that this program makes, as after .dump, which leaves out their version; \
+                       restore a copy made with VACUUM INTO, or set DATABASE_PATH";
 
 /// What fails where a file system lacks what processes need that share a database.
 const SHARING: [i32; 5] = [
@@ -68,6 +68,7 @@ const SHARING: [i32; 5] = [
 
 /// The trouble in words, with what to do about it.
 pub fn advice(trouble: &Trouble) -> String {
+    use rusqlite::Error::{QueryReturnedNoRows, SqlInputError};
     use rusqlite::ErrorCode::{
         CannotOpen, DatabaseBusy, DatabaseCorrupt, DatabaseLocked, DiskFull, NotADatabase, PermissionDenied, ReadOnly,
         SystemIoFailure,
@@ -83,12 +84,12 @@ pub fn advice(trouble: &Trouble) -> String {
         Trouble::Sql(e) => e,
     };
     // rusqlite's own text goes on with the statement, which may have many lines.
-    let said = if let rusqlite::Error::SqlInputError { msg, .. } = e { msg.clone() } else { e.to_string() };
+    let said = if let SqlInputError { msg, .. } = e { msg.clone() } else { e.to_string() };
     let extended = e.sqlite_error().map_or(0, |e| e.extended_code);
     let what = match e.sqlite_error_code() {
         Some(CannotOpen | PermissionDenied | ReadOnly) => {
-            "it cannot be opened or written; check the rights of file and folder, the limits on open files and on files of the disk, or set \
-             DATABASE_PATH"
+            "it cannot be opened or written; check the rights of file and folder, the limits on open files and on files of the \
+             disk, or set DATABASE_PATH"
         }
         Some(NotADatabase) => "it is no SQLite database; move it away and start again, or restore a backup",
         // An error of the disk looks the same (SQLITE_IOERR_CORRUPTFS).
@@ -101,8 +102,7 @@ pub fn advice(trouble: &Trouble) -> String {
             "its file system cannot lock or share memory, as that of a network may not; set DATABASE_PATH to a local disk"
         }
         Some(DiskFull | SystemIoFailure) => "the disk is full or failing; make room",
-        _ if matches!(e, rusqlite::Error::SqlInputError { .. } | rusqlite::Error::QueryReturnedNoRows) => FOREIGN,
-        _ if extended == ffi::SQLITE_ERROR => FOREIGN,
+        _ if extended == ffi::SQLITE_ERROR || matches!(e, SqlInputError { .. } | QueryReturnedNoRows) => FOREIGN,
         _ => "it cannot be used",
     };
     format!("{what} ({said})")

@@ -224,14 +224,14 @@ impl Writer {
             return None;
         }
         let is_quiet = self.last_order.elapsed() >= QUIET;
+        let forgets = self.forget_remembered();
         let more = match is_quiet || !self.searches.is_empty() {
             true => {
                 self.look_again();
-                self.forget_remembered() | self.retain() | self.index()
+                forgets | self.retain() | self.index()
             }
             false => {
                 self.catch_up();
-                self.forget_remembered();
                 false
             }
         };

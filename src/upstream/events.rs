@@ -205,13 +205,12 @@ impl Events<'_> {
 
     /// A failure by what came, without secrets; `what` the LLM did.
     pub fn no_answer(&self, code: Code, what: &str, no: &NoAnswer) -> Box<Failure> {
-        let error = self.line.upstream.failed(code, &format!("the LLM {what}: {}", no.why), &no.words);
-        Box::new(Failure { passing: no.passing, ..error.into() })
+        Box::new(Failure { passing: no.passing, ..self.line.upstream.no_answer(code, what, no).into() })
     }
 
     /// A failure in our own words.
     pub fn failed(&self, code: Code, text: &str) -> ApiError {
-        self.line.upstream.failed(code, text, "")
+        self.line.upstream.failed(code, text)
     }
 }
 

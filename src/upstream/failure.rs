@@ -9,7 +9,7 @@ use ureq::http::{HeaderMap, Response, header};
 
 use super::Upstream;
 use super::watch::Ended;
-use crate::error::{ApiError, Code};
+use crate::error::{ApiError, Code, Header};
 use crate::openai;
 
 /// An error answer is read so far for its words.
@@ -85,7 +85,7 @@ impl Upstream {
             Ended::TimedOut => {
                 let text =
                     format!("the LLM did not answer within {} s (UPSTREAM_TIMEOUT_SECS)", self.config.upstream_timeout.as_secs());
-                self.failed(Code::UPSTREAM_TIMEOUT, &text, "")
+                self.failed(Code::UPSTREAM_TIMEOUT, &text)
             }
         }
     }
@@ -106,7 +106,7 @@ impl Upstream {
             ureq::Error::Io(e) => (Code::UPSTREAM_UNAVAILABLE, format!("the LLM cannot be reached: {e}"), true),
             e => (Code::UPSTREAM_BAD_ANSWER, format!("the LLM's answer is not HTTP as it should be: {e}"), false),
         };
-        let mut error = self.failed(code, &text, "");
+        let mut error = self.failed(code, &text);
         // A certificate that is not believed: all else of this code may pass.
         if !passing && code == Code::UPSTREAM_UNAVAILABLE {
             error = error.pointless_to_retry();
@@ -114,8 +114,8 @@ impl Upstream {
         Box::new(Failure { passing, ..error.into() })
     }
 
-    /// An answer with a status that is not a success.
-    pub(super) fn refused(&self, mut response: Response<Body>) -> Box<Failure> {
+    /// An answer with a status that is not a success; `fields` of its head mean something to clients.
+    pub(super) fn refused(&self, mut response: Response<Body>, fields: Vec<Header>) -> Box<Failure> {
         let status = response.status().as_u16();
         let mut body = Vec::new();
         // Words that cannot be read are words that are not there.
@@ -132,13 +132,13 @@ impl Upstream {
             503 | 529 => (Code::UPSTREAM_UNAVAILABLE, "is not available"),
             _ => (Code::UPSTREAM_ERROR, "failed"),
         };
-        let mut error = self.failed(code, &format!("the LLM {what} ({status})"), if status < 400 { "" } else { &words });
+        let words = if status < 400 { "" } else { words.as_str() };
+        let mut error = self.failed_saying(code, &format!("the LLM {what} ({status})"), words);
         let retry_after = retry_after(response.headers());
         if matches!(code.status(), 429 | 503) {
             let clean = retry_after.filter(|value| !self.has_secret(value));
             error.retry_after = clean.map(Box::from).or(error.retry_after);
         }
-        let fields = self.passed_on(response.headers());
         error.headers.extend(fields.into_iter().filter(|(name, _)| name.starts_with("x-ratelimit-")));
         // OpenAI's word for an account without money, which no waiting fills.
         let quota = status == 429 && body.windows(18).any(|w| w == b"insufficient_quota");

@@ -148,6 +148,11 @@ fn a_stream_whose_client_is_gone_at_its_end_says_what_was_sent() {
     assert!(!line.contains(" bytes=0 "), "{line}");
 }
 
+/// All that there are in the end.
+fn warnings(proxy: &mut Proxy) -> Vec<String> {
+    proxy.whole_log().into_iter().filter(|line| line.contains("[WARN]")).collect()
+}
+
 #[test]
 fn the_log_says_why_the_llm_gave_no_answer_and_not_in_its_words() {
     for (status, said) in [(401, "refused the server's key (401)"), (404, "has nothing there"), (500, "failed (500)")] {
@@ -155,7 +160,7 @@ fn the_log_says_why_the_llm_gave_no_answer_and_not_in_its_words() {
         let upstream = FakeUpstream::always(reply(status, &[("X-Request-Id", "req_of-the-llm")], &body));
         let mut proxy = Proxy::facing(&upstream).set("UPSTREAM_RETRIES", "0").start();
         proxy.ask("Well?");
-        let told: Vec<String> = proxy.whole_log().into_iter().filter(|line| line.contains("[WARN]")).collect();
+        let told = warnings(&mut proxy);
         assert!(told.len() == 1 && told[0].contains(said) && !told[0].contains("of its own"), "{told:?}");
         assert!(told[0].ends_with("its request req_of-the-llm"), "what its support asks for: {told:?}");
     }
@@ -181,7 +186,7 @@ fn the_log_says_why_what_came_is_no_answer() {
         let idle = if said.contains("silent") { "1" } else { "60" };
         let mut proxy = Proxy::facing(&upstream).set("UPSTREAM_IDLE_SECS", idle).start();
         proxy.call(&if streams { streaming("Well?") } else { post("/api/ask", &json!({"question": "Well?"})) });
-        let told: Vec<String> = proxy.whole_log().into_iter().filter(|line| line.contains("[WARN]")).collect();
+        let told = warnings(&mut proxy);
         assert!(told.len() == 1 && told[0].contains(said) && !told[0].contains("of its own"), "{said}: {told:?}");
     }
 }
@@ -200,7 +205,7 @@ fn the_log_says_after_what_another_model_is_asked() {
             let setup = Proxy::facing(&upstream).set("OPENAI_FALLBACK_MODELS", "good").set("UPSTREAM_RETRIES", "0");
             let mut proxy = setup.start();
             assert_eq!(proxy.call(&post(path, &json!({"question": "Well?"}))).status, 200);
-            let told: Vec<String> = proxy.whole_log().into_iter().filter(|line| line.contains("[WARN]")).collect();
+            let told = warnings(&mut proxy);
             assert!(told.len() == 2 && told[0].contains(said), "{path}: {told:?}");
             assert!(told[1].contains("\"good\" is asked next, after upstream_"), "{path}: {told:?}");
         }
