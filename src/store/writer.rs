@@ -438,10 +438,9 @@ impl Writer {
         Ok([kernel::inode(&self.path)?, kernel::inode(&self.journal)?, kernel::inode(&self.journal_index)?])
     }
 
-    /// Lets go of a database that is not in its place any more. What only its journal has, which may be deleted, goes over
+    /// Lets go of a database that is not in its place any more, while nobody reads. What only its journal has, which may be deleted, goes over
     /// first; a journal that is left must not be taken for that of another database.
     fn let_go(&mut self) {
-        let _alone = own(&self.state.reading);
         self.state.inode.store(0, Ordering::Relaxed);
         // What they wait for may never be indexed there.
         self.searches.clear();
@@ -464,6 +463,9 @@ impl Writer {
         if self.is_in_place() {
             return Ok(());
         }
+        // Whoever reads meanwhile waits, and finds the database in its place.
+        let state = Arc::clone(&self.state);
+        let _alone = own(&state.reading);
         self.let_go();
         if self.is_closed {
             return Err(Trouble::Sql(rusqlite::Error::InvalidQuery));
@@ -840,6 +842,28 @@ mod tests {
         let rows = old.write(|connection| connection.query_row("SELECT count(*) FROM history", [], |row| row.get::<_, i64>(0)));
         assert_eq!(rows, Ok(4));
         remove(old);
+    }
+
+    #[test]
+    fn whoever_reads_meanwhile_waits_until_the_database_is_open_again() {
+        let mut writer = writer("again");
+        let (state, path) = (Arc::clone(&writer.state), writer.path.clone());
+        thread::scope(|scope| {
+            let reopening = scope.spawn(|| {
+                for _ in 0..200 {
+                    // As after a write that failed.
+                    writer.open = None;
+                    assert!(writer.ready().is_ok());
+                }
+            });
+            while !reopening.is_finished() {
+                let reading = share(&state.reading);
+                assert!(state.is_at(&path), "it was there all the time");
+                drop(reading);
+                thread::yield_now();
+            }
+        });
+        remove(writer);
     }
 
     #[test]
