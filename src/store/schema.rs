@@ -1,6 +1,11 @@
-//! The version of the database and the steps to the newest, and in words what is wrong with a database. Knows no rows.
+//! The version of the database, the steps to the newest, its journal, and in words what is wrong with it. Knows no rows.
 
-use rusqlite::{Connection, TransactionBehavior, ffi};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rusqlite::{Connection, ErrorCode, TransactionBehavior, ffi};
+
+use crate::config::DATABASE_BUSY;
 
 /// Numbered from 1; the database's `user_version` is the number of the last one applied.
 pub const MIGRATIONS: &[&str] = &[
@@ -22,6 +27,20 @@ pub fn check(connection: &Connection) -> Result<(), Trouble> {
         (0, 1..) => Err(Trouble::Foreign),
         (version, _) if version > MIGRATIONS.len() as i64 => Err(Trouble::Newer(version)),
         _ => Ok(()),
+    }
+}
+
+/// Has the database keep a write-ahead log. Unlike for other locks, SQLite does not wait for another process that does the
+/// same at this moment, as where two servers start at once.
+pub fn keep_journal(connection: &Connection) -> rusqlite::Result<()> {
+    let began = Instant::now();
+    loop {
+        let kept = connection.query_row("PRAGMA journal_mode = wal", [], |_| Ok(()));
+        let is_busy = kept.as_ref().is_err_and(|e| e.sqlite_error_code() == Some(ErrorCode::DatabaseBusy));
+        if !is_busy || began.elapsed() >= DATABASE_BUSY {
+            return kept;
+        }
+        thread::sleep(Duration::from_millis(5));
     }
 }
 

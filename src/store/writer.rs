@@ -474,7 +474,7 @@ impl Writer {
         let _ = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&self.path);
         let mut connection = connect(&self.path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE)?;
         schema::check(&connection)?;
-        connection.query_row("PRAGMA journal_mode = wal", [], |_| Ok(()))?;
+        schema::keep_journal(&connection)?;
         // Migrations need not wait for the disk: one that a power cut takes back is made again.
         connection.execute_batch(&format!(
             "PRAGMA synchronous = NORMAL; PRAGMA cache_size = -1024; PRAGMA journal_size_limit = 67108864;
@@ -842,6 +842,24 @@ mod tests {
         let rows = old.write(|connection| connection.query_row("SELECT count(*) FROM history", [], |row| row.get::<_, i64>(0)));
         assert_eq!(rows, Ok(4));
         remove(old);
+    }
+
+    #[test]
+    fn a_new_database_may_be_made_by_several_at_once() {
+        let start = std::sync::Barrier::new(4);
+        for round in 0..20 {
+            let mut writers: Vec<Writer> = thread::scope(|scope| {
+                let open = || {
+                    start.wait();
+                    writer(&format!("several-{round}"))
+                };
+                let opening: Vec<_> = (0..4).map(|_| scope.spawn(open)).collect();
+                opening.into_iter().map(|writer| writer.join().expect("it is opened")).collect()
+            });
+            let last = writers.pop().expect("there are four");
+            writers.iter_mut().for_each(Writer::close);
+            remove(last);
+        }
     }
 
     #[test]
