@@ -68,9 +68,7 @@ pub struct ApiError {
     pub param: Option<Box<str>>,
     /// The upstream's account has no money left: `insufficient_quota` is then its `error.type`, as clients know it.
     pub no_quota: bool,
-    /// The value of the `Retry-After` header, passed on as it came or in seconds.
-    pub retry_after: Option<Box<str>>,
-    /// Further header fields of the answer.
+    /// Header fields of the answer.
     pub headers: Vec<Header>,
     /// For the log: what the upstream did, in none of its words.
     pub cause: Option<Box<str>>,
@@ -82,8 +80,8 @@ pub type Header = (Cow<'static, str>, String);
 impl ApiError {
     /// An error of `code` with a text for people; every 503 gets `Retry-After: 1` here.
     pub fn new(code: Code, message: impl Into<Box<str>>) -> ApiError {
-        let retry_after = (code.status() == 503).then(|| "1".into());
-        ApiError { code, message: message.into(), param: None, no_quota: false, retry_after, headers: Vec::new(), cause: None }
+        let e = ApiError { code, message: message.into(), param: None, no_quota: false, headers: Vec::new(), cause: None };
+        if code.status() == 503 { e.with_header("Retry-After", "1") } else { e }
     }
 
     /// Nobody is there any more to be answered: it stands in the log only.
@@ -101,16 +99,15 @@ impl ApiError {
         ApiError { param: Some(param.into()), ..ApiError::new(Code::INVALID_REQUEST, message) }
     }
 
-    /// The same error with one more header field.
+    /// The same error with this header field, in place of one of the same name.
     pub fn with_header(mut self, name: &'static str, value: impl Into<String>) -> ApiError {
-        self.headers.push((Cow::Borrowed(name), value.into()));
+        add_headers(&mut self.headers, vec![(Cow::Borrowed(name), value.into())]);
         self
     }
 
     /// The same error, telling SDKs that asking again is of no use (OpenAI's `x-should-retry`).
     pub fn pointless_to_retry(self) -> ApiError {
-        const NAME: &str = "x-should-retry";
-        if self.headers.iter().any(|(name, _)| name == NAME) { self } else { self.with_header(NAME, "false") }
+        self.with_header("x-should-retry", "false")
     }
 
     /// The JSON object of this error, `{"error": {...}}`, in the shape of
@@ -127,8 +124,7 @@ impl ApiError {
     }
 }
 
-/// Adds header fields of ours; they stand in for those of the same name that are there, passed on from
-/// the upstream.
+/// Adds header fields of ours, in place of those of the same name that are there, such as the upstream's.
 pub fn add_headers(headers: &mut Vec<Header>, ours: Vec<Header>) {
     headers.retain(|(name, _)| !ours.iter().any(|(our, _)| our.eq_ignore_ascii_case(name)));
     headers.extend(ours);

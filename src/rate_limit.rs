@@ -53,12 +53,7 @@ impl RateLimit {
         // Rounded to a millisecond first, or 20 s would become 21.
         let millis = ((1.0 - bucket.questions) / per_second * 1000.0).round() as u64;
         let wait = millis.div_ceil(1000).max(1);
-        let mut error = ApiError::new(
-            Code::RATE_LIMITED,
-            format!("this key may ask {} questions a minute; the next in {wait} s", self.per_minute),
-        );
-        error.retry_after = Some(wait.to_string().into());
-        error.headers = headers;
-        Err(error)
+        let text = format!("this key may ask {} questions a minute; the next in {wait} s", self.per_minute);
+        Err(ApiError { headers, ..ApiError::new(Code::RATE_LIMITED, text) }.with_header("Retry-After", wait.to_string()))
     }
 }

@@ -97,8 +97,7 @@ impl Exit {
             return None;
         }
         let mut reply = Reply::json(status, e.to_json(&self.entry.id));
-        reply.headers.extend(e.retry_after.map(|wait| (Cow::Borrowed("Retry-After"), wait.into_string())));
-        reply.headers.extend(e.headers);
+        reply.headers = e.headers;
         self.finish(reply, None, None, code);
         None
     }

@@ -135,9 +135,8 @@ impl Upstream {
         let words = if status < 400 { "" } else { words.as_str() };
         let mut error = self.failed_saying(code, &format!("the LLM {what} ({status})"), words);
         let retry_after = retry_after(response.headers());
-        if matches!(code.status(), 429 | 503) {
-            let clean = retry_after.filter(|value| !self.has_secret(value));
-            error.retry_after = clean.map(Box::from).or(error.retry_after);
+        if let (429 | 503, Some(clean)) = (code.status(), retry_after.filter(|value| !self.has_secret(value))) {
+            error = error.with_header("Retry-After", clean);
         }
         error.headers.extend(fields.into_iter().filter(|(name, _)| name.starts_with("x-ratelimit-")));
         // OpenAI's word for an account without money, which no waiting fills.
