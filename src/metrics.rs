@@ -80,17 +80,8 @@ pub struct Metrics {
     pub history_commit: Histogram,
 }
 
-/// What is not counted but is so at the moment.
-pub struct Gauges {
-    pub in_flight: usize,
-    pub queue_length: usize,
-    pub workers_busy: usize,
-    pub workers_total: usize,
-    pub connections: usize,
-    /// Bytes; `None` where the system does not tell.
-    pub resident_memory: Option<u64>,
-    pub uptime: Duration,
-}
+/// What is not counted but is so at the moment: its name, what it is, and how much.
+pub type Gauge = (&'static str, &'static str, f64);
 
 impl Metrics {
     /// Zeros for these routes and models.
@@ -155,8 +146,8 @@ impl Metrics {
         }
     }
 
-    /// The text to scrape.
-    pub fn render(&self, now: &Gauges) -> String {
+    /// The text to scrape, with these gauges.
+    pub fn render(&self, gauges: impl IntoIterator<Item = Gauge>) -> String {
         let mut text = Text(String::with_capacity(16 * 1024));
         text.describe("ai_proxy_requests_total", "counter", "Requests answered, by route and status.");
         for (route, counts, _) in &self.routes {
@@ -173,12 +164,7 @@ impl Metrics {
             "From a request's first byte to its stream's first event.",
             &self.time_to_first_token,
         );
-        text.gauge("ai_proxy_requests_in_flight", "Requests being answered.", now.in_flight as f64);
-        text.gauge("ai_proxy_queue_length", "Questions waiting for a worker.", now.queue_length as f64);
         text.one_histogram("ai_proxy_queue_wait_seconds", "How long questions waited for a worker.", &self.queue_wait);
-        text.gauge("ai_proxy_workers_busy", "Workers asking the LLM.", now.workers_busy as f64);
-        text.gauge("ai_proxy_workers", "Workers there may be (WORKERS).", now.workers_total as f64);
-        text.gauge("ai_proxy_connections", "Open connections of clients.", now.connections as f64);
         text.counter("ai_proxy_upstream_attempts_total", "Requests sent to the LLM.", &self.upstream_attempts);
         text.counter("ai_proxy_upstream_retries_total", "Those sent again after a failure.", &self.upstream_retries);
         text.counter("ai_proxy_upstream_fallbacks_total", "Questions turned to another model.", &self.upstream_fallbacks);
@@ -198,10 +184,10 @@ impl Metrics {
         text.counter("ai_proxy_history_rows_total", "Pairs written.", &self.history_rows);
         text.one_histogram("ai_proxy_history_batch_size", "Pairs in a commit.", &self.history_batch_size);
         text.one_histogram("ai_proxy_history_commit_seconds", "How long a commit took.", &self.history_commit);
-        if let Some(bytes) = now.resident_memory {
-            text.gauge("process_resident_memory_bytes", "Resident memory.", bytes as f64);
+        for (name, help, value) in gauges {
+            text.describe(name, "gauge", help);
+            text.line(name, "", value);
         }
-        text.gauge("ai_proxy_uptime_seconds", "Since the start.", now.uptime.as_secs_f64());
         text.describe("ai_proxy_build_info", "gauge", "The program's version.");
         text.line("ai_proxy_build_info", &format!("version=\"{}\"", env!("CARGO_PKG_VERSION")), 1.0);
         text.0
@@ -219,11 +205,6 @@ impl Text {
     fn line(&mut self, name: &str, labels: &str, value: f64) {
         let _ =
             if labels.is_empty() { writeln!(self.0, "{name} {value}") } else { writeln!(self.0, "{name}{{{labels}}} {value}") };
-    }
-
-    fn gauge(&mut self, name: &str, help: &str, value: f64) {
-        self.describe(name, "gauge", help);
-        self.line(name, "", value);
     }
 
     fn counter(&mut self, name: &str, help: &str, counter: &Counter) {
@@ -266,16 +247,7 @@ mod tests {
         metrics.tokens("invented", 5, 7);
         metrics.upstream_error(Code::UPSTREAM_TIMEOUT);
         metrics.upstream_error(Code::CLIENT_GONE);
-        let gauges = Gauges {
-            in_flight: 1,
-            queue_length: 0,
-            workers_busy: 0,
-            workers_total: 8,
-            connections: 2,
-            resident_memory: None,
-            uptime: Duration::from_secs(1),
-        };
-        let text = metrics.render(&gauges);
+        let text = metrics.render([("ai_proxy_workers", "Workers.", 8.0)]);
         for line in [
             "ai_proxy_requests_total{route=\"ask\",status=\"200\"} 2",
             "ai_proxy_request_duration_seconds_bucket{route=\"ask\",le=\"0.005\"} 0",
@@ -287,9 +259,10 @@ mod tests {
             "ai_proxy_tokens_total{model=\"other\",kind=\"prompt\"} 5",
             "ai_proxy_upstream_errors_total{code=\"upstream_timeout\"} 1",
             "ai_proxy_upstream_cancelled_total 1",
+            "ai_proxy_workers 8",
         ] {
             assert!(text.lines().any(|l| l == line), "{line}\n{text}");
         }
-        assert!(!text.contains("invented") && !text.contains("process_resident"));
+        assert!(!text.contains("invented"));
     }
 }

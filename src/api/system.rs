@@ -9,7 +9,6 @@ use super::Api;
 use crate::config::Mode;
 use crate::http::Reply;
 use crate::kernel;
-use crate::metrics::Gauges;
 
 /// `GET /livez`: 200 while the process lives.
 pub fn livez() -> Reply {
@@ -42,15 +41,16 @@ pub fn readyz(api: &Api) -> Reply {
 /// `GET /metrics`: all counts, for Prometheus.
 pub fn metrics(api: &Api) -> Reply {
     let load = api.workers.load();
-    let text = api.metrics.render(&Gauges {
-        in_flight: api.in_flight(),
-        queue_length: load.queued,
-        workers_busy: load.busy,
-        workers_total: load.total,
-        connections: api.connections.count(),
-        resident_memory: kernel::resident_memory(),
-        uptime: api.started.elapsed(),
-    });
+    let gauges = [
+        ("ai_proxy_requests_in_flight", "Requests being answered.", api.in_flight() as f64),
+        ("ai_proxy_queue_length", "Questions waiting for a worker.", load.queued as f64),
+        ("ai_proxy_workers_busy", "Workers asking the LLM.", load.busy as f64),
+        ("ai_proxy_workers", "Workers there may be (WORKERS).", load.total as f64),
+        ("ai_proxy_connections", "Open connections of clients.", api.connections.count() as f64),
+        ("ai_proxy_uptime_seconds", "Since the start.", api.started.elapsed().as_secs_f64()),
+    ];
+    let memory = kernel::resident_memory().map(|bytes| ("process_resident_memory_bytes", "Resident memory.", bytes as f64));
+    let text = api.metrics.render(gauges.into_iter().chain(memory));
     let content_type = "text/plain; version=0.0.4; charset=utf-8";
     Reply { status: 200, content_type, headers: Vec::new(), body: Cow::Owned(text.into_bytes()) }
 }
