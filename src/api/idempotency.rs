@@ -2,7 +2,6 @@
 //! are the history's.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -18,18 +17,11 @@ const GLANCE: Duration = Duration::from_millis(500);
 /// A key's name and its word for the request.
 type Name = (Arc<str>, String);
 
-/// The requests with an `Idempotency-Key` that are running now.
+/// The requests with an `Idempotency-Key` that are running now: their paths and bodies.
 #[derive(Default)]
 pub struct Idempotency {
-    running: Mutex<HashMap<Name, Running>>,
+    running: Mutex<HashMap<Name, (&'static str, Vec<u8>)>>,
     ended: Condvar,
-}
-
-/// A request that others may wait for.
-struct Running {
-    path: &'static str,
-    body: Vec<u8>,
-    is_awaited: bool,
 }
 
 /// What a request with an `Idempotency-Key` is to do.
@@ -48,11 +40,8 @@ pub struct First {
 
 impl Drop for First {
     fn drop(&mut self) {
-        let over = lock(&self.idempotency.running).remove(&self.name);
-        // Whoever waits for any request is woken, so not without need.
-        if over.is_some_and(|over| over.is_awaited) {
-            self.idempotency.ended.notify_all();
-        }
+        lock(&self.idempotency.running).remove(&self.name);
+        self.idempotency.ended.notify_all();
     }
 }
 
@@ -74,16 +63,9 @@ impl Idempotency {
         let name = (Arc::clone(request.key), given.to_string());
         let until = Instant::now() + api.config.upstream_timeout;
         let mut running = lock(&self.running);
-        loop {
-            match running.entry(name.clone()) {
-                Entry::Occupied(before) if (before.get().path, &*before.get().body) != (path, request.body) => {
-                    return Err(another());
-                }
-                Entry::Occupied(mut before) => before.get_mut().is_awaited = true,
-                Entry::Vacant(place) => {
-                    place.insert(Running { path, body: request.body.to_vec(), is_awaited: false });
-                    break;
-                }
+        while let Some((other_path, other_body)) = running.get(&name) {
+            if (*other_path, &**other_body) != (path, request.body) {
+                return Err(another());
             }
             if is_gone() {
                 return Err(ApiError::client_gone());
@@ -94,6 +76,7 @@ impl Idempotency {
             }
             running = wait_within(&self.ended, running, GLANCE);
         }
+        running.insert(name.clone(), (path, request.body.to_vec()));
         drop(running);
         let first = First { idempotency: Arc::clone(self), name };
         let place = api.make()?;
