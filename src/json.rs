@@ -6,7 +6,7 @@ use std::fmt;
 use std::marker::PhantomData;
 
 use serde::Deserialize;
-use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
 /// Parts of a list that are kept, such as choices of an answer and tool calls: no model gives more, and an index beyond is
@@ -116,26 +116,14 @@ pub struct Few<T>(pub Vec<T>);
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Few<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Few<T>, D::Error> {
         // Most have one element, and a Vec begins with four.
-        deserializer.deserialize_seq(Few(Vec::with_capacity(1)))
-    }
-}
-
-impl<'de, T: Deserialize<'de>> Visitor<'de> for Few<T> {
-    type Value = Few<T>;
-
-    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str("a sequence")
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(mut self, mut list: A) -> Result<Few<T>, A::Error> {
-        while self.0.len() < MOST_PARTS {
-            match list.next_element()? {
-                Some(element) => self.0.push(element),
-                None => return Ok(self),
+        let mut few = Vec::with_capacity(1);
+        let keep = |element| {
+            if few.len() < MOST_PARTS {
+                few.push(element);
             }
-        }
-        while list.next_element::<IgnoredAny>()?.is_some() {}
-        Ok(self)
+        };
+        deserializer.deserialize_seq(EachElement(keep, PhantomData))?;
+        Ok(Few(few))
     }
 }
 
