@@ -22,9 +22,8 @@ struct State {
     headers: Vec<Header>,
     /// Those of the upstream, for the same.
     passed_on: Vec<Header>,
-    /// The request's own id, and the upstream's where that stands in for it.
+    /// The request's own, until the head goes out with the upstream's.
     id: String,
-    upstream_id: Option<String>,
     /// `Some`: pass on the upstream's fields, its id only if false.
     upstream_head: Option<bool>,
     last_sent: Instant,
@@ -50,7 +49,6 @@ impl ClientEnd {
                 headers,
                 passed_on: Vec::new(),
                 id,
-                upstream_id: None,
                 upstream_head,
                 last_sent: Instant::now(),
                 hangup: None,
@@ -59,16 +57,16 @@ impl ClientEnd {
     }
 
     /// Keeps fields of the upstream's head for ours, while that is not out; they replace those of a model that failed before.
-    pub(super) fn pass_on(&self, mut upstream: Vec<Header>) {
+    pub(super) fn pass_on(&self, upstream: Vec<Header>) {
         let mut state = lock(&self.state);
-        let (Phase::Unanswered(_), Some(own_id)) = (&state.phase, state.upstream_head) else { return };
-        state.upstream_id = take_id(&mut upstream).filter(|_| !own_id);
-        state.passed_on = upstream;
+        if state.upstream_head.is_some() && matches!(state.phase, Phase::Unanswered(_)) {
+            state.passed_on = upstream;
+        }
     }
 
     /// The request's id as the client sees it.
     pub fn id(&self) -> String {
-        lock(&self.state).id().to_string()
+        lock(&self.state).id.clone()
     }
 
     /// Sends bytes of events, after the 200 where that is not out yet.
@@ -124,7 +122,7 @@ impl ClientEnd {
 
     /// Ends an open stream with an error event. Returns the bytes of body sent in all.
     pub fn fail(&self, e: &ApiError) -> u64 {
-        let event = format!("data: {}\n\n", e.to_json(lock(&self.state).id()));
+        let event = format!("data: {}\n\n", e.to_json(&lock(&self.state).id));
         self.finish(event.as_bytes())
     }
 
@@ -168,17 +166,16 @@ impl State {
         }
     }
 
-    fn id(&self) -> &str {
-        self.upstream_id.as_ref().unwrap_or(&self.id)
-    }
-
     fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         match std::mem::replace(&mut self.phase, Phase::Over) {
             Phase::Unanswered(responder) => {
-                let mut headers = self.passed_on.clone();
+                let mut headers = std::mem::take(&mut self.passed_on);
+                if let (Some(id), Some(false)) = (take_id(&mut headers), self.upstream_head) {
+                    self.id = id;
+                }
                 headers.extend([("Cache-Control".into(), "no-cache".into()), ("X-Accel-Buffering".into(), "no".into())]);
                 add_headers(&mut headers, std::mem::take(&mut self.headers));
-                let (writer, result) = responder.stream("text/event-stream; charset=utf-8", self.id(), &headers, bytes);
+                let (writer, result) = responder.stream("text/event-stream; charset=utf-8", &self.id, &headers, bytes);
                 self.phase = Phase::Open(writer);
                 result
             }
