@@ -207,7 +207,7 @@ impl Api {
             Endpoint::Livez => exit.send(system::livez(), None),
             Endpoint::Readyz => exit.send(system::readyz(self), None),
             Endpoint::Metrics => exit.send(system::metrics(self), None),
-            Endpoint::Page(name) => match pages::page(name) {
+            Endpoint::Page => match pages::page(head.path()) {
                 Ok(reply) => exit.send(reply, None),
                 Err(e) => exit.refuse(e),
             },

@@ -14,8 +14,8 @@ pub enum Endpoint {
     Livez,
     Readyz,
     Metrics,
-    /// A file of the pages, by its name there.
-    Page(&'static str),
+    /// A file of the pages, by its path.
+    Page,
 }
 
 impl Endpoint {
@@ -36,13 +36,13 @@ impl Endpoint {
             Endpoint::Livez => "livez",
             Endpoint::Readyz => "readyz",
             Endpoint::Metrics => "metrics",
-            Endpoint::Page(_) => "page",
+            Endpoint::Page => "page",
         }
     }
 
     /// Answers without a key, and also while the server drains.
     pub fn is_public(self) -> bool {
-        matches!(self, Endpoint::Livez | Endpoint::Readyz | Endpoint::Metrics | Endpoint::Page(_))
+        matches!(self, Endpoint::Livez | Endpoint::Readyz | Endpoint::Metrics | Endpoint::Page)
     }
 
     /// Asks the LLM a question, in a JSON body.
@@ -65,14 +65,8 @@ pub fn route(method: &str, path: &str) -> Result<Endpoint, ApiError> {
         "/livez" => (Endpoint::Livez, GET),
         "/readyz" => (Endpoint::Readyz, GET),
         "/metrics" => (Endpoint::Metrics, GET),
-        "/" => (Endpoint::Page("console.html"), GET),
-        "/console.css" => (Endpoint::Page("console.css"), GET),
-        "/console.js" => (Endpoint::Page("console.js"), GET),
-        "/openapi.json" => (Endpoint::Page("openapi.json"), GET),
-        "/docs" => (Endpoint::Page("docs.html"), GET),
-        "/docs/docs.js" => (Endpoint::Page("docs.js"), GET),
-        "/docs/swagger-ui.css" => (Endpoint::Page("swagger-ui.css"), GET),
-        "/docs/swagger-ui-bundle.js" => (Endpoint::Page("swagger-ui-bundle.js"), GET),
+        "/" | "/console.css" | "/console.js" | "/openapi.json" => (Endpoint::Page, GET),
+        "/docs" | "/docs/docs.js" | "/docs/swagger-ui.css" | "/docs/swagger-ui-bundle.js" => (Endpoint::Page, GET),
         _ => {
             let is_openais = ["/completions", "/models", "/responses", "/embeddings"].iter().any(|end| path.ends_with(end));
             let text = match path.starts_with("/v1/") {

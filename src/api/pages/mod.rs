@@ -16,23 +16,20 @@ const HTML: &str = "text/html; charset=utf-8";
 const CSS: &str = "text/css; charset=utf-8";
 const JAVASCRIPT: &str = "text/javascript; charset=utf-8";
 
-/// The file of this name, as the pages' routes have it.
-pub fn page(name: &str) -> Result<Reply, ApiError> {
-    let (content_type, text) = match name {
-        "console.html" => (HTML, include_str!("console.html")),
-        "console.css" => (CSS, include_str!("console.css")),
-        "console.js" => (JAVASCRIPT, include_str!("console.js")),
-        "docs.html" => (HTML, include_str!("docs.html")),
-        "docs.js" => (JAVASCRIPT, include_str!("docs.js")),
-        "openapi.json" => ("application/json", include_str!("openapi.json")),
-        _ => return swagger_ui(name),
+/// The file at this path, which is one of the pages' routes.
+pub fn page(path: &str) -> Result<Reply, ApiError> {
+    let (content_type, text) = match path {
+        "/" => (HTML, include_str!("console.html")),
+        "/console.css" => (CSS, include_str!("console.css")),
+        "/console.js" => (JAVASCRIPT, include_str!("console.js")),
+        "/docs" => (HTML, include_str!("docs.html")),
+        "/docs/docs.js" => (JAVASCRIPT, include_str!("docs.js")),
+        "/openapi.json" => ("application/json", include_str!("openapi.json")),
+        _ => return swagger_ui(path.trim_start_matches("/docs/")),
     };
-    let policy = match name {
-        "console.html" => Cow::Owned([POLICY, NO_HTML_FROM_TEXT].concat()),
-        _ => Cow::Borrowed(POLICY),
-    };
+    let more = if path == "/" { NO_HTML_FROM_TEXT } else { "" };
     let mut reply = reply(content_type, Cow::Borrowed(text.as_bytes()), "no-cache");
-    reply.headers.push(("Content-Security-Policy".into(), policy.into_owned()));
+    reply.headers.push(("Content-Security-Policy".into(), [POLICY, more].concat()));
     Ok(reply)
 }
 
