@@ -427,65 +427,61 @@ impl Connection {
             return (body, true);
         }
         let body = verdict.and_then(|most| {
-            self.be_patient_for(config::CLIENT_STALL).map_err(|_| ApiError::client_gone())?;
-            let begun = self.unparsed.split_off(head.len());
-            self.unparsed.clear();
+            self.unparsed.drain(..head.len());
             if head.expects_continue {
                 (&*self.stream).write_all(b"HTTP/1.1 100 Continue\r\n\r\n").map_err(|_| ApiError::client_gone())?;
             }
             match length {
-                Some(length) => self.read_on(begun, length),
-                None => self.read_chunked(begun, most),
+                Some(length) => self.read_on(length),
+                None => self.read_chunked(most),
             }
         });
         let keep = body.is_ok();
+        if !keep {
+            self.unparsed.clear();
+        }
         (body, keep)
     }
 
     /// Reads the rest of a body of a known length.
-    fn read_on(&self, mut body: Vec<u8>, length: usize) -> Result<Vec<u8>, ApiError> {
+    fn read_on(&mut self, length: usize) -> Result<Vec<u8>, ApiError> {
+        let began = Instant::now();
         // An announced length is not believed before it has come.
-        let (began, mut piece) = (Instant::now(), Vec::new());
-        while body.len() < length {
-            self.read_piece(&mut piece, length - body.len(), began, body.len())?;
-            body.extend_from_slice(&piece);
+        while self.unparsed.len() < length {
+            self.read_piece(began, self.unparsed.len())?;
         }
-        Ok(body)
+        let rest = self.unparsed.split_off(length);
+        Ok(std::mem::replace(&mut self.unparsed, rest))
     }
 
-    /// Reads a chunked body, and keeps what follows it.
-    fn read_chunked(&mut self, begun: Vec<u8>, most: usize) -> Result<Vec<u8>, ApiError> {
-        let (began, mut received) = (Instant::now(), begun.len());
+    /// Reads a chunked body.
+    fn read_chunked(&mut self, most: usize) -> Result<Vec<u8>, ApiError> {
+        let (began, mut received) = (Instant::now(), self.unparsed.len());
         let mut decoder = Decoder::new(most);
-        let mut piece = begun;
         loop {
-            if let Some(rest) = decoder.push(&piece)? {
-                self.unparsed.extend_from_slice(rest);
+            if let Some(rest) = decoder.push(&self.unparsed)? {
+                self.unparsed = rest.to_vec();
                 return Ok(decoder.into_body());
             }
-            self.read_piece(&mut piece, PIECE, began, received)?;
-            received += piece.len();
+            self.unparsed.clear();
+            received += self.read_piece(began, received)?;
         }
     }
 
-    /// Makes `piece` the next bytes of a body, at most so many; `received` came since it began.
-    fn read_piece(&self, piece: &mut Vec<u8>, most: usize, began: Instant, received: usize) -> Result<(), ApiError> {
-        piece.resize(most.min(PIECE), 0);
-        let read = loop {
-            match (&*self.stream).read(piece) {
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(not_read(&e)),
-                Ok(0) => return Err(ApiError::client_gone()),
-                Ok(read) => break read,
-            }
+    /// Takes the next bytes of a body, of which so many came since it began; how many.
+    fn read_piece(&mut self, began: Instant, received: usize) -> Result<usize, ApiError> {
+        let timeout = |text: String| Err(ApiError::new(Code::REQUEST_TIMEOUT, text));
+        self.unparsed.reserve(PIECE);
+        let read = match self.receive(config::CLIENT_STALL) {
+            Ok(Some(read @ 1..)) => read,
+            Ok(None) => return timeout(format!("nothing of the body came for {} s", config::CLIENT_STALL.as_secs())),
+            _ => return Err(ApiError::client_gone()),
         };
-        piece.truncate(read);
         let allowed = config::BODY_TIME + Duration::from_secs((received / config::BODY_RATE) as u64);
         if began.elapsed() > allowed {
-            let text = format!("the body was not complete within {} s, for what came of it", allowed.as_secs());
-            return Err(ApiError::new(Code::REQUEST_TIMEOUT, text));
+            return timeout(format!("the body was not complete within {} s, for what came of it", allowed.as_secs()));
         }
-        Ok(())
+        Ok(read)
     }
 }
 
@@ -519,16 +515,5 @@ impl Connection {
                 _ => break,
             }
         }
-    }
-}
-
-/// Why a body could not be read.
-fn not_read(e: &io::Error) -> ApiError {
-    match e.kind() {
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-            let text = format!("nothing of the body came for {} s", config::CLIENT_STALL.as_secs());
-            ApiError::new(Code::REQUEST_TIMEOUT, text)
-        }
-        _ => ApiError::client_gone(),
     }
 }
