@@ -31,9 +31,7 @@ pub fn start(level: log::LevelFilter) {
         // Other crates' lines know nothing of what must not be logged.
         .add_filter_allow_str("ai_proxy")
         .build();
-    let out = stdout().ok();
-    let is_file = out.as_ref().and_then(|out| out.metadata().ok()).is_some_and(|metadata| metadata.is_file());
-    let _ = WriteLogger::init(level, config, Lines { out, is_file, ..Lines::default() });
+    let _ = WriteLogger::init(level, config, Lines { out: stdout().ok(), ..Lines::default() });
     std::panic::set_hook(Box::new(|panic| log::error!("bug: {}", panic.to_string().replace('\n', " "))));
 }
 
@@ -71,7 +69,6 @@ struct Lines {
     out: Option<File>,
     /// Whole lines that are not written yet.
     text: Vec<u8>,
-    count: u64,
     /// The beginning of one more.
     line: Vec<u8>,
     lost: u64,
@@ -79,7 +76,6 @@ struct Lines {
     lost_at: Option<Instant>,
     /// The last write ended in the midst of a line.
     is_torn: bool,
-    is_file: bool,
 }
 
 impl Lines {
@@ -99,7 +95,7 @@ impl Lines {
     }
 
     fn has_room(&self) -> bool {
-        let Some(out) = self.out.as_ref().filter(|_| !self.is_file) else { return true };
+        let Some(out) = &self.out else { return true };
         // What cannot be asked, such as a closed stdout, will say so when it is written to.
         kernel::poll(&mut [PollFd::new(out, PollFlags::OUT)], Some(self.patience())).unwrap_or(true)
     }
@@ -127,7 +123,7 @@ impl Lines {
     }
 
     fn write_out(&mut self) {
-        let mut count = std::mem::take(&mut self.count);
+        let mut told = 0;
         if self.has_room() {
             let mut before = if self.is_torn { "\n".to_string() } else { String::new() };
             if self.lost > 0 {
@@ -136,15 +132,15 @@ impl Lines {
             }
             self.text.splice(..0, before.bytes());
             let written = self.put();
-            if let Some(said) = self.text[..written].get(before.len()..) {
+            if written >= before.len() {
                 self.lost = 0;
-                let out = said.iter().filter(|byte| **byte == b'\n').count() as u64;
-                count = count.saturating_sub(out);
             }
             self.is_torn = self.text[..written].last().map_or(self.is_torn, |last| *last != b'\n');
+            told = written.max(before.len());
         }
-        if count > 0 {
-            self.lost += count;
+        let lost = self.text[told..].iter().filter(|byte| **byte == b'\n').count() as u64;
+        if lost > 0 {
+            self.lost += lost;
             self.lost_at = Some(Instant::now());
         }
         self.text.clear();
@@ -164,7 +160,6 @@ impl Lines {
             self.write_out();
         }
         self.text.append(&mut self.line);
-        self.count += 1;
     }
 }
 
@@ -185,7 +180,7 @@ impl Write for Lines {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        if self.count > 0 {
+        if !self.text.is_empty() {
             self.write_out();
         }
         Ok(())
@@ -202,7 +197,7 @@ mod tests {
         let path = std::env::temp_dir().join(format!("ai-proxy-lines-{}", std::process::id()));
         let file = |path| File::options().create(true).append(true).open(path).expect("a file");
         let full = || File::options().write(true).open("/dev/full").expect("a full device");
-        let mut lines = Lines { out: Some(file(&path)), is_file: true, ..Lines::default() };
+        let mut lines = Lines { out: Some(file(&path)), ..Lines::default() };
         TOGETHER.set(false);
         let log = |lines: &mut Lines, text: &str| lines.write_all(text.as_bytes()).expect("it never fails");
         log(&mut lines, "one\n");
