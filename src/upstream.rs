@@ -217,9 +217,14 @@ impl Line {
     /// fallback models where that may help, and then `chat` says so. `client` is watched: when it goes, so
     /// does the call, with `client_gone`.
     pub fn complete(&mut self, client: Arc<TcpStream>, chat: &mut Chat) -> Result<Answered, ApiError> {
+        self.ask(client, |line| line.completion(chat))
+    }
+
+    /// Does `work` for a client, as a question with its time and its place in the books.
+    fn ask<T>(&mut self, client: Arc<TcpStream>, work: impl FnOnce(&mut Line) -> Result<T, ApiError>) -> Result<T, ApiError> {
         self.begin();
         self.watch.begin(client, self.deadline);
-        let result = self.completion(chat);
+        let result = work(self);
         self.end();
         result.map_err(|e| self.give_up(e))
     }
@@ -323,14 +328,10 @@ impl Line {
             let name = openai::model_in_path(name).filter(|name| names.contains(name)).ok_or_else(no_model)?;
             return Ok((mock::model(&name).to_string().into_bytes(), Vec::new()));
         }
-        self.begin();
-        self.watch.begin(client, self.deadline);
-        let result = match self.ask_for_models(path) {
-            Err(failure) if failure.unknown_model && !path.is_empty() => self.model_of_list(path),
+        self.ask(client, |line| match line.ask_for_models(path) {
+            Err(failure) if failure.unknown_model && !path.is_empty() => line.model_of_list(path),
             result => result.map_err(|failure| failure.error),
-        };
-        self.end();
-        result.map_err(|e| self.give_up(e))
+        })
     }
 
     fn ask_for_models(&mut self, path: &str) -> Result<(Vec<u8>, Vec<Header>), Box<Failure>> {

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::io::{self, Read};
 use std::net::TcpStream;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ureq::BodyReader;
 use ureq::http::header;
@@ -169,7 +169,7 @@ impl Events<'_> {
             return self.failed(Code::UPSTREAM_BAD_ANSWER, "the LLM did not stream").into();
         };
         if shape != Shape::Json {
-            self.line.watch.within(self.line.upstream.config.upstream_timeout);
+            self.line.watch.bound(Some(Instant::now() + self.line.upstream.config.upstream_timeout));
         }
         let no = match self.line.whole(reader, start.to_vec()).map(|body| openai::parse_completion(&body)) {
             Ok(Ok(_)) => NoAnswer::from("a whole answer where a stream was asked for".to_string()),

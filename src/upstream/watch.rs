@@ -52,22 +52,15 @@ impl Watch {
         bounds.silence = Some(silence);
     }
 
-    /// What comes is no stream: it must end within this time from now.
-    pub fn within(&self, time: Duration) {
-        let mut bounds = lock(&self.0);
-        bounds.until = Some(Instant::now() + time);
-        bounds.silence = None;
-    }
-
     /// A stream's next piece is waited for from now on.
     pub fn piece_came(&self) {
         lock(&self.0).since = None;
     }
 
-    /// Bounds what is left of the call by this time instead, and forgets that another time was over.
+    /// Bounds what is left of the call, which is no stream, by this time instead, and forgets that another time was over.
     pub fn bound(&self, until: Option<Instant>) {
         let mut bounds = lock(&self.0);
-        bounds.until = until;
+        (bounds.until, bounds.silence) = (until, None);
         bounds.ended = bounds.ended.filter(|ended| *ended != Ended::TimedOut);
     }
 
