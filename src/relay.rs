@@ -16,7 +16,7 @@ use crate::json::MOST_PARTS;
 use crate::kernel;
 use crate::openai::{self, Chat, NoAnswer, ToolCalls};
 use crate::store::Store;
-use crate::upstream::{Events, Failure, Line};
+use crate::upstream::{Events, Failure, Line, Upstream};
 
 pub use client_end::{ClientEnd, Pulse};
 
@@ -141,7 +141,7 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
                 closing = Some(Ok([&event.lines[..], b"\n"].concat()));
                 break;
             }
-            match take_in(data, draft, events) {
+            match take_in(data, draft, events.upstream()) {
                 Ok(true) => {
                     began = true;
                     out.extend_from_slice(&event.lines);
@@ -149,7 +149,7 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
                 }
                 Ok(false) => {}
                 Err(no) => {
-                    closing = Some(Err(events.no_answer(broken_by(began), "failed", &no)));
+                    closing = Some(Err(events.upstream().no_answer(broken_by(began), "failed", &no)));
                     break;
                 }
             }
@@ -178,7 +178,7 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
     if draft.pair.finish_reason.is_some() && began && draft.others.values().all(|finished| *finished) {
         return Ok(b"data: [DONE]\n\n".to_vec());
     }
-    Err(events.failed(broken_by(began), "the LLM's stream ended before its answer was complete").into())
+    Err(events.upstream().failed(broken_by(began), "the LLM's stream ended before its answer was complete").into())
 }
 
 /// The code for a stream whose events are at fault: it broke off if it had begun, else it is no answer.
@@ -187,7 +187,7 @@ fn broken_by(began: bool) -> Code {
 }
 
 /// Adds what an event says to the draft; true when the event goes on to the client.
-fn take_in(data: &[u8], draft: &mut Draft, events: &Events) -> Result<bool, NoAnswer> {
+fn take_in(data: &[u8], draft: &mut Draft, upstream: &Upstream) -> Result<bool, NoAnswer> {
     let chunk = openai::parse_chunk(data)?;
     if draft.pair.answer.len() + chunk.delta.len() + draft.tool_calls.size() + chunk.tool_calls.size() > MAX_ANSWER {
         return Err(NoAnswer::too_large());
@@ -195,9 +195,9 @@ fn take_in(data: &[u8], draft: &mut Draft, events: &Events) -> Result<bool, NoAn
     draft.pair.answer.push_str(&chunk.delta);
     draft.tool_calls.add(chunk.tool_calls);
     if let Some(model) = chunk.model.filter(|model| !model.is_empty() && *model != draft.pair.model) {
-        draft.pair.model = events.redact(&model);
+        draft.pair.model = upstream.redact(&model);
     }
-    draft.pair.finish_reason = chunk.finish_reason.map(|reason| events.redact(&reason)).or(draft.pair.finish_reason.take());
+    draft.pair.finish_reason = chunk.finish_reason.map(|reason| upstream.redact(&reason)).or(draft.pair.finish_reason.take());
     for (index, finished) in chunk.others {
         // No model gives more, and an index beyond is not believed.
         if draft.others.len() < MOST_PARTS || draft.others.contains_key(&index) {

@@ -120,7 +120,8 @@ impl Upstream {
         self.secrets.iter().any(|secret| text.contains(secret))
     }
 
-    fn redact(&self, text: &str) -> String {
+    /// A word or more of the upstream's, without secrets, for people, log and history.
+    pub fn redact(&self, text: &str) -> String {
         let mut text = text.to_string();
         if self.has_secret(&text) {
             text = self.secrets.iter().fold(text, |text, secret| text.replace(secret, "***"));
@@ -133,7 +134,7 @@ impl Upstream {
     }
 
     /// What the LLM did, in our own words, without secrets.
-    fn failed(&self, code: Code, what: &str) -> ApiError {
+    pub fn failed(&self, code: Code, what: &str) -> ApiError {
         let what = self.redact(what);
         ApiError { cause: Some(what.as_str().into()), ..ApiError::new(code, what) }
     }
@@ -145,8 +146,9 @@ impl Upstream {
     }
 
     /// What came is no answer; `what` the LLM did.
-    fn no_answer(&self, code: Code, what: &str, no: &NoAnswer) -> ApiError {
-        self.failed_saying(code, &format!("the LLM {what}: {}", no.why), &no.words)
+    pub fn no_answer(&self, code: Code, what: &str, no: &NoAnswer) -> Box<Failure> {
+        let error = self.failed_saying(code, &format!("the LLM {what}: {}", no.why), &no.words);
+        Box::new(Failure { passing: no.passing, ..error.into() })
     }
 
     /// The fields of the upstream's head that mean something to its clients, where their values are sane.
@@ -249,9 +251,9 @@ impl Line {
                     return Ok(Answered { body, completion, headers });
                 }
                 Err(no) => {
-                    let e = self.upstream.no_answer(Code::UPSTREAM_BAD_ANSWER, "gave no answer", &no);
-                    if !(no.passing && self.fall_back(chat, &e)) {
-                        return Err(e);
+                    let failure = self.upstream.no_answer(Code::UPSTREAM_BAD_ANSWER, "gave no answer", &no);
+                    if !(failure.passing && self.fall_back(chat, &failure.error)) {
+                        return Err(failure.error);
                     }
                 }
             }

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use ureq::BodyReader;
 use ureq::http::header;
 
-use super::Line;
 use super::failure::Failure;
 use super::watch::Ended;
+use super::{Line, Upstream};
 use crate::config::{self, Mode};
 use crate::error::{ApiError, Code, Header, media_type};
 use crate::mock;
@@ -123,7 +123,7 @@ impl Events<'_> {
                     }
                     if splitter.push(read, events).is_err() {
                         let text = "an event of the LLM's stream is too long, or there are only comments";
-                        return Err(self.failed(Code::UPSTREAM_BAD_ANSWER, text).into());
+                        return Err(self.upstream().failed(Code::UPSTREAM_BAD_ANSWER, text).into());
                     }
                 }
             }
@@ -151,13 +151,13 @@ impl Events<'_> {
         let error = match self.line.watch.ended() {
             Some(Ended::TimedOut) if !is_json => {
                 let idle = upstream.config.upstream_idle.as_secs();
-                self.failed(Code::UPSTREAM_TIMEOUT, &format!("the LLM's stream was silent for {idle} s (UPSTREAM_IDLE_SECS)"))
+                upstream.failed(Code::UPSTREAM_TIMEOUT, &format!("the LLM's stream was silent for {idle} s (UPSTREAM_IDLE_SECS)"))
             }
             Some(ended) => upstream.ended(ended),
             None if !self.began => {
-                self.failed(Code::UPSTREAM_BAD_ANSWER, &format!("the LLM's answer broke off before it began: {e}"))
+                upstream.failed(Code::UPSTREAM_BAD_ANSWER, &format!("the LLM's answer broke off before it began: {e}"))
             }
-            None => self.failed(Code::UPSTREAM_ERROR, &format!("the LLM's stream broke off: {e}")),
+            None => upstream.failed(Code::UPSTREAM_ERROR, &format!("the LLM's stream broke off: {e}")),
         };
         error.into()
     }
@@ -166,7 +166,7 @@ impl Events<'_> {
     #[inline(never)]
     fn no_stream(&mut self, start: &[u8]) -> Box<Failure> {
         let Source::Upstream { reader, shape, .. } = std::mem::replace(&mut self.source, Source::Over) else {
-            return self.failed(Code::UPSTREAM_BAD_ANSWER, "the LLM did not stream").into();
+            return self.upstream().failed(Code::UPSTREAM_BAD_ANSWER, "the LLM did not stream").into();
         };
         if shape != Shape::Json {
             self.line.watch.bound(Some(Instant::now() + self.line.upstream.config.upstream_timeout));
@@ -176,7 +176,7 @@ impl Events<'_> {
             Ok(Err(no)) => no,
             Err(e) => return e.into(),
         };
-        self.no_answer(Code::UPSTREAM_BAD_ANSWER, "did not stream", &no)
+        self.upstream().no_answer(Code::UPSTREAM_BAD_ANSWER, "did not stream", &no)
     }
 
     /// After the last event: reads what is left, if it comes within this time, so that the connection can be used again.
@@ -198,19 +198,9 @@ impl Events<'_> {
         Ok(())
     }
 
-    /// A word of the upstream's that goes into log and history.
-    pub fn redact(&self, word: &str) -> String {
-        self.line.upstream.redact(word)
-    }
-
-    /// A failure by what came, without secrets; `what` the LLM did.
-    pub fn no_answer(&self, code: Code, what: &str, no: &NoAnswer) -> Box<Failure> {
-        Box::new(Failure { passing: no.passing, ..self.line.upstream.no_answer(code, what, no).into() })
-    }
-
-    /// A failure in our own words.
-    pub fn failed(&self, code: Code, text: &str) -> ApiError {
-        self.line.upstream.failed(code, text)
+    /// Where they come from.
+    pub fn upstream(&self) -> &Upstream {
+        &self.line.upstream
     }
 }
 
