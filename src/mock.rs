@@ -45,7 +45,7 @@ pub fn completion(request: &[u8]) -> String {
     .to_string()
 }
 
-/// The same answer as the data of a stream's events, word by word; the usage comes last.
+/// The same answer as the data of a stream's events, word by word; the usage comes last, and the end.
 pub fn chunks(request: &[u8]) -> Vec<String> {
     let said = say(request);
     let chunk = |choices: Value, usage: &Value| {
@@ -72,7 +72,7 @@ pub fn chunks(request: &[u8]) -> Vec<String> {
             delta(json!({}), json!("stop"));
         }
     }
-    chunks.push(chunk(json!([]), &said.usage));
+    chunks.extend([chunk(json!([]), &said.usage), "[DONE]".to_string()]);
     chunks
 }
 

@@ -79,7 +79,7 @@ impl Splitter {
     }
 
     /// The event that the stream's end left without its empty line, if there is one.
-    pub fn finish(mut self) -> Option<Event> {
+    pub fn finish(&mut self) -> Option<Event> {
         let mut events = Vec::new();
         if !self.line.is_empty() {
             self.end_line(b"", &mut events);

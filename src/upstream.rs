@@ -26,6 +26,7 @@ use crate::error::{ApiError, Code, Header, StartError, is_sane_id};
 use crate::metrics::Metrics;
 use crate::mock;
 use crate::openai::{self, Chat, Completion, NoAnswer};
+use events::Mocked;
 use names::Names;
 use tls::Tls;
 use watch::Watch;
@@ -233,17 +234,9 @@ impl Line {
 
     fn completion(&mut self, chat: &mut Chat) -> Result<Answered, ApiError> {
         loop {
-            let (body, headers) = match self.upstream.config.mode {
-                Mode::Upstream => {
-                    let response = self.call(chat)?;
-                    let headers = self.hear(response.headers());
-                    (self.body(response)?, headers)
-                }
-                _ => {
-                    self.think(self.upstream.config.mock_delay)?;
-                    (mock::completion(&chat.body).into_bytes(), Vec::new())
-                }
-            };
+            let response = self.call(chat)?;
+            let headers = self.hear(response.headers());
+            let body = self.body(response)?;
             match openai::parse_completion(&body) {
                 Ok(mut completion) => {
                     completion.model = completion.model.map(|model| self.upstream.redact(&model));
@@ -369,6 +362,14 @@ impl Line {
     /// The head of a successful answer, from the model asked for or the first fallback that gives one.
     fn call(&mut self, chat: &mut Chat) -> Result<Response<Body>, ApiError> {
         let upstream = Arc::clone(&self.upstream);
+        if upstream.config.mode != Mode::Upstream {
+            let delay = upstream.config.mock_delay;
+            self.think(delay)?;
+            return Ok(Response::new(match chat.stream {
+                true => Body::builder().reader(Mocked::new(mock::chunks(&chat.body), delay, &self.watch)),
+                false => Body::builder().data(mock::completion(&chat.body)),
+            }));
+        }
         loop {
             let failure = match self.attempts(&upstream.request, &chat.body) {
                 Ok(response) => return Ok(response),

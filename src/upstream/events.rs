@@ -11,11 +11,10 @@ use ureq::BodyReader;
 use ureq::http::header;
 
 use super::failure::Failure;
-use super::watch::Ended;
+use super::watch::{Ended, Watch};
 use super::{Line, Upstream};
-use crate::config::{self, Mode};
+use crate::config;
 use crate::error::{ApiError, Code, Header, media_type};
-use crate::mock;
 use crate::openai::{self, Chat, NoAnswer};
 use crate::sse::{Event, Splitter};
 
@@ -25,7 +24,10 @@ const MAX_NOISE: usize = 1 << 20;
 /// The events of a stream under way.
 pub struct Events<'a> {
     line: &'a mut Line,
-    source: Source,
+    /// `None` where it is at its end.
+    reader: Option<BodyReader<'static>>,
+    splitter: Splitter,
+    shape: Shape,
     /// There was an event.
     began: bool,
     /// Fields of the answer's head that clients understand.
@@ -41,10 +43,32 @@ enum Shape {
     Stream,
 }
 
-enum Source {
-    Upstream { reader: BodyReader<'static>, splitter: Splitter, shape: Shape },
-    Mock(VecDeque<String>),
-    Over,
+/// A stream of the LLM that is not there: its events come one by one, slow enough that a person sees it stream.
+pub(super) struct Mocked {
+    data: VecDeque<String>,
+    /// What is left of the present event.
+    event: VecDeque<u8>,
+    gap: Duration,
+    watch: Watch,
+}
+
+impl Mocked {
+    pub fn new(data: Vec<String>, delay: Duration, watch: &Watch) -> Mocked {
+        let gap = (delay / 10).min(Duration::from_millis(50));
+        Mocked { data: data.into(), event: VecDeque::new(), gap, watch: watch.clone() }
+    }
+}
+
+impl Read for Mocked {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.event.is_empty()
+            && let Some(data) = self.data.pop_front()
+        {
+            self.watch.sleep(self.gap).map_err(|ended| io::Error::other(ureq::Error::from(ended)))?;
+            self.event.extend(format!("data: {data}\n\n").as_bytes());
+        }
+        self.event.read(buffer)
+    }
 }
 
 impl Line {
@@ -53,33 +77,27 @@ impl Line {
     #[inline(never)]
     pub fn stream(&mut self, client: Arc<TcpStream>, chat: &mut Chat) -> Result<Events<'_>, ApiError> {
         self.watch.begin(client, self.deadline);
-        match self.source(chat) {
-            Ok((source, headers)) => {
-                if !matches!(source, Source::Upstream { shape: Shape::Json, .. }) {
-                    self.watch.only_silence(self.upstream.config.upstream_idle);
-                }
-                Ok(Events { line: self, source, began: false, headers })
-            }
+        let response = match self.call(chat) {
+            Ok(response) => response,
             Err(e) => {
                 self.end();
-                Err(self.give_up(e))
+                return Err(self.give_up(e));
             }
-        }
-    }
-
-    fn source(&mut self, chat: &mut Chat) -> Result<(Source, Vec<Header>), ApiError> {
-        if self.upstream.config.mode != Mode::Upstream {
-            self.think(self.upstream.config.mock_delay)?;
-            let chunks = mock::chunks(&chat.body).into_iter().chain(["[DONE]".to_string()]);
-            return Ok((Source::Mock(chunks.collect()), Vec::new()));
-        }
-        let response = self.call(chat)?;
+        };
         let headers = self.hear(response.headers());
         let content_type = response.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
         let says_json = content_type.is_some_and(|value| media_type(value).ends_with("json"));
-        let shape = if says_json { Shape::Json } else { Shape::Unknown };
-        let splitter = Splitter::new(config::MAX_ANSWER, MAX_NOISE);
-        Ok((Source::Upstream { reader: response.into_body().into_reader(), splitter, shape }, headers))
+        if !says_json {
+            self.watch.only_silence(self.upstream.config.upstream_idle);
+        }
+        Ok(Events {
+            line: self,
+            reader: Some(response.into_body().into_reader()),
+            splitter: Splitter::new(config::MAX_ANSWER, MAX_NOISE),
+            shape: if says_json { Shape::Json } else { Shape::Unknown },
+            began: false,
+            headers,
+        })
     }
 }
 
@@ -90,42 +108,29 @@ impl Events<'_> {
     #[inline(never)]
     pub fn next(&mut self, events: &mut Vec<Event>) -> Result<bool, Box<Failure>> {
         let before = events.len();
-        match &mut self.source {
-            Source::Over => return Ok(false),
-            Source::Mock(chunks) => {
-                if self.began {
-                    // Slow enough that a person sees it stream.
-                    let gap = (self.line.upstream.config.mock_delay / 10).min(Duration::from_millis(50));
-                    self.line.think(gap)?;
+        let Some(reader) = &mut self.reader else { return Ok(false) };
+        let mut buffer = [0; 1024];
+        while events.len() == before {
+            self.line.watch.piece_came();
+            let read = match reader.read(&mut buffer) {
+                Ok(0) => return Ok(self.last(events)),
+                Ok(read) => &buffer[..read],
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => return Err(self.broke_off(&e)),
+            };
+            // Whatever it calls itself: no line of a stream begins as JSON does.
+            if self.shape != Shape::Stream
+                && let Some(first) = read.trim_ascii_start().first()
+            {
+                if matches!(first, b'{' | b'[') {
+                    return Err(self.no_stream(read));
                 }
-                let Some(data) = chunks.pop_front() else { return Ok(false) };
-                events.push(Event { lines: format!("data: {data}\n").into_bytes() });
+                self.shape = Shape::Stream;
+                self.line.watch.only_silence(self.line.upstream.config.upstream_idle);
             }
-            Source::Upstream { reader, splitter, shape } => {
-                let mut buffer = [0; 1024];
-                while events.len() == before {
-                    self.line.watch.piece_came();
-                    let read = match reader.read(&mut buffer) {
-                        Ok(0) => return Ok(self.last(events)),
-                        Ok(read) => &buffer[..read],
-                        Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                        Err(e) => return Err(self.broke_off(&e)),
-                    };
-                    // Whatever it calls itself: no line of a stream begins as JSON does.
-                    if *shape != Shape::Stream
-                        && let Some(first) = read.trim_ascii_start().first()
-                    {
-                        if matches!(first, b'{' | b'[') {
-                            return Err(self.no_stream(read));
-                        }
-                        *shape = Shape::Stream;
-                        self.line.watch.only_silence(self.line.upstream.config.upstream_idle);
-                    }
-                    if splitter.push(read, events).is_err() {
-                        let text = "an event of the LLM's stream is too long, or there are only comments";
-                        return Err(self.upstream().failed(Code::UPSTREAM_BAD_ANSWER, text).into());
-                    }
-                }
+            if self.splitter.push(read, events).is_err() {
+                let text = "an event of the LLM's stream is too long, or there are only comments";
+                return Err(self.upstream().failed(Code::UPSTREAM_BAD_ANSWER, text).into());
             }
         }
         self.began = true;
@@ -135,10 +140,8 @@ impl Events<'_> {
     /// What the end of the body leaves; false: nothing.
     #[inline(never)]
     fn last(&mut self, events: &mut Vec<Event>) -> bool {
-        let last = match std::mem::replace(&mut self.source, Source::Over) {
-            Source::Upstream { splitter, .. } => splitter.finish(),
-            _ => None,
-        };
+        self.reader = None;
+        let last = self.splitter.finish();
         let any = last.is_some();
         events.extend(last);
         any
@@ -147,9 +150,8 @@ impl Events<'_> {
     #[inline(never)]
     fn broke_off(&self, e: &io::Error) -> Box<Failure> {
         let upstream = &self.line.upstream;
-        let is_json = matches!(self.source, Source::Upstream { shape: Shape::Json, .. });
         let error = match self.line.watch.ended() {
-            Some(Ended::TimedOut) if !is_json => {
+            Some(Ended::TimedOut) if self.shape != Shape::Json => {
                 let idle = upstream.config.upstream_idle.as_secs();
                 upstream.failed(Code::UPSTREAM_TIMEOUT, &format!("the LLM's stream was silent for {idle} s (UPSTREAM_IDLE_SECS)"))
             }
@@ -165,10 +167,10 @@ impl Events<'_> {
     /// What came in place of a stream and began so.
     #[inline(never)]
     fn no_stream(&mut self, start: &[u8]) -> Box<Failure> {
-        let Source::Upstream { reader, shape, .. } = std::mem::replace(&mut self.source, Source::Over) else {
+        let Some(reader) = self.reader.take() else {
             return self.upstream().failed(Code::UPSTREAM_BAD_ANSWER, "the LLM did not stream").into();
         };
-        if shape != Shape::Json {
+        if self.shape != Shape::Json {
             self.line.watch.bound(Some(Instant::now() + self.line.upstream.config.upstream_timeout));
         }
         let no = match self.line.whole(reader, start.to_vec()).map(|body| openai::parse_completion(&body)) {
@@ -185,7 +187,7 @@ impl Events<'_> {
         if let Some(ended) = self.line.watch.ended() {
             return Err(self.line.upstream.ended(ended).into());
         }
-        let Source::Upstream { reader, .. } = &mut self.source else { return Ok(()) };
+        let Some(reader) = &mut self.reader else { return Ok(()) };
         let mut buffer = [0; 256];
         self.line.watch.without_client(time);
         for _ in 0..16 {
@@ -207,7 +209,7 @@ impl Events<'_> {
 impl Drop for Events<'_> {
     fn drop(&mut self) {
         // A body that was read to its end gives its connection back when it goes.
-        self.source = Source::Over;
+        self.reader = None;
         self.line.end();
     }
 }
