@@ -38,11 +38,7 @@ const SETTINGS: &[Setting] = &[
     Setting("HOST", "127.0.0.1", "IP address to listen on, or localhost"),
     Setting("PORT", "8000", "port to listen on; 0: any free one"),
     Setting("DATABASE_PATH", "data/history.db", "SQLite file of the history; its folder is made"),
-    Setting(
-        "API_KEYS",
-        "",
-        "keys of the clients, NAME:SECRET,... (64 and 256 characters at most); a bare secret is named default",
-    ),
+    Setting("API_KEYS", "", "keys of the clients, NAME:SECRET,...; a bare secret is named default"),
     Setting("AUTH", "on", "off: serve without keys on any address"),
     Setting("OPENAI_API_KEY", "", "the upstream's key; without it the server mocks the LLM"),
     Setting("OPENAI_BASE_URL", "https://api.openai.com/v1", "the upstream: its URL up to /chat/completions"),
@@ -58,20 +54,12 @@ const SETTINGS: &[Setting] = &[
     Setting("MAX_CONNECTIONS", "4096", "open client connections, 1 to 100000; more wait in the backlog"),
     Setting("MAX_BODY_BYTES", "1048576", "request body, 1 to 536870912 bytes"),
     Setting("MAX_QUESTION_CHARS", "100000", "question, 1 to 1000000000 characters"),
-    Setting(
-        "RATE_LIMIT_PER_MINUTE",
-        "0",
-        "questions a key may ask in a minute on average, and as many at once, up to 1000000; 0: as many as it likes",
-    ),
+    Setting("RATE_LIMIT_PER_MINUTE", "0", "questions a key may ask in a minute, or at once, up to 1000000; 0: no limit"),
     Setting("HISTORY_LIMIT", "20", "pairs in one page of history when the client names no limit, 1 to 1000"),
     Setting("HISTORY_SYNC", "full", "full: a power cut loses nothing; normal: it may lose the last moments"),
     Setting("HISTORY_MAX_ROWS", "0", "pairs kept, the oldest go first; 0: all"),
     Setting("HISTORY_MAX_DAYS", "0", "days a pair is kept, up to 36500; 0: for ever"),
-    Setting(
-        "UPSTREAM_TIMEOUT_SECS",
-        "60",
-        "a call with its retries, to the end of a whole answer or the head of a stream's, 1 to 86400",
-    ),
+    Setting("UPSTREAM_TIMEOUT_SECS", "60", "a call with its retries, to an answer's end or a stream's head, 1 to 86400"),
     Setting("UPSTREAM_IDLE_SECS", "60", "silence after which a stream is given up, 1 to 86400"),
     Setting("UPSTREAM_CA_FILE", "", "PEM file of the certificates to trust in an https upstream, in place of the public ones"),
     Setting("UPSTREAM_RETRIES", "2", "further attempts after a retryable failure, 0 to 10"),
@@ -89,6 +77,9 @@ pub enum Durability {
     Full,
     Normal,
 }
+
+/// The longest secret of a client, in bytes.
+pub const MAX_SECRET: usize = 256;
 
 /// A client's key: the name that history and log show, and the secret that neither does.
 pub struct ApiKey {
@@ -155,26 +146,18 @@ impl Config {
     /// The settings from the process environment and, where that is silent, from `./.env`. One that is set to nothing
     /// has its default, also where `.env` has another. Errs with one line that names variable, value and rule.
     pub fn load() -> Result<Config, StartError> {
-        let mut given = HashMap::new();
-        match std::fs::read_to_string(".env") {
-            Ok(text) => {
-                if let Some(trouble) = unset_variable(&text) {
-                    return Err(StartError::usage(trouble));
-                }
-                for line in dotenvy::from_read_iter(text.as_bytes()) {
-                    let (name, value) = line.map_err(|e| StartError::usage(env_file_trouble(&e, &text)))?;
-                    given.insert(name, value);
-                }
-            }
-            Err(e) if e.kind() == ErrorKind::NotFound => {}
-            Err(e) => return Err(StartError::usage(format!(".env cannot be read: {e}"))),
-        }
+        let file = match std::fs::read_to_string(".env") {
+            Err(e) if e.kind() == ErrorKind::NotFound => String::new(),
+            read => read.map_err(|e| StartError::usage(format!(".env cannot be read: {e}")))?,
+        };
+        no_unset_variable(&file)?;
+        let lines = dotenvy::from_read_iter(file.as_bytes());
+        let given: Result<HashMap<_, _>, _> = lines.collect();
+        let mut given = given.map_err(|e| StartError::usage(env_file_trouble(&e, &file)))?;
         for Setting(name, ..) in SETTINGS {
             if let Some(value) = std::env::var_os(name) {
-                let value = value.into_string();
-                let value =
-                    value.map_err(|_| StartError::usage(format!("{name}: the value given is not UTF-8; it must be text")))?;
-                given.insert(name.to_string(), value);
+                let no_text = |_| StartError::usage(format!("{name}: the value given is not UTF-8; it must be text"));
+                given.insert(name.to_string(), value.into_string().map_err(no_text)?);
             }
         }
         Config::check(&Given(given))
@@ -226,13 +209,7 @@ impl Config {
             openai_api_key,
             upstream: upstream_url(given)?,
             model: given.line("OPENAI_MODEL")?,
-            fallback_models: given
-                .line("OPENAI_FALLBACK_MODELS")?
-                .split(',')
-                .map(str::trim)
-                .filter(|m| !m.is_empty())
-                .map(str::to_string)
-                .collect(),
+            fallback_models: entries(&given.line("OPENAI_FALLBACK_MODELS")?).map(str::to_string).collect(),
             openrouter_referer: given.header_text("OPENROUTER_REFERER")?,
             openrouter_title: given.header_text("OPENROUTER_TITLE")?,
             system_prompt: Some(given.text("SYSTEM_PROMPT")).filter(|s| !s.is_empty()),
@@ -288,19 +265,19 @@ fn name_in(line: &str) -> Option<&str> {
     line.split_once('=').map(|(name, _)| name.trim().trim_start_matches("export ").trim())
 }
 
-/// Says which of our settings in `.env` names a variable that is not set: nothing would be put in its place, and half a secret
-/// is one that others may guess.
-fn unset_variable(text: &str) -> Option<String> {
+/// Errs where one of our settings in `.env` names a variable that is not set: nothing would be put in its place, and half a
+/// secret is one that others may guess.
+fn no_unset_variable(text: &str) -> Result<(), StartError> {
     let mut known: Vec<&str> = Vec::new();
     for (line, at) in text.lines().zip(1..) {
         let is_set = |name: &&str| known.contains(name) || !name.is_empty() && std::env::var_os(name).is_some();
         if let Some(setting) = setting_in(line).filter(|_| !variables(line).iter().all(is_set)) {
             let rule = "it names a variable that is not set; a value with a $ of its own stands in single quotes";
-            return Some(format!(".env: line {at} ({setting}): {rule}"));
+            return Err(StartError::usage(format!(".env: line {at} ({setting}): {rule}")));
         }
         known.extend(name_in(line));
     }
-    None
+    Ok(())
 }
 
 /// The names behind each `$` in a line of `.env` that another value takes the place of: not in single quotes, behind a
@@ -409,13 +386,18 @@ fn database_path(given: &Given) -> Result<PathBuf, StartError> {
     Ok(PathBuf::from(path))
 }
 
+/// What stands between commas.
+fn entries(text: &str) -> impl Iterator<Item = &str> {
+    text.split(',').map(str::trim).filter(|entry| !entry.is_empty())
+}
+
 fn api_keys(given: &Given) -> Result<Vec<ApiKey>, StartError> {
     let mut keys: Vec<ApiKey> = Vec::new();
     let text = given.text("API_KEYS");
-    for entry in text.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
+    for entry in entries(&text) {
         let (name, secret) = entry.split_once(':').unwrap_or(("default", entry));
         let named_well = (1..=64).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
-        let secret_well = (1..=ApiKey::MAX_SECRET).contains(&secret.len()) && secret.bytes().all(|b| (0x21..0x7f).contains(&b));
+        let secret_well = (1..=MAX_SECRET).contains(&secret.len()) && secret.bytes().all(|b| (0x21..0x7f).contains(&b));
         let new = keys.iter().all(|key| key.secret != secret);
         // Docker's --env-file leaves quotes that others take off.
         let unquoted = !secret.starts_with(['"', '\'']) && !secret.ends_with(['"', '\'']);
@@ -433,11 +415,6 @@ fn api_keys(given: &Given) -> Result<Vec<ApiKey>, StartError> {
         return Err(given.bad("API_KEYS", "at least one NAME:SECRET, or nothing at all"));
     }
     Ok(keys)
-}
-
-impl ApiKey {
-    /// The longest secret, in bytes.
-    pub const MAX_SECRET: usize = 256;
 }
 
 fn upstream_url(given: &Given) -> Result<UpstreamUrl, StartError> {

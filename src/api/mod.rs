@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use subtle::ConstantTimeEq;
 
-use crate::config::{ApiKey, Config};
+use crate::config::{ApiKey, Config, MAX_SECRET};
 use crate::error::{ApiError, Code, StartError, media_type};
 use crate::exchange::Question;
 use crate::http::{self, Call, Connections, Head, Reply};
@@ -329,7 +329,7 @@ fn unauthorized(what: &str) -> ApiError {
 fn find_key(keys: &[ApiKey], secret: &str) -> Option<Arc<str>> {
     // In words of eight bytes, since each comparison costs the same.
     let padded = |text: &str| {
-        let mut words = [0_u64; ApiKey::MAX_SECRET / 8];
+        let mut words = [0_u64; MAX_SECRET / 8];
         for (word, bytes) in words.iter_mut().zip(text.as_bytes().chunks(8)) {
             let mut eight = [0; 8];
             eight[..bytes.len()].copy_from_slice(bytes);
