@@ -200,29 +200,21 @@ fn limit(parts: &[&Value], name: &str, stricter: fn(f64, f64) -> f64) -> Option<
 
 /// A number within the schemas' limits (JSON Schema, validation, section 6.2): the least, or 0, or what comes next to it.
 fn number(parts: &[&Value]) -> Value {
-    let least = limit(parts, "minimum", f64::max);
-    let above = limit(parts, "exclusiveMinimum", f64::max);
-    let most = limit(parts, "maximum", f64::min);
-    let below = limit(parts, "exclusiveMaximum", f64::min);
-    let step = limit(parts, "multipleOf", f64::max).filter(|step| *step > 0.0);
-    // As it is: not every whole number is one that a float can be.
-    let is_least = |minimum: &&Value| minimum.is_i64() && minimum.as_f64() == least;
-    let exact = parts.iter().map(|part| &part["minimum"]).find(is_least);
-    if let (Some(exact), None, None, None, None) = (exact, above, most, below, step) {
-        return exact.clone();
-    }
-    let step = step.unwrap_or(1.0);
-    let low = [least, above].into_iter().flatten().reduce(f64::max).unwrap_or(0.0);
-    let high = [most, below].into_iter().flatten().reduce(f64::min).unwrap_or(0.0);
+    let least = limit(parts, "minimum", f64::max).unwrap_or(f64::NEG_INFINITY);
+    let above = limit(parts, "exclusiveMinimum", f64::max).unwrap_or(f64::NEG_INFINITY);
+    let most = limit(parts, "maximum", f64::min).unwrap_or(f64::INFINITY);
+    let below = limit(parts, "exclusiveMaximum", f64::min).unwrap_or(f64::INFINITY);
+    let step = limit(parts, "multipleOf", f64::max).filter(|step| *step > 0.0).unwrap_or(1.0);
+    let (low, high) = (least.max(above), most.min(below));
     let (up, down) = ((low / step).ceil() * step, (high / step).floor() * step);
     let candidates = [0.0, up, up + step, down, down - step, (low + high) / 2.0];
-    let fits = |n: &f64| {
-        least.is_none_or(|least| *n >= least)
-            && above.is_none_or(|above| *n > above)
-            && most.is_none_or(|most| *n <= most)
-            && below.is_none_or(|below| *n < below)
-    };
-    let number = candidates.into_iter().find(fits).unwrap_or(low);
+    let fits = |n: &f64| n.is_finite() && least <= *n && above < *n && *n <= most && *n < below;
+    let number = candidates.into_iter().find(fits).unwrap_or(0.0);
+    // As it is where it is that: not every whole number is one that a float can be.
+    let is_it = |minimum: &&Value| minimum.is_i64() && minimum.as_f64() == Some(number);
+    if let Some(exact) = parts.iter().map(|part| &part["minimum"]).find(is_it) {
+        return exact.clone();
+    }
     // Whole numbers as such: 1.0 is none to every reader.
     if number.fract() == 0.0 && number.abs() < 1e15 { json!(number as i64) } else { json!(number) }
 }
