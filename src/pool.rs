@@ -24,8 +24,9 @@ pub type IsVain = Box<dyn Fn() -> bool + Send>;
 /// what is used of it takes memory.
 const STACK: usize = 512 * 1024;
 
-/// A thread whose last answer is out needs a moment until it is idle; nobody is refused for that.
-const MOMENT: Duration = Duration::from_millis(5);
+/// A thread whose last answer is out needs a moment until it is idle: a worker stays with its client for 20 ms first, and a
+/// socket's wait may take two ticks of the clock more. Nobody is refused for that.
+const MOMENT: Duration = Duration::from_millis(50);
 
 /// How often a full queue is looked through for jobs that are vain, and how many of them are looked at.
 const SWEEP: Duration = Duration::from_millis(100);

@@ -35,7 +35,8 @@ impl RateLimit {
         let mut buckets = lock(&self.buckets);
         let bucket = buckets.entry(Arc::clone(key)).or_insert(Bucket { questions: size, at: now });
         bucket.questions = (bucket.questions + now.saturating_duration_since(bucket.at).as_secs_f64() * per_second).min(size);
-        bucket.at = now;
+        // Who read the clock first need not come first.
+        bucket.at = bucket.at.max(now);
         let allowed = bucket.questions >= 1.0;
         if allowed {
             bucket.questions -= 1.0;
@@ -55,5 +56,19 @@ impl RateLimit {
         let wait = millis.div_ceil(1000).max(1);
         let text = format!("this key may ask {} questions a minute; the next in {wait} s", self.per_minute);
         Err(ApiError { headers, ..ApiError::new(Code::RATE_LIMITED, text) }.with_header("Retry-After", wait.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_time_fills_a_bucket_twice() {
+        let (limit, key, began) = (RateLimit::new(60), Arc::from("k"), Instant::now());
+        let at = |seconds| limit.take(&key, began + Duration::from_secs(seconds)).is_ok();
+        assert!((0..60).all(|_| at(0)) && !at(0));
+        assert!((0..10).all(|_| at(10)) && !at(10), "ten seconds bring ten");
+        assert!(!at(0) && !at(10), "and no more");
     }
 }

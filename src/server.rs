@@ -222,7 +222,7 @@ impl Staff {
             self.receive(connection, Begin::Part(Box::new(parting)));
             return None;
         }
-        while !self.workers.is_wanted() {
+        while !self.workers.is_wanted() && !self.api.is_in_trouble() {
             let answered = connection.is_answered();
             let stay = if self.workers.is_exhausted() { SHORT_STAY } else { STAY };
             match connection.next_call(|head| self.api.admit(head), stay, true) {

@@ -11,7 +11,7 @@ use std::borrow::Cow;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Condvar, Mutex, RwLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ use crate::config::{self, Config};
 use crate::error::{ApiError, Code, StartError};
 use crate::exchange::{Pair, Usage, size_in_json};
 use crate::kernel;
-use crate::lock::{lock, share};
+use crate::lock::{lock, share, wait_while};
 use crate::metrics::Metrics;
 use desk::Desk;
 use writer::Writer;
@@ -98,14 +98,21 @@ struct State {
     reading: RwLock<()>,
     /// Read connections that nobody uses, to the database that is open; who opens another lets go of them.
     readers: Mutex<Vec<Connection>>,
-    /// A probe is under way; one is enough.
-    probing: AtomicBool,
+    /// A probe is under way; one is enough, and who needs to know waits for what it shows.
+    probing: Mutex<bool>,
+    probed: Condvar,
 }
 
 impl State {
     /// The database at the path is the one that is open, or the disk does not say.
     fn is_at(&self, path: &Path) -> bool {
         kernel::inode(path).map_or(true, |inode| inode.unwrap_or(0) == self.inode.load(Ordering::Relaxed))
+    }
+
+    /// No probe is under way any more.
+    fn probed(&self) {
+        *lock(&self.probing) = false;
+        self.probed.notify_all();
     }
 }
 
@@ -172,15 +179,21 @@ impl Store {
 
     /// True when a write works: tried anew unless one just did. Waits at most a second.
     pub fn writable(&self) -> bool {
-        if self.state.probing.swap(true, Ordering::Relaxed) {
-            return !self.state.failing.load(Ordering::Relaxed);
+        let mut probing = lock(&self.state.probing);
+        if *probing {
+            // Where all was well, or it is so again when the other's probe is over.
+            let waits = |probing: &mut bool| *probing && self.is_failing();
+            drop(wait_while(&self.state.probed, probing, PROBE_WAIT, waits));
+            return !self.is_failing();
         }
+        *probing = true;
+        drop(probing);
         self.probe().unwrap_or_else(|nothing| {
             if nothing == RecvTimeoutError::Disconnected {
                 // The writer is gone, so nobody else would tell.
                 self.state.failing.store(true, Ordering::Relaxed);
             }
-            self.state.probing.store(false, Ordering::Relaxed);
+            self.state.probed();
             false
         })
     }
@@ -344,11 +357,16 @@ fn reader(path: &Path, state: &State) -> rusqlite::Result<Connection> {
     let connection = connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
     // Looked at after it is open, and before anything is read.
     if !state.is_at(path) {
-        let text = "another database has taken its place";
-        return Err(rusqlite::Error::SqliteFailure(ffi::Error::new(ffi::SQLITE_ABORT), Some(text.to_string())));
+        return Err(taken_over());
     }
     connection.execute_batch("PRAGMA query_only = on; PRAGMA cache_size = -1024; PRAGMA temp_store = MEMORY;")?;
     Ok(connection)
+}
+
+/// What was opened is not what is at the path.
+fn taken_over() -> rusqlite::Error {
+    let text = "another database has taken its place";
+    rusqlite::Error::SqliteFailure(ffi::Error::new(ffi::SQLITE_ABORT), Some(text.to_string()))
 }
 
 fn connect(path: &Path, flags: OpenFlags) -> rusqlite::Result<Connection> {

@@ -20,7 +20,7 @@ use rusqlite::{Connection, OpenFlags, ffi, params};
 
 use self::index::INDEXING_REST;
 use super::schema::{self, Trouble, advice};
-use super::{Arrival, Order, PROBE_WAIT, State, Then, Unique, connect, reader, unavailable};
+use super::{Arrival, Order, PROBE_WAIT, State, Then, Unique, connect, reader, taken_over, unavailable};
 use crate::config::Durability;
 use crate::error::ApiError;
 use crate::exchange::{Pair, Usage};
@@ -249,9 +249,9 @@ impl Writer {
         let fresh = !self.state.failing.load(Ordering::Relaxed) && self.last_write.elapsed() < PROBE_WAIT && self.is_in_place();
         // A trial write is small: it works where the next answer, already paid for, would not fit.
         let fits = !self.is_closed && (self.wanted_room == 0 || self.has_room(self.wanted_room, self.quarters()));
-        let mut probe = || self.attempt("probed", |connection| connection.execute_batch(PROBE)).is_some();
+        let mut probe = || self.attempt("probed", |connection, _| connection.execute_batch(PROBE)).is_some();
         let fine = fits && (fresh || probe());
-        self.state.probing.store(false, Ordering::Relaxed);
+        self.state.probed();
         // Who asked may have given up.
         let _ = done.send(fine);
     }
@@ -259,7 +259,6 @@ impl Writer {
     /// Commits the pairs together, then does what follows for each.
     fn append(&mut self, batch: Vec<Arrival>) {
         let began = Instant::now();
-        let last_id = self.last_id;
         // Those that come make room for themselves, and for as many again where there are too many already.
         let (surplus, most) = (self.surplus(batch.len()), 2 * batch.len() as u64);
         let text = |arrival: &Arrival| arrival.pair.question.len() + arrival.pair.answer.len();
@@ -269,7 +268,7 @@ impl Writer {
         // Once in the journal and once in the database.
         let wanted_room = 2 * (bytes + noted) as u64 + ROW * batch.len() as u64;
         let has_room = self.has_room(wanted_room, self.quarters());
-        let written = self.attempt("written", |connection| {
+        let written = self.attempt("written", |connection, last_id| {
             if !has_room {
                 return Err(disk_full());
             }
@@ -375,7 +374,7 @@ impl Writer {
         if Instant::now() < self.next_forgetting {
             return false;
         }
-        let forgotten = self.transact("cleared of old requests", |connection| {
+        let forgotten = self.transact("cleared of old requests", |connection, _| {
             connection.execute(include_str!("../../sql/queries/forget_remembered.sql"), [FORGET_REQUESTS as i64])
         });
         let more = forgotten == Some(FORGET_REQUESTS);
@@ -386,7 +385,7 @@ impl Writer {
     }
 
     /// `transact` for pairs and trial writes, whose result also sets `failing`: whether pairs can be kept at present.
-    fn attempt<T>(&mut self, what: &str, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Option<T> {
+    fn attempt<T>(&mut self, what: &str, work: impl FnOnce(&Connection, i64) -> rusqlite::Result<T>) -> Option<T> {
         let result = self.transact(what, work);
         let failing = result.is_none();
         if self.state.failing.swap(failing, Ordering::Relaxed) && !failing {
@@ -396,10 +395,14 @@ impl Writer {
         result
     }
 
-    /// Does `work` in one transaction. `None` where it failed, which is logged; the database is then
-    /// opened anew for the next. Trouble with the index alone keeps nobody from asking.
-    fn transact<T>(&mut self, what: &str, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Option<T> {
-        let result = self.ready().and_then(|()| self.write(work).map_err(Trouble::Sql));
+    /// Does `work` in one transaction, with the last id that was given in the database that is there now. `None` where it
+    /// failed, which is logged; the database is then opened anew for the next. Trouble with the index alone keeps nobody
+    /// from asking.
+    fn transact<T>(&mut self, what: &str, work: impl FnOnce(&Connection, i64) -> rusqlite::Result<T>) -> Option<T> {
+        let result = self.ready().and_then(|()| {
+            let last_id = self.last_id;
+            self.write(|connection| work(connection, last_id)).map_err(Trouble::Sql)
+        });
         if let Err(trouble) = &result {
             log::error!("history cannot be {what}: {}", advice(trouble));
             self.open = None;
@@ -472,6 +475,7 @@ impl Writer {
         }
         // Made before SQLite makes it, since what people ask is for the owner's eyes only.
         let _ = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&self.path);
+        let place = kernel::inode(&self.path);
         let mut connection = connect(&self.path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE)?;
         schema::check(&connection)?;
         schema::keep_journal(&connection)?;
@@ -488,9 +492,14 @@ impl Writer {
         }
         self.learn(&connection)?;
         let unseen = |_| rusqlite::Error::SqliteFailure(ffi::Error::new(ffi::SQLITE_IOERR), None);
-        let files = self.files().map_err(unseen)?;
-        self.state.inode.store(files[0].unwrap_or(0), Ordering::Relaxed);
+        let (place, files) = (place.map_err(unseen)?, self.files().map_err(unseen)?);
         self.open = Some(Open { connection, files });
+        if files[0] != place {
+            // Another one came meanwhile: what is open may be gone, and its journal must not be taken for the other's.
+            self.let_go();
+            return Err(Trouble::Sql(taken_over()));
+        }
+        self.state.inode.store(files[0].unwrap_or(0), Ordering::Relaxed);
         Ok(())
     }
 
@@ -515,10 +524,11 @@ impl Writer {
     }
 
     fn close(&mut self) {
-        let last_id = self.last_id;
         if self.open.is_some() {
             // The newest rows may be deleted before the next start.
-            self.transact("closed", |connection| connection.execute(include_str!("../../sql/queries/given.sql"), [last_id]));
+            self.transact("closed", |connection, last_id| {
+                connection.execute(include_str!("../../sql/queries/given.sql"), [last_id])
+            });
         }
         self.is_closed = true;
         if let Some(running) = self.checkpoint.take() {
@@ -631,7 +641,7 @@ mod tests {
             assert!(writer.indexing_rest == Duration::from_secs(seconds) && !writer.index());
             assert!(writer.is_index_failing() && writer.indexing_rest == Duration::from_secs(next));
         }
-        writer.attempt("written", |_| Err::<(), _>(disk_full()));
+        writer.attempt("written", |_, _| Err::<(), _>(disk_full()));
         writer.room = roomy;
         append(&mut writer, 1, 2);
         assert!(!writer.is_index_failing() && writer.index());
@@ -842,6 +852,69 @@ mod tests {
         let rows = old.write(|connection| connection.query_row("SELECT count(*) FROM history", [], |row| row.get::<_, i64>(0)));
         assert_eq!(rows, Ok(4));
         remove(old);
+    }
+
+    /// Whatever is the first to notice it.
+    #[test]
+    fn what_is_known_of_a_database_that_is_gone_is_not_taken_for_the_next_one() {
+        let replaced = |name: &str, rows| {
+            let (mut old, mut new) = (writer(name), writer(&format!("{name}-new")));
+            append(&mut old, 6, 10);
+            append(&mut new, rows, 10);
+            let delete = |connection: &Connection| connection.execute("DELETE FROM history WHERE id > 2", []);
+            assert!(new.write(delete).is_ok());
+            let there = new.path.clone();
+            new.close();
+            fs::rename(there, &old.path).expect("both are there");
+            old
+        };
+        let mut writer = replaced("known-index", 0);
+        while writer.index() {}
+        append(&mut writer, 3, 10);
+        assert!(writer.index(), "the words of the new rows are not in the index yet");
+        remove(writer);
+        let mut writer = replaced("known-append", 9);
+        append(&mut writer, 1, 10);
+        assert_eq!(writer.last_id, 10, "9 were given there");
+        remove(writer);
+        let writer = replaced("known-close", 9);
+        let path = {
+            let mut writer = writer;
+            writer.close();
+            writer.path
+        };
+        let mut writer = reopened(path);
+        append(&mut writer, 1, 10);
+        assert_eq!(writer.last_id, 10, "9 were given there");
+        remove(writer);
+    }
+
+    /// Writing would go on in the file that was opened, which is gone, and its journal would be taken for the other's.
+    #[test]
+    fn a_database_that_comes_while_another_is_opened_is_used_and_stays_whole() {
+        let mut writer = writer("moment");
+        append(&mut writer, 3, 10);
+        let (path, backup) = (writer.path.clone(), writer.path.with_extension("backup"));
+        for round in 0..40 {
+            let copied =
+                writer.write(|connection| connection.query_row("SELECT count(*) FROM history", [], |row| row.get::<_, i64>(0)));
+            let shell = Connection::open(&path).expect("a file");
+            shell.execute("VACUUM INTO ?1", [backup.to_string_lossy()]).expect("a copy");
+            drop(shell);
+            [&path, &writer.journal, &writer.journal_index].iter().for_each(|file| drop(fs::remove_file(file)));
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    thread::sleep(Duration::from_micros(400 * round));
+                    fs::rename(&backup, &path).expect("both are there");
+                });
+                let _ = writer.ready();
+            });
+            append(&mut writer, 1, 10);
+            let there = Connection::open(&path).expect("a file");
+            let rows: i64 = there.query_row("SELECT count(*) FROM history", [], |row| row.get(0)).expect("a number");
+            assert_eq!(Ok(rows - 1), copied, "round {round}");
+        }
+        remove(writer);
     }
 
     #[test]

@@ -184,12 +184,11 @@ impl Events<'_> {
     /// After the last event: reads what is left, if it comes within this time, so that the connection can be used again.
     /// Errs where the body breaks off instead, or the client has gone.
     pub fn settle(&mut self, time: Duration) -> Result<(), Box<Failure>> {
-        if let Some(ended) = self.line.watch.ended() {
+        if let Err(ended) = self.line.watch.without_client(time) {
             return Err(self.line.upstream.ended(ended).into());
         }
         let Some(reader) = &mut self.reader else { return Ok(()) };
         let mut buffer = [0; 256];
-        self.line.watch.without_client(time);
         for _ in 0..16 {
             match reader.read(&mut buffer) {
                 Ok(1..) => {}

@@ -95,9 +95,14 @@ impl Watch {
         }
     }
 
-    /// From now on the call must end within this time, and the client may go.
-    pub fn without_client(&self, time: Duration) {
-        *lock(&self.0) = Bounds { until: Some(Instant::now() + time), ..Bounds::default() };
+    /// From now on the call must end within this time, and the client may go. Errs where it was ended before.
+    pub fn without_client(&self, time: Duration) -> Result<(), Ended> {
+        let mut bounds = lock(&self.0);
+        if let Some(ended) = bounds.ended {
+            return Err(ended);
+        }
+        *bounds = Bounds { until: Some(Instant::now() + time), ..Bounds::default() };
+        Ok(())
     }
 
     /// Lets go of the client.
@@ -239,6 +244,8 @@ mod tests {
         watch.client_left(&client);
         assert_eq!(watch.stream_from(&source, &mut 0), Err(Ended::ClientGone));
         assert_eq!(upstream.read(&mut [0]).ok(), Some(0), "the socket is closed, which wakes who waits for it");
+        let _ = watch.without_client(Duration::ZERO);
+        assert_eq!(watch.ended(), Some(Ended::ClientGone), "what ended it is not forgotten");
         watch.end();
         watch.client_left(&client);
         assert_eq!(watch.ended(), None, "the call is over");

@@ -218,6 +218,24 @@ fn a_lock_of_ten_seconds_is_503_in_time_and_service_is_back_at_once() {
     told.expect_kept(&proxy);
 }
 
+/// Only one of them tries whether pairs can be kept again; the others wait for what that shows.
+#[test]
+fn when_the_lock_is_gone_all_who_come_at_once_are_served() {
+    let proxy = Proxy::with(&[("MOCK_DELAY_MS", "0")]).start();
+    let other = proxy.database();
+    other.execute_batch("BEGIN IMMEDIATE").expect("the lock is free");
+    ask(&proxy, "Locked?").expect_error(503, "history_unavailable");
+    other.execute_batch("ROLLBACK").expect("the lock is given back");
+    let mut clients: Vec<_> = (0..16).map(|_| proxy.connect()).collect();
+    for client in &mut clients {
+        client.send(&post("/api/ask", &json!({"question": "Back?"})));
+    }
+    for client in &mut clients {
+        let response = client.read_response();
+        assert_eq!(response.status, 200, "{response:?}");
+    }
+}
+
 #[test]
 fn a_short_lock_costs_nobody_anything() {
     let proxy = Proxy::start();

@@ -446,6 +446,17 @@ fn a_full_queue_is_503_overloaded_at_once_while_everything_else_answers() {
     assert_eq!(upstream.calls(), 2);
 }
 
+/// Also one that waits for its client's next question.
+#[test]
+fn a_worker_that_has_answered_is_no_reason_to_refuse_anybody() {
+    let proxy = Proxy::with(&[("WORKERS", "1"), ("QUEUE_SIZE", "0"), ("MOCK_DELAY_MS", "0")]).start();
+    let mut clients = [proxy.connect(), proxy.connect(), proxy.connect()];
+    for number in 0..60 {
+        let response = clients[number % 3].exchange(&post("/api/ask", &question()));
+        assert_eq!(response.status, 200, "one question at a time, number {number}: {response:?}");
+    }
+}
+
 #[test]
 fn trouble_with_the_database_is_503_history_unavailable_and_passes_by_itself() {
     let proxy = Proxy::start();

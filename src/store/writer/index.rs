@@ -55,14 +55,13 @@ impl Writer {
         if self.indexed >= self.last_id || self.is_index_failing() {
             return false;
         }
-        let last_id = self.last_id;
         // What is searched for may take some of the room that new pairs leave, but not before what deletes is done.
         let deletes = !self.surplus(0).is_none();
         let has_room = self.has_room(4 * CHORE_BYTES as u64, if deletes { 4 } else { 1 });
         if deletes && !has_room {
             return false;
         }
-        let done = self.transact("indexed", |connection| {
+        let done = self.transact("indexed", |connection, last_id| {
             if !has_room {
                 return Err(disk_full());
             }
@@ -73,7 +72,7 @@ impl Writer {
         });
         if let Some(bitten) = done {
             // The newest rows may have been deleted before they were indexed.
-            let (up_to, bytes) = bitten.unwrap_or((last_id, 0));
+            let (up_to, bytes) = bitten.unwrap_or((self.last_id, 0));
             self.grew(0, 2 * bytes as usize);
             self.indexed = up_to;
             self.unindexed_bytes = if up_to < self.last_id { (self.unindexed_bytes - bytes).max(0) } else { 0 };

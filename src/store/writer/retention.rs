@@ -85,7 +85,7 @@ impl Writer {
         }
         // Deleting goes through the journal, too: on a disk that is nearly full that is moved over before each bite.
         self.has_room(1 << 20, 4);
-        let deleted = self.transact("pruned", |connection| surplus.delete_alone(connection, RETAIN_ROWS));
+        let deleted = self.transact("pruned", |connection, _| surplus.delete_alone(connection, RETAIN_ROWS));
         let deleted = deleted.map_or(0, |deleted| self.pruned(deleted));
         self.shrank(&surplus, deleted, RETAIN_ROWS);
         self.grew(deleted as usize, 0);
