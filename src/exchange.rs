@@ -11,6 +11,9 @@ use crate::json::each_field;
 
 const FIELDS: [&str; 5] = ["question", "model", "system", "temperature", "max_tokens"];
 
+const TEMPERATURE: &str = "a number from 0 to 2";
+const MAX_TOKENS: &str = "a whole number from 1 to 2147483647";
+
 /// The body of `POST /api/ask` and `POST /api/streaming`, checked.
 #[derive(Debug, Default, PartialEq)]
 pub struct Question {
@@ -49,14 +52,14 @@ impl Question {
         if model.as_ref().is_some_and(|model| model.trim().is_empty()) {
             return Err(ApiError::invalid("model", "model is blank"));
         }
-        let temperature: Option<f64> = read(temperature, "temperature", "a number")?;
+        let temperature: Option<f64> = read(temperature, "temperature", TEMPERATURE)?;
         if temperature.is_some_and(|temperature| !(0.0..=2.0).contains(&temperature)) {
-            return Err(ApiError::invalid("temperature", "temperature must be a number from 0 to 2"));
+            return Err(ApiError::invalid("temperature", format!("temperature must be {TEMPERATURE}")));
         }
         // In JSON 64.0 is a whole number, too.
-        let max_tokens: Option<f64> = read(max_tokens, "max_tokens", "a whole number")?;
+        let max_tokens: Option<f64> = read(max_tokens, "max_tokens", MAX_TOKENS)?;
         if max_tokens.is_some_and(|n| n.fract() != 0.0 || !(1.0..=f64::from(i32::MAX)).contains(&n)) {
-            return Err(ApiError::invalid("max_tokens", "max_tokens must be a whole number from 1 to 2147483647"));
+            return Err(ApiError::invalid("max_tokens", format!("max_tokens must be {MAX_TOKENS}")));
         }
         let system = read(system, "system", "a string")?;
         Ok(Question { question, model, system, temperature, max_tokens: max_tokens.map(|n| n as u64) })
@@ -69,10 +72,12 @@ pub fn is_longer(text: &str, max_chars: usize) -> bool {
 }
 
 /// A field's value, `None` where it is not there or null. Errs with 422 saying what it must be, or with 400 where its text
-/// or number is none.
+/// is none.
 pub fn read<'a, T: Deserialize<'a>>(json: Option<&'a RawValue>, name: &str, kind: &str) -> Result<Option<T>, ApiError> {
     let Some(json) = json else { return Ok(None) };
-    serde_json::from_str(json.get()).map_err(|e| match e.is_data() {
+    let json = json.get();
+    serde_json::from_str(json).map_err(|e| match e.is_data() || !json.starts_with('"') {
+        // Also a number beyond every range: it is JSON.
         true => ApiError::invalid(name, format!("{name} must be {kind}")),
         false => ApiError::new(Code::INVALID_JSON, format!("the body is not JSON: {name}: {e} of its value")),
     })

@@ -21,7 +21,7 @@ mod sse;
 mod store;
 mod upstream;
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -84,6 +84,9 @@ fn healthcheck(config: &Config) -> Result<(), StartError> {
         Ok(answer) if answer.starts_with("HTTP/1.1 200 ") => Ok(()),
         Ok(answer) => {
             Err(StartError::machine(format!("unhealthy: {address} answered {:?}", answer.lines().next().unwrap_or_default())))
+        }
+        Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+            Err(StartError::machine(format!("unhealthy: {address} did not answer within {} s", PATIENCE.as_secs())))
         }
         Err(e) => Err(StartError::machine(format!("unhealthy: {address}: {e}"))),
     }

@@ -104,6 +104,7 @@ impl Metrics {
             tokens: models
                 .iter()
                 .map(String::as_str)
+                .filter(|model| *model != OTHER)
                 .chain([OTHER])
                 .map(|model| (model.to_string(), Default::default()))
                 .collect(),

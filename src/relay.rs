@@ -141,7 +141,11 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
                 closing = Some(Ok([&event.lines[..], b"\n"].concat()));
                 break;
             }
-            match take_in(data, draft, events.upstream()) {
+            let taken = match event.is_error {
+                true => Err(NoAnswer::event(data)),
+                false => take_in(data, draft, events.upstream()),
+            };
+            match taken {
                 Ok(true) => {
                     began = true;
                     out.extend_from_slice(&event.lines);

@@ -40,7 +40,7 @@ const EXHAUSTED: Duration = Duration::from_millis(50);
 /// Serves until SIGTERM or SIGINT, then drains. Errs with one line where it cannot start.
 pub fn serve(mut config: Config) -> Result<(), StartError> {
     kernel::give_back_what_is_large();
-    limit_threads(&mut config, kernel::most_threads());
+    let limited = limit_threads(&mut config, kernel::most_threads());
     let config = Arc::new(config);
     let metrics = Arc::new(Api::metrics(&config));
     let upstream = Arc::new(Upstream::new(Arc::clone(&config), Arc::clone(&metrics))?);
@@ -61,6 +61,7 @@ pub fn serve(mut config: Config) -> Result<(), StartError> {
     let keys: BTreeSet<&str> = config.api_keys.iter().map(|key| &*key.name).collect();
     let keys: Vec<&str> = keys.into_iter().collect();
     log::info!("keys: {}", if keys.is_empty() { "none, everybody is served".to_string() } else { keys.join(", ") });
+    limited.iter().for_each(|text| log::warn!("{text}"));
 
     let make_line = move || {
         kernel::touch_stack();
@@ -91,16 +92,18 @@ pub fn serve(mut config: Config) -> Result<(), StartError> {
     Ok(())
 }
 
-/// Of workers and connections, each of which may have a thread, allows no more than the system does.
-fn limit_threads(config: &mut Config, most: usize) {
+/// Of workers and connections, each of which may have a thread, allows no more than the system does. Returns what it says
+/// where that are fewer than were asked for.
+fn limit_threads(config: &mut Config, most: usize) -> Option<String> {
     let (workers, connections) = within(most, config.workers, config.max_connections);
-    if (workers, connections) != (config.workers, config.max_connections) {
-        log::warn!(
+    let is_limited = (workers, connections) != (config.workers, config.max_connections);
+    (config.workers, config.max_connections) = (workers, connections);
+    is_limited.then(|| {
+        format!(
             "WORKERS is {workers} here and MAX_CONNECTIONS {connections}: the system has memory mappings (vm.max_map_count) \
              for {most} threads"
-        );
-    }
-    (config.workers, config.max_connections) = (workers, connections);
+        )
+    })
 }
 
 /// As many of both as fit into `most`; workers have up to half of it where not all do.

@@ -9,8 +9,10 @@ use memchr::{memchr_iter, memchr2};
 /// One event: its data lines as they came.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Event {
-    /// The data lines byte for byte, each ended by one LF; a field `error:` as a data line.
+    /// The data lines byte for byte, each ended by one LF; a field `error:`, or an error without a field, as a data line.
     pub lines: Vec<u8>,
+    /// Its name is `error`.
+    pub is_error: bool,
 }
 
 impl Event {
@@ -45,6 +47,7 @@ pub struct Splitter {
     line: Vec<u8>,
     /// The data lines of the unfinished event.
     lines: Vec<u8>,
+    is_error: bool,
     /// Bytes since the last event that are not data: comments and other fields.
     noise: usize,
     /// The last byte was a CR, whose LF may still follow.
@@ -55,7 +58,16 @@ pub struct Splitter {
 impl Splitter {
     /// A splitter that refuses more than `most_event` bytes in one event and `most_noise` bytes between two.
     pub fn new(most_event: usize, most_noise: usize) -> Splitter {
-        Splitter { most_event, most_noise, line: Vec::new(), lines: Vec::new(), noise: 0, after_cr: false, at_start: true }
+        Splitter {
+            most_event,
+            most_noise,
+            line: Vec::new(),
+            lines: Vec::new(),
+            is_error: false,
+            noise: 0,
+            after_cr: false,
+            at_start: true,
+        }
     }
 
     /// Takes the next piece of the stream and appends the events that it completes to `events`.
@@ -108,9 +120,10 @@ impl Splitter {
         };
         if whole.is_empty() {
             self.noise += 1;
+            let is_error = std::mem::take(&mut self.is_error);
             if !self.lines.is_empty() {
                 self.noise = 0;
-                events.push(Event { lines: std::mem::take(&mut self.lines) });
+                events.push(Event { lines: std::mem::take(&mut self.lines), is_error });
             }
         } else if whole.starts_with(b"data:") || whole == b"data" {
             // With room for the empty line that ends the event.
@@ -120,7 +133,11 @@ impl Splitter {
         } else if let Some(error) = whole.strip_prefix(b"error:").filter(|error| error.trim_ascii_start().starts_with(b"{")) {
             // A field of llama.cpp's own, until 2025; what has no name for it would take the answer for whole.
             self.lines.extend_from_slice(&[b"data: {\"error\":", error, b"}\n"].concat());
+        } else if whole.starts_with(b"{\"error\"") {
+            // As who stands between us and the LLM may break off what is under way.
+            self.lines.extend_from_slice(&[b"data: ", whole, b"\n"].concat());
         } else {
+            self.is_error |= whole.strip_prefix(b"event:").is_some_and(|name| name.trim_ascii() == b"error");
             self.noise += whole.len() + 1;
         }
         line.clear();

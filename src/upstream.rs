@@ -277,13 +277,13 @@ impl Line {
     }
 
     /// Counts a question as failed, and says in the log what the upstream did. Returns its error, which tells clients not to
-    /// try again where that would multiply our own attempts or take as long once more.
+    /// try again where that would multiply our own attempts.
     // Not inlined: a stream would keep room on its stack for what only this needs.
     #[inline(never)]
     pub fn give_up(&self, e: ApiError) -> ApiError {
         self.tell(&e);
         self.upstream.metrics.upstream_error(e.code);
-        if self.has_retried || e.code == Code::UPSTREAM_TIMEOUT { e.pointless_to_retry() } else { e }
+        if self.has_retried { e.pointless_to_retry() } else { e }
     }
 
     /// Notes how the upstream calls the question; returns the fields of its answer's head that mean something to clients.

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde::de::Deserializer;
 use serde_json::value::RawValue;
 
-use super::errors::{NoAnswer, is_error, no_error};
+use super::errors::{BROKEN_OFF, NoAnswer, is_error, no_error};
 use super::tool_calls::{Function, ToolCall, ToolCalls};
 use super::{from_json, text_of};
 use crate::config::MAX_ANSWER;
@@ -103,7 +103,7 @@ fn reason(given: Option<Words>) -> Option<Cow<str>> {
 /// Reads the data of one event that is not `[DONE]`. Errs when it is an error or no chunk.
 pub fn parse_chunk(data: &[u8]) -> Result<Chunk<'_>, NoAnswer> {
     let answer: Answer = from_json(data).map_err(|e| NoAnswer::other("an event of its stream is not a chunk", e))?;
-    answer.no_error("its stream broke off with an error", data)?;
+    answer.no_error(BROKEN_OFF, data)?;
     let (has_usage, usage) = (answer.usage.is_some(), usage(answer.usage));
     let mut chunk = Chunk { model: answer.model.map(|Words(model)| model), usage, has_usage, ..Chunk::default() };
     let choices = answer.choices.map_or_else(Vec::new, |Few(choices)| choices);
@@ -113,7 +113,7 @@ pub fn parse_chunk(data: &[u8]) -> Result<Chunk<'_>, NoAnswer> {
             chunk.others.push((index, reason(choice.finish_reason).is_some()));
             continue;
         }
-        no_error("its stream broke off with an error", choice.error)?;
+        no_error(BROKEN_OFF, choice.error)?;
         if let Some(mut delta) = choice.delta {
             chunk.delta += delta.text();
             delta.calls(&mut chunk.tool_calls);

@@ -9,6 +9,9 @@ use crate::config::MAX_ANSWER;
 /// An error of more bytes is not read but as text.
 const LARGE_ERROR: usize = 64 * 1024;
 
+/// What a stream did in which an error came.
+pub(super) const BROKEN_OFF: &str = "its stream broke off with an error";
+
 /// Why what came is no answer.
 #[derive(Debug, PartialEq)]
 pub struct NoAnswer {
@@ -35,6 +38,15 @@ impl NoAnswer {
     /// Holds more than an answer may.
     pub fn too_large() -> NoAnswer {
         format!("its answer is larger than {MAX_ANSWER} bytes").into()
+    }
+
+    /// An event of a stream that is an error by its name; its data may be what the body of an error answer may be.
+    // Not inlined: each stream waits with every page of stack that was used.
+    #[inline(never)]
+    pub fn event(data: &[u8]) -> NoAnswer {
+        let data = &data[..data.len().min(LARGE_ERROR)];
+        let error = serde_json::from_slice::<Value>(data).unwrap_or_default();
+        NoAnswer { why: BROKEN_OFF.to_string(), words: error_told(data).0, passing: may_pass(bare(&error)) }
     }
 
     pub(super) fn error(what: &str, error: &str) -> NoAnswer {

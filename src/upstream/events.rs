@@ -153,7 +153,8 @@ impl Events<'_> {
         let error = match self.line.watch.ended() {
             Some(Ended::TimedOut) if self.shape != Shape::Json => {
                 let idle = upstream.config.upstream_idle.as_secs();
-                upstream.failed(Code::UPSTREAM_TIMEOUT, &format!("the LLM's stream was silent for {idle} s (UPSTREAM_IDLE_SECS)"))
+                let text = format!("the LLM's stream was silent for {idle} s (UPSTREAM_IDLE_SECS)");
+                upstream.failed(Code::UPSTREAM_TIMEOUT, &text).pointless_to_retry()
             }
             Some(ended) => upstream.ended(ended),
             None if !self.began => {

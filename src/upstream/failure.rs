@@ -68,10 +68,11 @@ fn wait_in_ms(headers: &HeaderMap) -> Option<Duration> {
     Duration::try_from_secs_f64(ms / 1000.0).ok()
 }
 
-/// `Retry-After` in either of its forms (RFC 9110, section 10.2.3); nonsense is none.
+/// `Retry-After` in either of its forms (RFC 9110, section 10.2.3); nonsense is none, and what is too long for a `Duration`
+/// the longest.
 fn wait_of(text: &str) -> Option<Duration> {
     if let Ok(seconds) = text.trim().parse::<f64>() {
-        return Duration::try_from_secs_f64(seconds).ok();
+        return Duration::try_from_secs_f64(seconds).ok().or((seconds > 0.0).then_some(Duration::MAX));
     }
     let date = httpdate::parse_http_date(text).ok()?;
     Some(date.duration_since(SystemTime::now()).unwrap_or_default())
@@ -85,7 +86,8 @@ impl Upstream {
             Ended::TimedOut => {
                 let text =
                     format!("the LLM did not answer within {} s (UPSTREAM_TIMEOUT_SECS)", self.config.upstream_timeout.as_secs());
-                self.failed(Code::UPSTREAM_TIMEOUT, &text)
+                // Another try would take as long once more.
+                self.failed(Code::UPSTREAM_TIMEOUT, &text).pointless_to_retry()
             }
         }
     }
@@ -166,7 +168,8 @@ mod tests {
         assert_eq!(wait_of("3"), Some(Duration::from_secs(3)));
         assert_eq!(wait_of("0.5"), Some(Duration::from_millis(500)));
         assert_eq!(wait_of("Wed, 21 Oct 2015 07:28:00 GMT"), Some(Duration::ZERO));
-        for nonsense in ["soon", "-1", "NaN", "1e300", ""] {
+        assert_eq!(wait_of("99999999999999999999"), Some(Duration::MAX));
+        for nonsense in ["soon", "-1", "NaN", ""] {
             assert_eq!(wait_of(nonsense), None, "{nonsense}");
         }
     }

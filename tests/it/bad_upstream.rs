@@ -141,22 +141,29 @@ fn a_client_that_leaves_amid_an_error_answer_is_gone() {
     }
 }
 
-/// llama.cpp's servers told errors so until 2025, and `[DONE]` all the same.
+/// llama.cpp's servers told errors in a field of their own until 2025, and `[DONE]` all the same; others give an event that
+/// name, and who stands between may know nothing of events.
 #[test]
-fn an_error_in_a_field_of_its_own_or_without_a_frame_is_one() {
+fn an_error_in_a_stream_is_one_in_whatever_form() {
     let error = r#"{"code":500,"message":"words of its own","type":"server_error"}"#;
-    let field = piece(format!("error: {error}\n\n"));
-    for told in [field, event(error)] {
-        for (began, status) in [(false, 502), (true, 200)] {
-            let said = if began { vec![stream_head(), event(&delta("Half"))] } else { vec![stream_head()] };
-            let upstream = FakeUpstream::always([said, vec![told.clone(), event("[DONE]"), end()]].concat());
-            let proxy = Proxy::facing(&upstream).start();
-            let response = proxy.call(&streaming("Well?"));
-            let text = response.everything();
-            assert!(response.status == status && text.contains("words of its own") && !text.contains("[DONE]"), "{text}");
-            if began {
-                assert_eq!(proxy.newest_of(1)["finish_reason"], "upstream_error");
-            }
+    let forms = [
+        piece(format!("error: {error}\n\n")),
+        event(error),
+        piece("event: error\ndata: {\"detail\":\"words of its own\"}\n\n"),
+        piece("data: words of its own\nevent:error\n\n"),
+    ];
+    let amid = piece(format!("{{\"error\":{error}}}\n\n"));
+    let cases = forms.iter().flat_map(|form| [(form, false), (form, true)]).chain([(&amid, true)]);
+    for (told, began) in cases {
+        let said = if began { vec![stream_head(), event(&delta("Half"))] } else { vec![stream_head()] };
+        let upstream = FakeUpstream::always([said, vec![told.clone(), event("[DONE]"), end()]].concat());
+        let proxy = Proxy::facing(&upstream).start();
+        let response = proxy.call(&streaming("Well?"));
+        let (status, text) = (response.status, response.everything());
+        assert!(text.contains("words of its own") && !text.contains("[DONE]"), "{text}");
+        assert_eq!(status, if began { 200 } else { 502 });
+        if began {
+            assert_eq!(proxy.newest_of(1)["finish_reason"], "upstream_error");
         }
     }
 }

@@ -47,13 +47,15 @@ fn readyz_counts_what_runs_and_what_waits() {
 #[test]
 fn no_more_threads_are_allowed_than_the_system_has_mappings_for() {
     let most = std::fs::read_to_string("/proc/sys/vm/max_map_count").expect("a number").trim().parse::<i64>().expect("a number");
-    let proxy = Proxy::with(&[("WORKERS", "32768"), ("MAX_CONNECTIONS", "100000")]).start();
+    let mut proxy = Proxy::with(&[("WORKERS", "32768"), ("MAX_CONNECTIONS", "100000")]).start();
     let workers = proxy.get("/readyz").json()["workers_total"].as_i64().expect("a number");
-    let is_limited = proxy.log().iter().any(|line| line.contains("vm.max_map_count"));
+    let log = proxy.whole_log();
+    assert!(log[0].contains("listening on"), "{log:?}");
+    let is_limited = log.iter().any(|line| line.contains("vm.max_map_count"));
     if most >= 4 * (32_768 + 100_000) + 5000 {
         assert_eq!((workers, is_limited), (32_768, false));
     } else {
-        assert!(workers <= most / 8 && is_limited, "{workers} {:?}", proxy.log());
+        assert!(workers <= most / 8 && is_limited, "{workers} {log:?}");
     }
 }
 
@@ -124,6 +126,22 @@ fn the_metrics_count_what_happened() {
     ] {
         assert!(text.lines().any(|counted| counted == format!("ai_proxy_{line}")), "{line}\n{text}");
     }
+}
+
+/// Of two lines of the same name and labels a reader would take the last.
+#[test]
+fn each_series_stands_in_the_metrics_once() {
+    let proxy = Proxy::with(&[("OPENAI_FALLBACK_MODELS", "spare, other,spare,gpt-4o-mini")]).start();
+    proxy.answer("Who is counted?");
+    let text = proxy.get("/metrics").everything();
+    let mut series: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("ai_proxy_")?.split(' ').next()).collect();
+    assert!(series.contains(&r#"tokens_total{model="spare",kind="prompt"}"#), "{text}");
+    let all = series.len();
+    series.sort_unstable();
+    series.dedup();
+    assert_eq!(series.len(), all, "{text}");
+    let models = proxy.get("/v1/models").json()["data"].as_array().map(Vec::len);
+    assert_eq!(models, Some(3), "each is listed once");
 }
 
 #[test]

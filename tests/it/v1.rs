@@ -397,7 +397,7 @@ fn where_a_retry_is_pointless_the_client_is_told() {
 
 #[test]
 fn where_a_retry_may_help_the_client_is_not_held_back() {
-    for (status, ours) in [(409, 502), (429, 429), (500, 502), (503, 503)] {
+    for (status, ours) in [(408, 503), (409, 502), (429, 429), (500, 502), (503, 503)] {
         let said = should_retry("0", vec![refusal(status, "not now")], &chat(json!({})));
         assert_eq!(said, (ours, vec![], 1), "{status}");
     }
