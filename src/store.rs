@@ -12,7 +12,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, RwLock};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use oneshot::{Receiver, RecvTimeoutError, Sender};
@@ -72,7 +71,8 @@ enum Order {
     Probe(Sender<bool>),
     /// Tell when all words so far are indexed, for a search that is about to be made.
     Index(Sender<()>),
-    Close,
+    /// Tell when the database is closed.
+    Close(Sender<()>),
 }
 
 /// The history's front: cheap to share, safe to use from any thread.
@@ -82,8 +82,6 @@ pub struct Store {
     state: Arc<State>,
     /// At most one key is configured, so (nearly) all rows belong to it.
     one_key: bool,
-    /// The writer's own thread.
-    clerk: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// What the writer and those who ask it share.
@@ -128,10 +126,8 @@ impl Store {
         let mut writer = Writer::new(path.clone(), config.history_sync, Arc::clone(&state), metrics);
         (writer.max_rows, writer.max_days) = (config.history_max_rows, config.history_max_days);
         writer.prove().map_err(failed)?;
-        let desk = Arc::new(Desk::new(writer));
-        let clerk = desk.staff().map_err(|e| failed(format!("no thread for it: {e}")))?;
-        let (one_key, clerk) = (config.api_keys.len() <= 1, Mutex::new(Some(clerk)));
-        Ok(Store { desk, path, state, one_key, clerk })
+        let desk = Desk::open(writer).map_err(|e| failed(format!("no thread for it: {e}")))?;
+        Ok(Store { desk, path, state, one_key: config.api_keys.len() <= 1 })
     }
 
     /// Hands a pair over, with what is to be noted of a request that must not be asked twice. When it is
@@ -250,10 +246,9 @@ impl Store {
     /// Writes what was handed over, closes the database and ends the writer.
     pub fn close(&self) {
         lock(&self.state.readers).clear();
-        self.desk.order(Order::Close, false);
-        if let Some(clerk) = lock(&self.clerk).take() {
-            let _ = clerk.join();
-        }
+        let (done, closed) = oneshot::channel();
+        self.desk.order(Order::Close(done), false);
+        let _ = closed.recv();
     }
 
     /// Has the writer look at the database that has come to the path.
@@ -390,9 +385,7 @@ mod tests {
         let (state, metrics) = (Arc::new(State::default()), Arc::new(Metrics::new(&[], &[])));
         let mut writer = Writer::new(path.clone(), config::Durability::Normal, Arc::clone(&state), metrics);
         assert_eq!(writer.prove(), Ok(()));
-        let desk = Arc::new(Desk::new(writer));
-        let clerk = Mutex::new(Some(desk.staff().expect("a thread")));
-        let store = Store { desk, path: path.clone(), state, one_key: true, clerk };
+        let store = Store { desk: Desk::open(writer).expect("a thread"), path: path.clone(), state, one_key: true };
         let keep = || store.keep(Pair { key: "k".into(), ..Pair::default() }, None, false).is_ok();
         let count =
             |connection: &Connection| connection.query_row("SELECT count(*) FROM history", [], |row| row.get::<_, i64>(0));

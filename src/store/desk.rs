@@ -4,7 +4,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Mutex, OnceLock, TryLockError};
-use std::thread::{self, JoinHandle, Thread};
+use std::thread::{self, Thread};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
@@ -23,18 +23,15 @@ pub struct Desk {
 }
 
 impl Desk {
-    /// A desk without a clerk yet.
-    pub fn new(writer: Writer) -> Desk {
+    /// A desk with its clerk, who works until an order to close. Errs where there is no thread for that.
+    pub fn open(writer: Writer) -> std::io::Result<Arc<Desk>> {
         let (orders, inbox) = unbounded();
-        Desk { orders, inbox, writer: Mutex::new(writer), clerk: OnceLock::new(), is_closed: AtomicBool::new(false) }
-    }
-
-    /// Gives the desk its clerk, who works until an order to close. Errs where there is no thread for that.
-    pub fn staff(self: &Arc<Desk>) -> std::io::Result<JoinHandle<()>> {
-        let desk = Arc::clone(self);
-        let clerk = thread::Builder::new().name("history".into()).spawn(move || desk.attend())?;
-        self.clerk.get_or_init(|| clerk.thread().clone());
-        Ok(clerk)
+        let (clerk, is_closed) = (OnceLock::new(), AtomicBool::new(false));
+        let desk = Arc::new(Desk { orders, inbox, writer: Mutex::new(writer), clerk, is_closed });
+        let attended = Arc::clone(&desk);
+        let clerk = thread::Builder::new().name("history".into()).spawn(move || attended.attend())?;
+        desk.clerk.get_or_init(|| clerk.thread().clone());
+        Ok(desk)
     }
 
     /// Sees to it that the order is carried out, by this thread where it may `lead`.

@@ -211,7 +211,10 @@ impl Writer {
                 self.look_again();
                 self.searches.push((self.last_id, done));
             }
-            Some(Order::Close) => self.close(),
+            Some(Order::Close(done)) => {
+                self.close();
+                let _ = done.send(());
+            }
             Some(Order::Append(_)) | None => {}
         }
         self.let_searches_go();
@@ -973,14 +976,14 @@ mod tests {
     fn what_is_ordered_after_the_end_is_refused() {
         let writer = writer("closed");
         let path = writer.path.clone();
-        let desk = Arc::new(Desk::new(writer));
-        let clerk = desk.staff().expect("a thread");
-        desk.order(Order::Close, false);
-        clerk.join().expect("no panic");
+        let desk = Desk::open(writer).expect("a thread");
+        let (done, closed) = channel();
+        desk.order(Order::Close(done), false);
+        assert_eq!(closed.recv(), Ok(()));
         for lead in [true, false] {
             let (done, answer) = channel();
             desk.order(Order::Probe(done), lead);
-            assert_eq!(answer.recv_timeout(Duration::ZERO), Ok(false));
+            assert_eq!(answer.recv(), Ok(false));
         }
         fs::remove_file(path).expect("the file is there");
     }
