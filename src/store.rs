@@ -205,12 +205,12 @@ impl Store {
         if self.is_failing() && !self.writable() { Err(unavailable()) } else { Ok(()) }
     }
 
-    /// A key's pairs with ids below `before`, newest first, at most `limit` and 4 MiB of JSON; the first is
-    /// always there.
-    pub fn page(&self, key: &str, before: i64, limit: u32) -> Result<Vec<Pair>, ApiError> {
+    /// A key's pairs with ids below `before`, newest first, at most `limit` and 4 MiB of JSON, where the first is
+    /// always there; and whether there are more.
+    pub fn page(&self, key: &str, before: i64, limit: u32) -> Result<(Vec<Pair>, bool), ApiError> {
         self.read(|connection| {
             let mut page = connection.prepare_cached(include_str!("../sql/queries/page.sql"))?;
-            bounded(page.query_map(params![key, before, limit], pair)?)
+            bounded(page.query_map(params![key, before, limit + 1], pair)?, limit)
         })
     }
 
@@ -236,7 +236,7 @@ impl Store {
             // Where many match, the index picks out the key's own; of few, the rows tell sooner.
             let query = if self.one_key || is_rare()? { query } else { search::among_own(key, &query) };
             let mut search = connection.prepare_cached(include_str!("../sql/queries/search.sql"))?;
-            bounded(search.query_map(params![query, before, key, ranked], pair)?)
+            Ok(bounded(search.query_map(params![query, before, key, ranked], pair)?, ranked)?.0)
         })?;
         search::rank(&mut found, &words);
         found.truncate(limit as usize);
@@ -307,20 +307,20 @@ fn unavailable() -> ApiError {
     ApiError::new(Code::HISTORY_UNAVAILABLE, "the history cannot be written or read at the moment; the server's log says why")
 }
 
-/// The rows as far as they fit in an answer: pairs may be large.
-fn bounded(rows: impl Iterator<Item = rusqlite::Result<Pair>>) -> rusqlite::Result<Vec<Pair>> {
+/// At most so many rows, as far as they fit in an answer, since pairs may be large; and whether there are more.
+fn bounded(rows: impl Iterator<Item = rusqlite::Result<Pair>>, limit: u32) -> rusqlite::Result<(Vec<Pair>, bool)> {
     const MOST: usize = 4 << 20;
     let (mut kept, mut bytes) = (Vec::new(), 0);
     for row in rows {
         let row = row?;
         let texts = [&*row.question, &row.answer, &row.model, row.finish_reason.as_deref().unwrap_or_default()];
         bytes += texts.into_iter().map(size_in_json).sum::<usize>();
-        if bytes > MOST && !kept.is_empty() {
-            break;
+        if kept.len() == limit as usize || bytes > MOST && !kept.is_empty() {
+            return Ok((kept, true));
         }
         kept.push(row);
     }
-    Ok(kept)
+    Ok((kept, false))
 }
 
 /// A row as a pair. By hand anything can be written, and one row must not cost a page.

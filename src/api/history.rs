@@ -25,13 +25,8 @@ pub fn history(api: &Api, request: &Request) -> Result<Reply, ApiError> {
     }
     let _place = api.make()?;
     let (items, next_before) = if is_page {
-        let items = api.store.page(key, wanted.before, wanted.limit)?;
-        // A page of large pairs may be shorter than asked for, so only another look tells whether this is
-        // the end.
-        let next = match items.last() {
-            Some(last) => api.store.page(key, last.id, 1)?.first().map(|_| last.id),
-            None => None,
-        };
+        let (items, is_more) = api.store.page(key, wanted.before, wanted.limit)?;
+        let next = items.last().filter(|_| is_more).map(|last| last.id);
         (items, next)
     } else {
         (api.store.search(key, &wanted.words, wanted.before, wanted.limit)?, None)
