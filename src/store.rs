@@ -41,7 +41,7 @@ const PROBE_WAIT: Duration = Duration::from_secs(1);
 pub struct Unique {
     /// The client's `Idempotency-Key`.
     pub key: String,
-    pub path: &'static str,
+    pub path: String,
     pub request: Vec<u8>,
     /// The answer's body, where the pair does not say it all.
     pub response: Option<Vec<u8>>,

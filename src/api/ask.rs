@@ -30,10 +30,7 @@ pub struct Whole {
 
 /// Keeps a chat request that is to be answered as a whole for a worker; answers where it was answered before.
 pub fn prepare(api: &Api, request: &Request, exit: Exit, chat: Chat) -> Option<Errand> {
-    let as_it_came = request.endpoint == Endpoint::ChatCompletions;
-    // As the history notes it.
-    let path = if as_it_came { "/v1/chat/completions" } else { "/api/ask" };
-    let first = match api.idempotency.turn(api, request, path, || exit.responder.is_client_gone()) {
+    let first = match api.idempotency.turn(api, request, || exit.responder.is_client_gone()) {
         Ok(None) => None,
         Ok(Some(Part::First(first, unique))) => Some((first, unique)),
         Ok(Some(Part::Again(remembered, place))) => {
@@ -48,6 +45,7 @@ pub fn prepare(api: &Api, request: &Request, exit: Exit, chat: Chat) -> Option<E
     }
     let key = Arc::clone(request.key);
     let client = exit.responder.client();
+    let as_it_came = request.endpoint == Endpoint::ChatCompletions;
     let whole = Whole { chat, key, started: request.started, first, as_it_came, exit };
     Some(Errand::new(client, Kind::Whole(Box::new(whole))))
 }

@@ -20,7 +20,7 @@ type Name = (Arc<str>, String);
 /// The requests with an `Idempotency-Key` that are running now: their paths and bodies.
 #[derive(Default)]
 pub struct Idempotency {
-    running: Mutex<HashMap<Name, (&'static str, Vec<u8>)>>,
+    running: Mutex<HashMap<Name, (String, Vec<u8>)>>,
     ended: Condvar,
 }
 
@@ -53,18 +53,17 @@ impl Idempotency {
         self: &Arc<Idempotency>,
         api: &Api,
         request: &Request,
-        path: &'static str,
         is_gone: impl Fn() -> bool,
     ) -> Result<Option<Part>, ApiError> {
         let Some(given) = request.head.field(IDEMPOTENCY_KEY) else { return Ok(None) };
         if !(1..=255).contains(&given.len()) || !given.bytes().all(|b| matches!(b, b' '..=b'~')) {
             return Err(ApiError::invalid("Idempotency-Key", "Idempotency-Key must have 1 to 255 printable ASCII characters"));
         }
-        let name = (Arc::clone(request.key), given.to_string());
+        let (name, path) = ((Arc::clone(request.key), given.to_string()), request.head.path());
         let until = Instant::now() + api.config.upstream_timeout;
         let mut running = lock(&self.running);
         while let Some((other_path, other_body)) = running.get(&name) {
-            if (*other_path, &**other_body) != (path, request.body) {
+            if (&**other_path, &**other_body) != (path, request.body) {
                 return Err(another());
             }
             if is_gone() {
@@ -76,13 +75,14 @@ impl Idempotency {
             }
             running = wait_within(&self.ended, running, GLANCE);
         }
-        running.insert(name.clone(), (path, request.body.to_vec()));
+        running.insert(name.clone(), (path.to_string(), request.body.to_vec()));
         drop(running);
         let first = First { idempotency: Arc::clone(self), name };
         let place = api.make()?;
         match api.store.remembered(request.key, given)? {
             None => {
-                let unique = Unique { key: given.to_string(), path, request: request.body.to_vec(), response: None };
+                let (key, path) = (given.to_string(), path.to_string());
+                let unique = Unique { key, path, request: request.body.to_vec(), response: None };
                 Ok(Some(Part::First(first, unique)))
             }
             Some(remembered) if remembered.path == path && remembered.request == request.body => {
