@@ -4,14 +4,11 @@
 
 mod instance;
 
-use std::borrow::Cow;
-
-use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 use self::instance::instance;
-use crate::json::each_element;
+use crate::json::{Words, each_element, object};
 use crate::openai::{Sent, text_of};
 
 /// Characters of a question that the answer repeats.
@@ -111,21 +108,17 @@ impl Said {
 }
 
 /// A chat request, in so far as it is listened to.
-#[derive(Default, Deserialize)]
+#[derive(Default)]
 struct Request<'a> {
-    #[serde(borrow, default)]
-    model: Option<Cow<'a, str>>,
-    #[serde(borrow, default)]
+    model: Option<Words<'a>>,
     messages: Option<&'a RawValue>,
-    #[serde(borrow, default)]
     response_format: Option<&'a RawValue>,
-    #[serde(borrow, default)]
     tools: Option<&'a RawValue>,
-    #[serde(borrow, default)]
     tool_choice: Option<&'a RawValue>,
-    #[serde(borrow, default)]
     n: Option<&'a RawValue>,
 }
+
+object!(Request<'de> { messages, response_format, tools, tool_choice, n } wishes { model });
 
 fn count(text: &str) -> usize {
     text.split_whitespace().count().max(1)
@@ -171,7 +164,7 @@ fn say(request: &[u8]) -> Said {
         tool,
         pieces,
         choices,
-        model: repeated(request.model.as_deref().unwrap_or("mock")),
+        model: repeated(request.model.as_ref().map_or("mock", |Words(model)| model)),
         usage: json!({"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}),
         id: format!("chatcmpl-mock-{hash:016x}"),
     }
