@@ -81,10 +81,6 @@ fn data_version(connection: &Connection) -> rusqlite::Result<i64> {
     connection.prepare_cached("PRAGMA data_version")?.query_row([], |row| row.get(0))
 }
 
-fn count(connection: &Connection) -> rusqlite::Result<u64> {
-    connection.query_row(include_str!("../../sql/queries/count.sql"), [], |row| row.get::<_, i64>(0)).map(|rows| rows as u64)
-}
-
 /// A panic in what follows costs this one request, not the history.
 fn tell(then: Then, result: Result<Pair, ApiError>) {
     let _ = catch_unwind(AssertUnwindSafe(|| then(result)));
@@ -302,7 +298,6 @@ impl Writer {
         });
         match written {
             Some((ids, deleted)) => {
-                let deleted = self.pruned(deleted);
                 self.metrics.history_commits.inc();
                 self.metrics.history_rows.add(ids.len() as u64);
                 self.metrics.history_batch_size.observe_value(ids.len() as f64);
@@ -509,7 +504,8 @@ impl Writer {
     /// What is known of the rows; an id that was given is not given again.
     fn learn(&mut self, connection: &Connection) -> rusqlite::Result<()> {
         let version = data_version(connection)?;
-        let rows = if self.max_rows > 0 { count(connection)? } else { 0 };
+        let count = || connection.query_row(include_str!("../../sql/queries/count.sql"), [], |row| row.get::<_, i64>(0));
+        let rows = if self.max_rows > 0 { count()? as u64 } else { 0 };
         let progress = include_str!("../../sql/queries/progress.sql");
         let (last_id, indexed) = connection.query_row(progress, [], |row| Ok((row.get(0)?, row.get(1)?)))?;
         (self.data_version, self.rows, self.last_id, self.indexed) = (version, rows, self.last_id.max(last_id), indexed);

@@ -86,26 +86,22 @@ impl Writer {
         // Deleting goes through the journal, too: on a disk that is nearly full that is moved over before each bite.
         self.has_room(1 << 20, 4);
         let deleted = self.transact("pruned", |connection, _| surplus.delete_alone(connection, RETAIN_ROWS));
-        let deleted = deleted.map_or(0, |deleted| self.pruned(deleted));
-        self.shrank(&surplus, deleted, RETAIN_ROWS);
+        let deleted = self.shrank(&surplus, deleted.unwrap_or(Ok(0)), RETAIN_ROWS);
         self.grew(deleted as usize, 0);
         deleted > 0
     }
 
-    /// How many rows were deleted; where that failed, retention rests.
-    pub(super) fn pruned(&mut self, deleted: rusqlite::Result<u64>) -> u64 {
-        deleted.unwrap_or_else(|e| {
+    /// Notes and says how many rows, of at most `most`, are gone; where that failed, retention rests.
+    pub(super) fn shrank(&mut self, surplus: &Surplus, deleted: rusqlite::Result<u64>, most: u64) -> u64 {
+        let deleted = deleted.unwrap_or_else(|e| {
             log::error!("history cannot be pruned: {}", advice(&Trouble::Sql(e)));
             self.next_pruning = Instant::now() + RETENTION_TICK;
             0
-        })
-    }
-
-    /// Notes that `deleted` rows, of at most `most`, are gone.
-    pub(super) fn shrank(&mut self, surplus: &Surplus, deleted: u64, most: u64) {
+        });
         self.rows = self.rows.saturating_sub(deleted);
         if surplus.days > 0 && deleted < most {
             self.next_retention = Instant::now() + RETENTION_TICK;
         }
+        deleted
     }
 }
