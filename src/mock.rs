@@ -75,13 +75,8 @@ pub fn chunks(request: &[u8]) -> Vec<String> {
 
 /// The models of the mocked server, as `GET /models` lists them.
 pub fn models(names: &[String]) -> String {
-    let models: Vec<Value> = names.iter().map(|name| model(name)).collect();
-    json!({"object": "list", "data": models}).to_string()
-}
-
-/// One model, as `GET /models/{id}` shows it.
-pub fn model(name: &str) -> Value {
-    json!({"id": name, "object": "model", "created": 0, "owned_by": "mock"})
+    let model = |name| json!({"id": name, "object": "model", "created": 0, "owned_by": "mock"});
+    json!({"object": "list", "data": names.iter().map(model).collect::<Vec<Value>>()}).to_string()
 }
 
 struct Said {

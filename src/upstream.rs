@@ -315,14 +315,6 @@ impl Line {
     /// The list of models, or the one whose name stands in `path` (`/NAME`), as JSON, and the fields of its head that
     /// clients understand.
     pub fn models(&mut self, client: Arc<TcpStream>, path: &str) -> Result<(Vec<u8>, Vec<Header>), ApiError> {
-        if self.upstream.config.mode != Mode::Upstream {
-            let names = self.upstream.config.models();
-            let Some(name) = path.strip_prefix('/') else {
-                return Ok((mock::models(&names).into_bytes(), Vec::new()));
-            };
-            let name = openai::model_in_path(name).filter(|name| names.contains(name)).ok_or_else(no_model)?;
-            return Ok((mock::model(&name).to_string().into_bytes(), Vec::new()));
-        }
         self.ask(client, |line| match line.ask_for_models(path) {
             Err(failure) if failure.unknown_model && !path.is_empty() => line.model_of_list(path),
             result => result.map_err(|failure| failure.error),
@@ -330,6 +322,12 @@ impl Line {
     }
 
     fn ask_for_models(&mut self, path: &str) -> Result<(Vec<u8>, Vec<Header>), Box<Failure>> {
+        if self.upstream.config.mode != Mode::Upstream {
+            return match path {
+                "" => Ok((mock::models(&self.upstream.config.models()).into_bytes(), Vec::new())),
+                _ => Err(Box::new(Failure { unknown_model: true, ..no_model().into() })),
+            };
+        }
         let mut request = self.upstream.request.clone();
         request.method = Method::GET;
         request.headers.remove(header::CONTENT_TYPE);
@@ -345,7 +343,7 @@ impl Line {
         Ok((body, headers))
     }
 
-    /// The same of the list: some servers, such as llama.cpp's, have nothing else.
+    /// The same of the list: some servers, such as llama.cpp's and the mock, have nothing else.
     fn model_of_list(&mut self, path: &str) -> Result<(Vec<u8>, Vec<Header>), ApiError> {
         // Where there is no list either, there is no such model.
         let unlisted = |failure: Box<Failure>| if failure.unknown_model { no_model() } else { failure.error };
