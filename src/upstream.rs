@@ -396,25 +396,22 @@ impl Line {
             // Over TLS a new connection costs more.
             let is_plain = request.uri.scheme_str() == Some("http");
             self.is_costly = is_plain && attempt.as_ref().is_ok_and(counts_requests);
+            // A kept connection may have died while nobody looked; that costs nobody an attempt.
+            let is_dead = match &attempt {
+                Ok(response) => is_farewell(response),
+                Err(e) => matches!(e, ureq::Error::Io(_)) && self.watch.ended().is_none(),
+            };
+            if is_dead && self.watch.reused() {
+                self.close();
+                continue;
+            }
             let failure = match attempt {
                 Ok(response) if response.status().is_success() => return Ok(response),
-                Ok(response) if self.watch.reused() && is_farewell(&response) => {
-                    self.close();
-                    continue;
-                }
                 Ok(response) => self.refused(response),
-                Err(e) => {
-                    let ended = self.watch.ended();
-                    // A kept connection may have died while nobody looked; that costs nobody an attempt.
-                    if ended.is_none() && self.watch.reused() && matches!(e, ureq::Error::Io(_)) {
-                        self.close();
-                        continue;
-                    }
-                    match ended {
-                        Some(ended) => self.upstream.ended(ended).into(),
-                        None => self.upstream.unanswered(&e),
-                    }
-                }
+                Err(e) => match self.watch.ended() {
+                    Some(ended) => self.upstream.ended(ended).into(),
+                    None => self.upstream.unanswered(&e),
+                },
             };
             let wait = failure.wait.unwrap_or_else(|| backoff(retries));
             // What asks for more than there is of time is later than any end.
