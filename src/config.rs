@@ -203,7 +203,7 @@ impl Config {
         };
         Ok(Config {
             host,
-            port: given.number("PORT", 0, 65535)? as u16,
+            port: given.number("PORT", 0, 65535)?,
             database_path: database_path(given)?,
             api_keys,
             openai_api_key,
@@ -215,20 +215,20 @@ impl Config {
             system_prompt: Some(given.text("SYSTEM_PROMPT")).filter(|s| !s.is_empty()),
             mode,
             mock_delay: Duration::from_millis(given.number("MOCK_DELAY_MS", 0, 600_000)?),
-            workers: given.number("WORKERS", 1, 32_768)? as usize,
-            queue_size: given.number("QUEUE_SIZE", 0, 1_000_000)? as usize,
-            max_connections: given.number("MAX_CONNECTIONS", 1, 100_000)? as usize,
-            max_body_bytes: given.number("MAX_BODY_BYTES", 1, 512 << 20)? as usize,
-            max_question_chars: given.number("MAX_QUESTION_CHARS", 1, 1_000_000_000)? as usize,
-            rate_limit_per_minute: given.number("RATE_LIMIT_PER_MINUTE", 0, 1_000_000)? as u32,
-            history_limit: given.number("HISTORY_LIMIT", 1, 1000)? as u32,
+            workers: given.number("WORKERS", 1, 32_768)?,
+            queue_size: given.number("QUEUE_SIZE", 0, 1_000_000)?,
+            max_connections: given.number("MAX_CONNECTIONS", 1, 100_000)?,
+            max_body_bytes: given.number("MAX_BODY_BYTES", 1, 512 << 20)?,
+            max_question_chars: given.number("MAX_QUESTION_CHARS", 1, 1_000_000_000)?,
+            rate_limit_per_minute: given.number("RATE_LIMIT_PER_MINUTE", 0, 1_000_000)?,
+            history_limit: given.number("HISTORY_LIMIT", 1, 1000)?,
             history_sync: given.choice("HISTORY_SYNC", &[("full", Durability::Full), ("normal", Durability::Normal)])?,
             history_max_rows: given.number("HISTORY_MAX_ROWS", 0, i64::MAX as u64)?,
             history_max_days: given.number("HISTORY_MAX_DAYS", 0, 36_500)?,
             upstream_timeout: given.seconds("UPSTREAM_TIMEOUT_SECS", 1, 86_400)?,
             upstream_idle: given.seconds("UPSTREAM_IDLE_SECS", 1, 86_400)?,
             upstream_ca_file: Some(given.text("UPSTREAM_CA_FILE")).filter(|path| !path.is_empty()).map(PathBuf::from),
-            upstream_retries: given.number("UPSTREAM_RETRIES", 0, 10)? as u32,
+            upstream_retries: given.number("UPSTREAM_RETRIES", 0, 10)?,
             stream_heartbeat: given.seconds("STREAM_HEARTBEAT_SECS", 1, 3600)?,
             shutdown_grace: given.seconds("SHUTDOWN_GRACE_SECS", 0, 86_400)?,
             log_level: given
@@ -341,11 +341,10 @@ impl Given {
         StartError::usage(format!("{name}: {given} is not allowed; it must be {allowed}"))
     }
 
-    fn number(&self, name: &str, least: u64, most: u64) -> Result<u64, StartError> {
-        let number = self.text(name).parse().ok();
-        number
-            .filter(|n| (least..=most).contains(n))
-            .ok_or_else(|| self.bad(name, &format!("a whole number from {least} to {most}")))
+    fn number<T: TryFrom<u64>>(&self, name: &str, least: u64, most: u64) -> Result<T, StartError> {
+        let number = self.text(name).parse().ok().filter(|n| (least..=most).contains(n));
+        let number = number.and_then(|number| T::try_from(number).ok());
+        number.ok_or_else(|| self.bad(name, &format!("a whole number from {least} to {most}")))
     }
 
     /// What goes into the log's lines.
