@@ -12,7 +12,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use oneshot::{Receiver, RecvTimeoutError, Sender};
 use rusqlite::config::DbConfig;
@@ -63,6 +63,7 @@ struct Arrival {
     pair: Pair,
     unique: Option<Unique>,
     then: Then,
+    since: Instant,
 }
 
 enum Order {
@@ -140,7 +141,7 @@ impl Store {
         lead: bool,
         then: impl FnOnce(Result<Pair, ApiError>) + Send + 'static,
     ) {
-        self.desk.order(Order::Append(Box::new(Arrival { pair, unique, then: Box::new(then) })), lead);
+        self.desk.order(Order::Append(Box::new(Arrival { pair, unique, then: Box::new(then), since: Instant::now() })), lead);
     }
 
     /// The same, and waits until it is committed.
@@ -299,7 +300,7 @@ impl Store {
 fn awaited(pair: Pair, unique: Option<Unique>) -> (Order, Receiver<Result<Pair, ApiError>>) {
     let (done, committed) = oneshot::channel();
     let then = Box::new(move |stored| drop(done.send(stored)));
-    (Order::Append(Box::new(Arrival { pair, unique, then })), committed)
+    (Order::Append(Box::new(Arrival { pair, unique, then, since: Instant::now() })), committed)
 }
 
 /// The error for a pair that cannot be kept or found.

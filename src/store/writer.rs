@@ -21,7 +21,7 @@ use rusqlite::{Connection, OpenFlags, ffi, params};
 use self::index::INDEXING_REST;
 use super::schema::{self, Trouble, advice};
 use super::{Arrival, Order, PROBE_WAIT, State, Then, Unique, connect, reader, taken_over, unavailable};
-use crate::config::Durability;
+use crate::config::{DATABASE_BUSY, Durability};
 use crate::error::ApiError;
 use crate::exchange::{Pair, Usage};
 use crate::kernel::{self, Room};
@@ -133,6 +133,8 @@ pub struct Writer {
     indexing_rest: Duration,
     /// Bytes that the pairs take which could not be written last; 0: they could.
     wanted_room: u64,
+    /// Another process's lock is waited for so long.
+    patience: Duration,
     /// How full the disk is; tests have disks of their own.
     room: fn(&Path) -> Option<Room>,
 }
@@ -173,6 +175,7 @@ impl Writer {
             next_indexing: Instant::now(),
             indexing_rest: INDEXING_REST,
             wanted_room: 0,
+            patience: DATABASE_BUSY,
             room: kernel::room,
         }
     }
@@ -267,6 +270,9 @@ impl Writer {
         // Once in the journal and once in the database.
         let wanted_room = 2 * (bytes + noted) as u64 + ROW * batch.len() as u64;
         let has_room = self.has_room(wanted_room, self.quarters());
+        // Who has waited behind others for a lock need not wait for it as long once more.
+        let waited = batch.iter().map(|arrival| arrival.since.elapsed()).min().unwrap_or_default();
+        self.patience = DATABASE_BUSY.saturating_sub(waited);
         let written = self.attempt("written", |connection, last_id| {
             if !has_room {
                 return Err(disk_full());
@@ -296,6 +302,7 @@ impl Writer {
             }
             Ok((ids, surplus.delete_alone(connection, most)?))
         });
+        self.patience = DATABASE_BUSY;
         match written {
             Some((ids, deleted)) => {
                 self.metrics.history_commits.inc();
@@ -411,6 +418,7 @@ impl Writer {
     fn write<T>(&mut self, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
         let Some(open) = &mut self.open else { return Err(rusqlite::Error::InvalidQuery) };
         let connection = &open.connection;
+        connection.busy_timeout(self.patience)?;
         // As cached statements: rusqlite's transactions parse their SQL anew each time.
         connection.prepare_cached("BEGIN IMMEDIATE")?.execute([])?;
         let result = work(connection).and_then(|result| {
@@ -571,6 +579,7 @@ mod tests {
             pair: Pair { key: "anonymous".into(), question: "w ".repeat(bytes / 2), ..Pair::default() },
             unique: None,
             then: Box::new(|result| assert!(result.is_ok())),
+            since: Instant::now(),
         };
         writer.append((0..pairs).map(arrival).collect());
     }
@@ -785,7 +794,7 @@ mod tests {
             let (done, answer) = channel();
             let pair = Pair { key: "k".into(), question: "w ".repeat(50_000), ..Pair::default() };
             let then = Box::new(move |result: Result<Pair, ApiError>| drop(done.send(result.is_ok())));
-            writer.append(vec![Arrival { pair, unique: None, then }]);
+            writer.append(vec![Arrival { pair, unique: None, then, since: Instant::now() }]);
             answer.recv() == Ok(true)
         };
         for _ in 0..20 {

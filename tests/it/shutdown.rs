@@ -264,3 +264,24 @@ fn answers_that_wait_for_the_disk_at_the_end_of_the_grace_go_out() {
         3
     );
 }
+
+/// One after the other they would wait twice as long as those who are ended have.
+#[test]
+fn who_waits_for_a_locked_database_behind_others_is_told_before_the_end() {
+    let upstream = FakeUpstream::always(answer("Yes"));
+    let mut proxy = Proxy::facing(&upstream).set("SHUTDOWN_GRACE_SECS", "0").start();
+    let other = proxy.database();
+    other.execute_batch("BEGIN IMMEDIATE").expect("the lock is free");
+    let mut clients = [proxy.connect(), proxy.connect(), proxy.connect()];
+    for (number, client) in clients.iter_mut().enumerate() {
+        client.send(&post("/api/ask", &json!({"question": "Locked?"})));
+        upstream.wait_for_calls(number + 1);
+        // So that the first is at the lock before the next has its answer.
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    proxy.signal(Signal::TERM);
+    for client in &mut clients {
+        client.read_response().expect_error(503, "history_unavailable");
+    }
+    assert_eq!(proxy.wait_for_exit(SOON).code(), Some(0), "{:?}", proxy.stderr());
+}
