@@ -256,15 +256,15 @@ pub enum Turn<A> {
 }
 
 impl Connection {
-    /// Waits for the next request, at most so long for its first byte. `at_once`: only for one that is there
-    /// as a whole then. `admit` judges it by its head, before its body is read: what is known of it, and of how many bytes
+    /// Waits for the next request, at most `KEEP_ALIVE` for its first byte; or for as long as it is to `stay`, for one that
+    /// is there as a whole then. `admit` judges it by its head, before its body is read: what is known of it, and of how many bytes
     /// its body may be, where it is let in.
     pub fn next_call<A>(
         &mut self,
         admit: impl FnOnce(&Head) -> (Option<A>, Result<usize, ApiError>),
-        patience: Duration,
-        at_once: bool,
+        stay: Option<Duration>,
     ) -> Turn<A> {
+        let at_once = stay.is_some();
         if self.closing || self.answers.is_broken() {
             return Turn::Over;
         }
@@ -273,7 +273,7 @@ impl Connection {
         let is_quiet = matches!(parsed, Ok(None)) && (self.unparsed.is_empty() || at_once);
         let mut is_over = false;
         while is_quiet && !is_over {
-            match self.receive(patience) {
+            match self.receive(stay.unwrap_or(config::KEEP_ALIVE)) {
                 Ok(Some(1..)) => parsed = self.parse(),
                 Ok(None) => return Turn::Quiet,
                 _ => is_over = true,

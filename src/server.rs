@@ -138,7 +138,7 @@ impl Staff {
         if self.workers.is_exhausted() || self.api.is_in_trouble() {
             return self.receive(connection, Begin::Wait);
         }
-        match connection.next_call(|head| self.api.admit(head), Duration::ZERO, true) {
+        match connection.next_call(|head| self.api.admit(head), Some(Duration::ZERO)) {
             Turn::Call(call) if Api::suits_worker(&call) => {
                 let left = match self.api.prepare(*call) {
                     Some(errand) => self.hand_over(connection, errand),
@@ -194,7 +194,7 @@ impl Staff {
         loop {
             let call = match next.take() {
                 Some(call) => call,
-                None => match connection.next_call(|head| self.api.admit(head), config::KEEP_ALIVE, false) {
+                None => match connection.next_call(|head| self.api.admit(head), None) {
                     Turn::Call(call) => call,
                     Turn::Quiet | Turn::Over => return,
                 },
@@ -228,7 +228,7 @@ impl Staff {
         while !self.workers.is_wanted() && !self.api.is_in_trouble() {
             let answered = connection.is_answered();
             let stay = if self.workers.is_exhausted() { SHORT_STAY } else { STAY };
-            match connection.next_call(|head| self.api.admit(head), stay, true) {
+            match connection.next_call(|head| self.api.admit(head), Some(stay)) {
                 Turn::Call(call) if Api::suits_worker(&call) => {
                     if let Some(errand) = self.api.prepare(*call) {
                         return Some((connection, errand));

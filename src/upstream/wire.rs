@@ -45,17 +45,9 @@ impl Connector<()> for WireConnector {
         for address in self.names.addresses(host, port, &self.watch)? {
             match self.open(address) {
                 Ok(stream) => {
-                    let buffers = SmallBuffers::default();
-                    let (stream, watch) = (Arc::new(stream), self.watch.clone());
-                    return Ok(Some(Wire {
-                        stream,
-                        buffers,
-                        just_read: false,
-                        received: 0,
-                        is_patient: false,
-                        is_cut: false,
-                        watch,
-                    }));
+                    let (stream, buffers, watch) = (Arc::new(stream), SmallBuffers::default(), self.watch.clone());
+                    let wire = Wire { stream, buffers, just_read: false, received: 0, is_patient: false, is_cut: false, watch };
+                    return Ok(Some(wire));
                 }
                 Err(e) if self.watch.ended().is_some() => return Err(e),
                 Err(e) => failure = e,
