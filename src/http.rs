@@ -376,10 +376,13 @@ impl Connection {
         }
         let room = self.unparsed.len().clamp(FIRST_READ, MAX_HEAD);
         self.unparsed.reserve_exact(room);
+        let began = Instant::now();
         loop {
             match rustix::net::recv(&self.stream, spare_capacity(&mut self.unparsed), flags) {
                 Ok((_, received)) => return Ok(Some(received)),
                 Err(rustix::io::Errno::AGAIN) => return Ok(None),
+                // Who is stopped and goes on (SIGSTOP, a debugger, a freezer) waits anew, but not for ever.
+                Err(rustix::io::Errno::INTR) if began.elapsed() >= patience => return Ok(None),
                 Err(rustix::io::Errno::INTR) => {}
                 Err(e) => return Err(e.into()),
             }

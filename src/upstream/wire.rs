@@ -107,6 +107,7 @@ impl Wire {
         if let Some(silence) = silence {
             self.be_patient(silence)?;
         }
+        let began = Instant::now();
         loop {
             let flags = match silence {
                 Some(_) => RecvFlags::empty(),
@@ -133,6 +134,10 @@ impl Wire {
                 }
                 Err(Errno::AGAIN) if silence.is_some() => self.watch.ended_by(Ended::TimedOut)?,
                 Err(Errno::AGAIN) if !looks => {}
+                // Who is stopped and goes on (SIGSTOP, a debugger, a freezer) waits anew, but not for ever.
+                Err(Errno::INTR) if silence.is_some_and(|silence| began.elapsed() >= silence) => {
+                    self.watch.ended_by(Ended::TimedOut)?
+                }
                 Err(Errno::INTR) => {}
                 // ureq takes a reset for the end of a body that ends with its connection.
                 Err(e) if silence.is_some() => return Err(io::Error::other(io::Error::from(e)).into()),

@@ -104,7 +104,7 @@ fn a_stream_whose_trailers_have_no_end_is_given_up() {
     let start = send(format!("{head}Transfer-Encoding: chunked\r\n\r\n"));
     for began in [false, true] {
         let said = if began { vec![start.clone(), event(&delta("Half"))] } else { vec![start.clone()] };
-        let upstream = FakeUpstream::always([said, vec![send("0\r\n"), Step::Repeat(b"X: y\r\n".to_vec())]].concat());
+        let upstream = FakeUpstream::always([said, vec![send("0\r\n"), Step::Repeat(b"X: y\r\n".repeat(1000))]].concat());
         let proxy = Proxy::facing(&upstream).set("UPSTREAM_IDLE_SECS", "1").start();
         let response = proxy.call(&streaming("Well?"));
         assert!(response.everything().contains("upstream_timeout"), "{response:?}");

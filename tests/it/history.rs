@@ -5,6 +5,7 @@ use crate::support::eventually;
 use crate::support::proxy::{Proxy, Setup};
 use crate::support::upstream::{FakeUpstream, answer};
 use serde_json::{Value, json};
+use std::time::Instant;
 
 /// A proxy whose answers say nothing but what the question says after `->`.
 fn echoing() -> (FakeUpstream, Proxy) {
@@ -155,6 +156,7 @@ fn with_damaged_index() -> (FakeUpstream, Proxy, rusqlite::Connection) {
 #[test]
 fn who_asks_is_answered_whatever_became_of_the_index() {
     let (_upstream, mut proxy, _database) = with_damaged_index();
+    let started = Instant::now();
     for number in 0..30 {
         let question = format!("question {number}");
         proxy.answer(&question);
@@ -163,7 +165,9 @@ fn who_asks_is_answered_whatever_became_of_the_index() {
         assert_eq!(questions(&page(&proxy, "?limit=1")), [&*question]);
     }
     let complaints = proxy.whole_log().iter().filter(|line| line.contains("cannot be indexed")).count();
-    assert_eq!(complaints, 1, "{:#?}", proxy.log());
+    // It rests for a second at least between two attempts.
+    let most = 1 + started.elapsed().as_secs() as usize;
+    assert!((1..=most).contains(&complaints), "{complaints}, not 1 to {most}: {:#?}", proxy.log());
 }
 
 /// Not even where the row, of which the index knew nothing, was deleted by hand and a failure made the server look anew.

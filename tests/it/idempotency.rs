@@ -432,7 +432,8 @@ fn a_key_has_1_to_255_printable_characters() {
 
 #[test]
 fn a_repetition_is_in_the_history_once_and_says_the_model_in_the_log() {
-    let proxy = Proxy::facing(&FakeUpstream::always(reply_json(200, &completion("Yes")))).start();
+    let upstream = FakeUpstream::always(reply_json(200, &completion("Yes")));
+    let proxy = Proxy::facing(&upstream).start();
     let request = keyed(&chat("What is it?"), "k").header("X-Request-Id", "again-1");
     expect_200(proxy.call(&keyed(&chat("What is it?"), "k")));
     let response = proxy.call(&request);

@@ -5,7 +5,9 @@ use crate::support::eventually;
 use crate::support::gate::Gate;
 use crate::support::proxy::Proxy;
 use crate::support::upstream::{FakeUpstream, Step, delta, end, event, finish, piece, reply, send, stream_head, streamed, usage};
+use rustix::process::Signal;
 use serde_json::{Value, json};
+use std::sync::mpsc::TryRecvError;
 use std::time::Duration;
 
 /// The text that the deltas of a stream make up.
@@ -530,6 +532,32 @@ fn an_upstream_that_falls_silent_is_given_up() {
     upstream.wait_until_left(1);
     let pair = proxy.newest_of(1);
     assert_eq!((&pair["answer"], &pair["finish_reason"]), (&json!("Half"), &json!("upstream_error")));
+}
+
+/// As with `cpulimit`, a debugger, or a container that is paused: the wait is interrupted, and goes on.
+#[test]
+fn an_upstream_that_falls_silent_is_given_up_although_the_server_is_stopped_now_and_then() {
+    let upstream = FakeUpstream::always(vec![stream_head(), event(&delta("Half")), Step::Silence]);
+    let proxy = Proxy::facing(&upstream).set("UPSTREAM_IDLE_SECS", "1").start();
+    let mut stream = proxy.stream("What is it?");
+    stream.expect_event(&delta("Half"));
+    let (over, is_over) = std::sync::mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let is_over = is_over;
+            while is_over.try_recv() == Err(TryRecvError::Empty) {
+                for signal in [Signal::STOP, Signal::CONT] {
+                    proxy.signal(signal);
+                    // Otherwise the second would take the first back.
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+            }
+        });
+        // Dropped with this, also where it is not given up.
+        let _over = over;
+        stream.expect_failure("upstream_timeout");
+    });
+    upstream.wait_until_left(1);
 }
 
 #[test]

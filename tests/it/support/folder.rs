@@ -1,6 +1,7 @@
 //! A temporary folder that removes itself.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -9,11 +10,18 @@ pub struct Folder(PathBuf);
 impl Folder {
     pub fn new() -> Folder {
         static COUNT: AtomicUsize = AtomicUsize::new(0);
-        let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("ai-proxy-it-{}-{number}", std::process::id());
-        let path = std::env::temp_dir().join(name);
-        fs::create_dir_all(&path).expect("a temporary folder");
-        Folder(path)
+        loop {
+            let number = COUNT.fetch_add(1, Ordering::Relaxed);
+            let path = std::env::temp_dir().join(format!("ai-proxy-it-{}-{number}", std::process::id()));
+            match fs::create_dir(&path) {
+                // Left by a run that was killed, of a process of the same number, as containers have them.
+                Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
+                made => {
+                    made.expect("a temporary folder");
+                    return Folder(path);
+                }
+            }
+        }
     }
 
     pub fn path(&self) -> &Path {

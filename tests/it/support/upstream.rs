@@ -72,6 +72,8 @@ struct Seen {
 
 pub struct FakeUpstream {
     address: SocketAddr,
+    /// Its thread waits for callers on a copy of it.
+    listener: TcpListener,
     seen: Arc<(Mutex<Seen>, Condvar)>,
 }
 
@@ -99,15 +101,15 @@ impl FakeUpstream {
         let address = listener.local_addr().expect("its address");
         let seen = Arc::<(Mutex<Seen>, Condvar)>::default();
         let script: Arc<Script> = Arc::new(script);
-        let shared = Arc::clone(&seen);
+        let (shared, waiting) = (Arc::clone(&seen), listener.try_clone().expect("a copy"));
         std::thread::spawn(move || {
-            for stream in listener.incoming().map_while(Result::ok) {
+            for stream in waiting.incoming().map_while(Result::ok) {
                 let (script, seen) = (Arc::clone(&script), Arc::clone(&shared));
                 tell(&seen, |seen| seen.connections += 1);
                 std::thread::spawn(move || serve(stream, &*script, &seen));
             }
         });
-        FakeUpstream { address, seen }
+        FakeUpstream { address, listener, seen }
     }
 
     pub fn url(&self) -> String {
@@ -154,6 +156,13 @@ impl FakeUpstream {
             assert!(!left.is_zero(), "the upstream waited in vain for {what}: {:?}", seen.requests);
             seen = self.seen.1.wait_timeout(seen, left).unwrap().0;
         }
+    }
+}
+
+/// Otherwise each of a thousand would keep its thread and its descriptors to the end of all tests.
+impl Drop for FakeUpstream {
+    fn drop(&mut self) {
+        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
     }
 }
 
