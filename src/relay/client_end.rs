@@ -146,13 +146,10 @@ impl ClientEnd {
             return true;
         }
         state.last_sent = Instant::now();
-        if state.send(b": keep-alive\n\n").is_ok() {
-            return true;
+        if state.send(b": keep-alive\n\n").is_err() {
+            state.hangup.iter().for_each(|hangup| hangup());
         }
-        state.hangup.iter().for_each(|hangup| hangup());
-        drop(state);
-        self.abort();
-        false
+        true
     }
 }
 
