@@ -38,7 +38,7 @@ use head::{Framing, MAX_HEAD};
 /// The first read of a request has room for so many bytes; only larger ones make it grow. What is no larger than 1,032 glibc
 /// keeps for the thread that freed it: 2 MiB where 2,000 streams end.
 const FIRST_READ: usize = 1040;
-/// And each read of a body for so many.
+/// And each read of a body for at least so many.
 const PIECE: usize = 16 * 1024;
 
 /// The listening socket and the connections that came from it.
@@ -210,7 +210,7 @@ pub struct Connection {
     peer: SocketAddr,
     /// How long a read waits, as the socket was told.
     patience: Duration,
-    /// Bytes that were received and belong to the next request.
+    /// Bytes that were received and belong to the next request, or to the body that is being read.
     unparsed: Vec<u8>,
     /// The empty line before a head was skipped.
     passed_over: bool,
@@ -257,8 +257,8 @@ pub enum Turn<A> {
 
 impl Connection {
     /// Waits for the next request, at most `KEEP_ALIVE` for its first byte; or for as long as it is to `stay`, for one that
-    /// is there as a whole then. `admit` judges it by its head, before its body is read: what is known of it, and of how many bytes
-    /// its body may be, where it is let in.
+    /// is there as a whole then. `admit` judges it by its head, before its body is read: what is known of it, and of how many
+    /// bytes its body may be, where it is let in.
     pub fn next_call<A>(
         &mut self,
         admit: impl FnOnce(&Head) -> (Option<A>, Result<usize, ApiError>),
@@ -451,7 +451,7 @@ impl Connection {
         let began = Instant::now();
         // An announced length is not believed before it has come.
         while self.unparsed.len() < length {
-            self.read_piece(began, self.unparsed.len())?;
+            self.read_piece(length - self.unparsed.len(), began, self.unparsed.len())?;
         }
         let rest = self.unparsed.split_off(length);
         Ok(std::mem::replace(&mut self.unparsed, rest))
@@ -467,14 +467,17 @@ impl Connection {
                 return Ok(decoder.into_body());
             }
             self.unparsed.clear();
-            received += self.read_piece(began, received)?;
+            received += self.read_piece(PIECE, began, received)?;
         }
     }
 
-    /// Takes the next bytes of a body, of which so many came since it began; how many.
-    fn read_piece(&mut self, began: Instant, received: usize) -> Result<usize, ApiError> {
+    /// Takes the next bytes of a body, of which so many are missing and so many came since it began; how many.
+    fn read_piece(&mut self, missing: usize, began: Instant, received: usize) -> Result<usize, ApiError> {
         let timeout = |text: String| Err(ApiError::new(Code::REQUEST_TIMEOUT, text));
-        self.unparsed.reserve(PIECE);
+        // Of what follows the body no more comes along than one read of a head: the rest is left to the socket.
+        if self.unparsed.capacity() - self.unparsed.len() < missing.min(PIECE) {
+            self.unparsed.reserve_exact(missing.min(self.unparsed.len().max(PIECE)));
+        }
         let read = match self.receive(config::CLIENT_STALL) {
             Ok(Some(read @ 1..)) => read,
             Ok(None) => return timeout(format!("nothing of the body came for {} s", config::CLIENT_STALL.as_secs())),

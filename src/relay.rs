@@ -137,7 +137,7 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
             if data.is_empty() {
                 continue;
             }
-            if data == b"[DONE]" {
+            if data == b"[DONE]" && !event.is_error {
                 closing = Some(Ok([&event.lines[..], b"\n"].concat()));
                 break;
             }

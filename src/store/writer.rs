@@ -272,7 +272,8 @@ impl Writer {
         let has_room = self.has_room(wanted_room, self.quarters());
         // Who has waited behind others for a lock need not wait for it as long once more.
         let waited = batch.iter().map(|arrival| arrival.since.elapsed()).min().unwrap_or_default();
-        self.patience = DATABASE_BUSY.saturating_sub(waited);
+        // A moment is left: what they waited for may have been the disk, and a lock that is just taken is soon given back.
+        self.patience = DATABASE_BUSY.saturating_sub(waited).max(DATABASE_BUSY / 10);
         let written = self.attempt("written", |connection, last_id| {
             if !has_room {
                 return Err(disk_full());
@@ -447,8 +448,8 @@ impl Writer {
         Ok([kernel::inode(&self.path)?, kernel::inode(&self.journal)?, kernel::inode(&self.journal_index)?])
     }
 
-    /// Lets go of a database that is not in its place any more, while nobody reads. What only its journal has, which may be deleted, goes over
-    /// first; a journal that is left must not be taken for that of another database.
+    /// Lets go of a database that is not in its place any more, while nobody reads. What only its journal has, which may be
+    /// deleted, goes over first; a journal that is left must not be taken for that of another database.
     fn let_go(&mut self) {
         self.state.inode.store(0, Ordering::Relaxed);
         // What they wait for may never be indexed there.
@@ -481,8 +482,10 @@ impl Writer {
         }
         // Made before SQLite makes it, since what people ask is for the owner's eyes only.
         let _ = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&self.path);
-        let place = kernel::inode(&self.path);
+        let before = kernel::inode(&self.path);
         let mut connection = connect(&self.path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE)?;
+        // Where a link leads to no file yet, SQLite makes it.
+        let place = if matches!(before, Ok(None)) { kernel::inode(&self.path) } else { before };
         schema::check(&connection)?;
         schema::keep_journal(&connection)?;
         // Migrations need not wait for the disk: one that a power cut takes back is made again.
@@ -925,22 +928,50 @@ mod tests {
         remove(writer);
     }
 
+    /// It may have been the disk that they waited for.
     #[test]
-    fn a_new_database_may_be_made_by_several_at_once() {
-        let start = std::sync::Barrier::new(4);
-        for round in 0..20 {
-            let mut writers: Vec<Writer> = thread::scope(|scope| {
-                let open = || {
-                    start.wait();
-                    writer(&format!("several-{round}"))
-                };
-                let opening: Vec<_> = (0..4).map(|_| scope.spawn(open)).collect();
-                opening.into_iter().map(|writer| writer.join().expect("it is opened")).collect()
+    fn who_has_waited_for_long_still_waits_a_moment_for_a_lock() {
+        let mut writer = writer("moment-left");
+        let other = Connection::open(&writer.path).expect("a file");
+        other.execute_batch("BEGIN IMMEDIATE").expect("the lock is free");
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                thread::sleep(Duration::from_millis(20));
+                drop(other);
             });
-            let last = writers.pop().expect("there are four");
-            writers.iter_mut().for_each(Writer::close);
-            remove(last);
-        }
+            let then = Box::new(|result: Result<Pair, ApiError>| assert!(result.is_ok()));
+            let since = Instant::now().checked_sub(2 * DATABASE_BUSY).expect("a time of before");
+            writer.append(vec![Arrival { pair: Pair::default(), unique: None, then, since }]);
+        });
+        assert_eq!(writer.last_id, 1);
+        remove(writer);
+    }
+
+    /// As where two servers start at once. SQLite waits for other locks by itself, for this one not.
+    #[test]
+    fn a_new_database_that_another_process_is_just_making_is_waited_for() {
+        let path = std::env::temp_dir().join(format!("ai-proxy-{}-made.db", std::process::id()));
+        let other = Connection::open(&path).expect("a file");
+        other.execute_batch("BEGIN IMMEDIATE").expect("the lock is free");
+        let writer = thread::scope(|scope| {
+            scope.spawn(move || {
+                thread::sleep(Duration::from_millis(100));
+                drop(other);
+            });
+            reopened(path)
+        });
+        remove(writer);
+    }
+
+    #[test]
+    fn a_link_may_lead_to_a_database_that_is_not_there_yet() {
+        let path = |name: &str| std::env::temp_dir().join(format!("ai-proxy-{}-{name}", std::process::id()));
+        let (link, there) = (path("link"), path("behind-link"));
+        std::os::unix::fs::symlink(&there, &link).expect("a link");
+        let mut writer = Writer::new(link.clone(), Durability::Normal, Arc::default(), Arc::new(Metrics::new(&[], &[])));
+        assert_eq!(writer.prove(), Ok(()));
+        writer.close();
+        [link, there].iter().for_each(|path| fs::remove_file(path).expect("it is there"));
     }
 
     #[test]

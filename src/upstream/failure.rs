@@ -65,14 +65,19 @@ fn retry_after(headers: &HeaderMap) -> Option<&str> {
 /// What OpenAI's own clients look at first.
 fn wait_in_ms(headers: &HeaderMap) -> Option<Duration> {
     let ms: f64 = headers.get("retry-after-ms")?.to_str().ok()?.trim().parse().ok()?;
-    Duration::try_from_secs_f64(ms / 1000.0).ok()
+    lasting(ms / 1000.0)
+}
+
+/// What is too long for a `Duration` is the longest; nonsense is none.
+fn lasting(seconds: f64) -> Option<Duration> {
+    Duration::try_from_secs_f64(seconds).ok().or((seconds > 0.0).then_some(Duration::MAX))
 }
 
 /// `Retry-After` in either of its forms (RFC 9110, section 10.2.3); nonsense is none, and what is too long for a `Duration`
 /// the longest.
 fn wait_of(text: &str) -> Option<Duration> {
     if let Ok(seconds) = text.trim().parse::<f64>() {
-        return Duration::try_from_secs_f64(seconds).ok().or((seconds > 0.0).then_some(Duration::MAX));
+        return lasting(seconds);
     }
     let date = httpdate::parse_http_date(text).ok()?;
     Some(date.duration_since(SystemTime::now()).unwrap_or_default())
@@ -180,6 +185,7 @@ mod tests {
             wait_in_ms(&[("retry-after-ms".parse().expect("a name"), HeaderValue::from_static(ms))].into_iter().collect())
         };
         assert_eq!(wait("1500"), Some(Duration::from_millis(1500)));
+        assert_eq!(wait("1e300"), Some(Duration::MAX));
         assert_eq!((wait("soon"), wait("-1"), wait_in_ms(&HeaderMap::new())), (None, None, None));
     }
 }

@@ -166,6 +166,11 @@ fn an_error_in_a_stream_is_one_in_whatever_form() {
             assert_eq!(proxy.newest_of(1)["finish_reason"], "upstream_error");
         }
     }
+    let done = piece("event: error\ndata: [DONE]\n\n");
+    let upstream = FakeUpstream::always(vec![stream_head(), event(&delta("Half")), done, end()]);
+    let proxy = Proxy::facing(&upstream).start();
+    assert_eq!(proxy.call(&streaming("Well?")).status, 200);
+    assert_eq!(proxy.newest_of(1)["finish_reason"], "upstream_error");
 }
 
 /// The answer is out, and the upstream goes on within the very chunk that nobody needs.
