@@ -523,3 +523,23 @@ impl Connection {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Only who has them set can tell: a delay of 40 ms, and connections of clients that vanished.
+    #[test]
+    fn accepted_sockets_have_the_listeners_options() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
+        prepare(&listener).expect("prepared");
+        let _client = TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
+        wait(&listener, PollFlags::IN, Instant::now() + config::CLIENT_STALL).expect("it comes");
+        let (accepted, _) = listener.accept().expect("it is there");
+        assert_eq!((sockopt::tcp_nodelay(&accepted), sockopt::socket_keepalive(&accepted)), (Ok(true), Ok(true)));
+        assert_eq!(sockopt::tcp_keepidle(&accepted), Ok(config::KEEP_ALIVE));
+        assert_eq!(sockopt::tcp_user_timeout(&accepted), Ok(config::CLIENT_STALL.as_millis() as u32));
+        assert_eq!(sockopt::socket_timeout(&accepted, sockopt::Timeout::Recv), Ok(Some(config::CLIENT_STALL)));
+        assert_eq!(sockopt::socket_timeout(&accepted, sockopt::Timeout::Send), Ok(Some(config::CLIENT_STALL)));
+    }
+}

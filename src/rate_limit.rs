@@ -70,5 +70,6 @@ mod tests {
         assert!((0..60).all(|_| at(0)) && !at(0));
         assert!((0..10).all(|_| at(10)) && !at(10), "ten seconds bring ten");
         assert!(!at(0) && !at(10), "and no more");
+        assert!((0..60).all(|_| at(3600)) && !at(3600), "nor does it ever hold more than a minute's");
     }
 }

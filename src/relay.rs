@@ -100,9 +100,8 @@ pub fn run(
             Err(e) => return cut_short(e, end, store, draft),
         };
         draft.pair.model.clone_from(&chat.model);
-        // What a model before it had said.
-        (draft.pair.usage, draft.pair.finish_reason, draft.answered) = (None, None, false);
-        draft.others.clear();
+        // What a model before it had said; whatever else it says goes out at once, and then no other is asked.
+        draft.pair.usage = None;
         end.pass_on(std::mem::take(&mut events.headers));
         match pump(&mut events, end, &mut draft) {
             Ok(done) => {

@@ -219,8 +219,23 @@ impl Pulse {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
+    use std::io::{Read, Write};
     use std::net::{TcpListener, TcpStream};
+
+    #[test]
+    fn what_is_sent_breaks_the_silence_and_needs_no_heartbeat() {
+        const SILENCE: Duration = Duration::from_secs(60);
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
+        let mut client = TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
+        let (server, _) = listener.accept().expect("accepted");
+        let end = ClientEnd::new(Responder::on(server), String::new(), Vec::new(), None);
+        lock(&end.state).last_sent -= SILENCE;
+        assert!(end.send(b"data: 1\n\n").is_ok() && end.beat(SILENCE));
+        drop(end);
+        let mut heard = String::new();
+        client.read_to_string(&mut heard).expect("text");
+        assert!(heard.contains("data: 1") && !heard.contains("keep-alive"), "{heard}");
+    }
 
     #[test]
     fn a_client_without_room_gets_no_heartbeat_and_holds_nobody_up() {

@@ -103,3 +103,36 @@ impl Desk {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::config::Durability;
+    use crate::metrics::Metrics;
+
+    /// Who may write and finds the clerk at it has nobody else to do it, and the clerk rests for a minute.
+    #[test]
+    fn what_is_left_while_the_clerk_keeps_house_is_not_slept_over() {
+        let path = std::env::temp_dir().join(format!("ai-proxy-{}-desk.db", std::process::id()));
+        let mut writer = Writer::new(path.clone(), Durability::Normal, Arc::default(), Arc::new(Metrics::new(&[], &[])));
+        assert_eq!(writer.prove(), Ok(()));
+        let other = rusqlite::Connection::open(&path).expect("a file");
+        other.execute_batch("BEGIN IMMEDIATE").expect("the lock is free");
+        // Only a clerk for whom all is quiet rests for long.
+        thread::sleep(QUIET);
+        let desk = Desk::open(writer).expect("a thread");
+        while desk.writer.try_lock().is_ok() {
+            thread::yield_now();
+        }
+        let (done, answer) = oneshot::channel();
+        desk.order(Order::Probe(done), true);
+        drop(other);
+        assert_eq!(answer.recv_timeout(Duration::from_secs(20)), Ok(true));
+        let (done, closed) = oneshot::channel();
+        desk.order(Order::Close(done), false);
+        assert_eq!(closed.recv(), Ok(()));
+        std::fs::remove_file(path).expect("it is there");
+    }
+}

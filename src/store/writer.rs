@@ -685,6 +685,23 @@ mod tests {
         remove(writer);
     }
 
+    /// Or they would become ever more under a load that brings more in a minute than goes at a time.
+    #[test]
+    fn what_is_too_old_goes_at_once_however_much_it_is() {
+        let mut writer = writer("old");
+        append(&mut writer, 120, 2);
+        let note = "INSERT INTO idempotency SELECT 'k', id, '/', x'', NULL, id, 0 FROM history";
+        let date = "UPDATE history SET created_at = '2000-01-01T00:00:00.000Z'";
+        assert!(writer.write(|connection| connection.execute_batch(&format!("{note}; {date}"))).is_ok());
+        writer.max_days = 1;
+        writer.next_forgetting = Instant::now();
+        while writer.forget_remembered() | writer.retain() {}
+        let left = "SELECT (SELECT count(*) FROM idempotency), (SELECT count(*) FROM history)";
+        let left = writer.write(|connection| connection.query_row(left, [], |row| Ok((row.get(0)?, row.get(1)?))));
+        assert_eq!(left, Ok((0, 0)));
+        remove(writer);
+    }
+
     #[test]
     fn an_id_is_not_given_again_when_its_row_is_gone() {
         let mut writer = writer("ids");
@@ -820,6 +837,9 @@ mod tests {
         assert!(kept(&mut writer));
         writer.room = |_| Some(Room { left: KEPT_ROOM + (100 << 10), total: u64::MAX });
         assert!(!kept(&mut writer) && !kept(&mut writer));
+        let (done, answer) = channel();
+        writer.probe(done);
+        assert_eq!(answer.recv(), Ok(false), "the next answer would be paid for in vain");
         writer.max_rows = 41;
         writer.rows = 42;
         assert!(kept(&mut writer), "who takes the place of another needs little");
@@ -834,6 +854,62 @@ mod tests {
         assert!(writer.index());
         writer.room = |_| Some(Room { left: 300 << 10, total: 1 << 20 });
         assert!(kept(&mut writer), "of a small disk less is kept");
+        remove(writer);
+    }
+
+    /// It may be much larger than its pair.
+    #[test]
+    fn what_is_noted_of_a_request_needs_room_too() {
+        let mut writer = writer("noted-room");
+        writer.room = |_| Some(Room { left: KEPT_ROOM + (1 << 20), total: u64::MAX });
+        let (done, answer) = channel();
+        let unique = Unique { key: "k".into(), path: "/".into(), request: vec![0; 1 << 20], response: None };
+        let then = Box::new(move |result: Result<Pair, ApiError>| drop(done.send(result.is_ok())));
+        writer.append(vec![Arrival { pair: Pair::default(), unique: Some(unique), then, since: Instant::now() }]);
+        assert_eq!(answer.recv(), Ok(false));
+        remove(writer);
+    }
+
+    #[test]
+    fn a_lock_is_waited_for_as_long_as_the_last_who_came_may_wait() {
+        let mut writer = writer("patience");
+        let path = writer.path.clone();
+        let held_for_a_moment = || {
+            let other = Connection::open(&path).expect("a file");
+            other.execute_batch("BEGIN IMMEDIATE").expect("the lock is free");
+            thread::spawn(move || {
+                thread::sleep(QUIET);
+                drop(other);
+            })
+        };
+        let arrival = |since| {
+            let then = Box::new(|result: Result<Pair, ApiError>| assert!(result.is_ok()));
+            Arrival { pair: Pair { key: "k".into(), ..Pair::default() }, unique: None, then, since }
+        };
+        let long_ago = Instant::now() - DATABASE_BUSY;
+        let holder = held_for_a_moment();
+        writer.append(vec![arrival(long_ago), arrival(Instant::now())]);
+        holder.join().expect("it lets go");
+        assert_eq!(writer.last_id, 2, "also for who came before");
+        writer.append(vec![arrival(long_ago)]);
+        let holder = held_for_a_moment();
+        assert!(writer.transact("tested", |_, _| Ok(())).is_some(), "what comes then has its own time");
+        holder.join().expect("it lets go");
+        remove(writer);
+    }
+
+    /// Or more would seem to be there than there is, and recent ones would go for that.
+    #[test]
+    fn of_what_cannot_all_be_deleted_nothing_goes() {
+        let mut writer = writer("guarded");
+        append(&mut writer, 3, 2);
+        let guard = "CREATE TRIGGER guard BEFORE DELETE ON history WHEN old.id = 2 BEGIN SELECT RAISE(ABORT, 'no'); END";
+        assert!(writer.write(|connection| connection.execute_batch(guard)).is_ok());
+        writer.max_rows = 1;
+        append(&mut writer, 1, 2);
+        let rows =
+            writer.write(|connection| connection.query_row("SELECT count(*) FROM history", [], |row| row.get::<_, i64>(0)));
+        assert_eq!((rows, writer.rows), (Ok(4), 4));
         remove(writer);
     }
 

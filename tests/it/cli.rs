@@ -239,6 +239,24 @@ fn a_bad_setting_is_one_line_that_names_it_and_exit_2() {
     }
 }
 
+/// What the settings say of themselves is so.
+#[test]
+fn no_number_is_taken_beyond_what_help_says() {
+    let help = Setup::new().run(&["--help"]).stdout;
+    let mut seen = 0;
+    for (name, _) in SETTINGS {
+        let words = line_about(&help, name).expect("it is listed").split([' ', ',', ';']).collect::<Vec<_>>();
+        let most = words.windows(2).find_map(|pair| pair[1].parse::<u64>().ok().filter(|_| pair[0] == "to"));
+        if let Some(most) = most {
+            let ended = Setup::new().set(name, (most + 1).to_string()).run(&[]);
+            let line = ended.expect_refusal(2);
+            assert!(line.contains(name) && line.contains(&most.to_string()), "{line}");
+            seen += 1;
+        }
+    }
+    assert!(seen >= 13, "{seen} in {help:#?}");
+}
+
 /// Half a secret is one that others may guess, and none lets everybody in.
 #[test]
 fn a_variable_in_the_env_file_that_is_not_set_is_refused() {

@@ -118,6 +118,15 @@ fn every_configured_key_is_taken_with_and_without_bearer() {
     }
 }
 
+/// Secrets are compared over the longest there may be.
+#[test]
+fn a_longer_secret_than_any_is_wrong_also_where_it_begins_as_one() {
+    let longest = "s".repeat(256);
+    let proxy = Proxy::with(&[("API_KEYS", &format!("alice:{longest}"))]).start();
+    assert_eq!(proxy.call(&get("/api/history").key(&longest)).status, 200);
+    proxy.call(&get("/api/history").key(&(longest + "s"))).expect_error(401, "unauthorized");
+}
+
 #[test]
 fn the_401_comes_before_the_body_is_read_and_before_anything_is_said_about_it() {
     with_unasked_upstream(&[("API_KEYS", "alice:secret1"), ("MAX_BODY_BYTES", "1000")], |proxy| {

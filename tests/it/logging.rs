@@ -3,7 +3,7 @@
 use crate::support::client::{Connection, get, post, streaming};
 use crate::support::eventually;
 use crate::support::gate::Gate;
-use crate::support::hostile::{plug_in, throw};
+use crate::support::hostile::{plug_in, plug_in_narrow, throw};
 use crate::support::proxy::{Proxy, Setup, UPSTREAM_KEY};
 use crate::support::upstream::{
     FakeUpstream, Step, answer, completion, delta, end, event, finish, refusal, reply, reply_json, stream_head, streamed,
@@ -148,6 +148,34 @@ fn a_stream_whose_client_is_gone_at_its_end_says_what_was_sent() {
     assert!(!line.contains(" bytes=0 "), "{line}");
 }
 
+#[test]
+fn an_answer_that_its_client_did_not_take_is_logged_as_such() {
+    let proxy = Proxy::start();
+    proxy.answer("Much?");
+    let grown = "UPDATE history SET answer = hex(zeroblob(2 << 20))";
+    assert_eq!(proxy.database().execute(grown, []).expect("the row is there"), 1);
+    let stream = plug_in_narrow(proxy.address);
+    throw(&stream, &[b"GET /api/history HTTP/1.1\r\nHost: a\r\nX-Request-Id: id-untaken\r\n\r\n"]);
+    stream.peek(&mut [0]).expect("its answer begins");
+    rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).expect("linger");
+    drop(stream);
+    expect_in(&line_of(&proxy, "id-untaken"), &["status=200", "bytes=0", "code=client_gone"]);
+}
+
+/// A client's name for a model is no other field of its line.
+#[test]
+fn the_name_of_a_model_is_one_word_of_the_log() {
+    let mut nameless = completion("Yes");
+    nameless.as_object_mut().expect("an object").remove("model");
+    let upstream = FakeUpstream::always(reply_json(200, &nameless));
+    let proxy = Proxy::facing(&upstream).start();
+    for (id, model, shown) in [("id-1", "a b\n code=c", "a_b__code=c"), ("id-2", &*"x".repeat(150), &*"x".repeat(100))] {
+        let question = json!({"question": "Well?", "model": model});
+        assert_eq!(proxy.call(&post("/api/ask", &question).header("X-Request-Id", id)).status, 200);
+        expect_in(&line_of(&proxy, id), &[&format!(" model={shown} code=-")]);
+    }
+}
+
 /// All that there are in the end.
 fn warnings(proxy: &mut Proxy) -> Vec<String> {
     proxy.whole_log().into_iter().filter(|line| line.contains("[WARN]")).collect()
@@ -164,6 +192,17 @@ fn the_log_says_why_the_llm_gave_no_answer_and_not_in_its_words() {
         assert!(told.len() == 1 && told[0].contains(said) && !told[0].contains("of its own"), "{told:?}");
         assert!(told[0].ends_with("its request req_of-the-llm"), "what its support asks for: {told:?}");
     }
+}
+
+/// Its support would look for the wrong one.
+#[test]
+fn what_was_not_answered_has_no_id_of_the_attempt_before() {
+    let refused = reply(500, &[("X-Request-Id", "req_of-the-first"), ("Connection", "close")], "");
+    let upstream = FakeUpstream::script(vec![refused, vec![Step::Close]]);
+    let mut proxy = Proxy::facing(&upstream).set("UPSTREAM_RETRIES", "1").start();
+    proxy.ask("Well?").expect_error(503, "upstream_unavailable");
+    let told = warnings(&mut proxy);
+    assert!(told.len() == 1 && !told[0].contains("its request"), "{told:?}");
 }
 
 /// Also where it answered 200, and where a stream had begun.

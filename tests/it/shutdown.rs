@@ -133,6 +133,7 @@ fn what_waits_in_the_queue_finishes_too() {
 fn an_idle_server_ends_at_once_and_closes_its_database_cleanly() {
     let mut proxy = Proxy::start();
     proxy.answer("Before?");
+    assert_eq!(proxy.history().len(), 1, "a reader is kept");
     let _idle = [open(&proxy), open(&proxy), proxy.connect()];
     proxy.signal(Signal::TERM);
     assert_eq!(proxy.wait_for_exit(SOON).code(), Some(0), "{:?}", proxy.stderr());

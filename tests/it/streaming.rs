@@ -586,6 +586,16 @@ fn a_healthy_stream_may_outlast_every_timeout() {
     assert_eq!(text_of(&complete(&proxy)), words.concat());
 }
 
+/// Whatever it calls itself.
+#[test]
+fn a_stream_that_is_called_json_may_outlast_the_timeout_too() {
+    let head = send("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n");
+    let begun = vec![head, event(&delta("Half ")), Step::Pause(Duration::from_millis(1500))];
+    let upstream = FakeUpstream::always([begun, streamed(&["and half"])[1..].to_vec()].concat());
+    let proxy = Proxy::facing(&upstream).set("UPSTREAM_TIMEOUT_SECS", "1").start();
+    assert_eq!(text_of(&complete(&proxy)), "Half and half");
+}
+
 #[test]
 fn an_http_1_0_client_gets_the_same_bytes_unchunked_and_one_by_one() {
     let [first, second]: [Gate; 2] = Gate::several();
@@ -653,6 +663,17 @@ fn long_streams_and_long_events_pass_whole() {
     let expected: String = (0..5000).map(|number| format!("{number} ")).collect();
     assert_eq!(text, long + &expected);
     assert_eq!(proxy.newest_of(1)["answer"], text);
+}
+
+/// Although no event is too long.
+#[test]
+fn a_stream_of_more_text_than_an_answer_may_have_is_cut() {
+    let piece = event(&delta(&"x".repeat(1 << 20)));
+    let upstream = FakeUpstream::always([vec![stream_head()], vec![piece; 17], streamed(&["Yes"])[1..].to_vec()].concat());
+    let proxy = Proxy::facing(&upstream).start();
+    let error = proxy.stream("How much?").expect_failure("upstream_error");
+    assert!(error["message"].as_str().is_some_and(|text| text.contains("larger than 16777216 bytes")), "{error}");
+    assert_eq!(proxy.newest_of(1)["answer"].as_str().map(str::len), Some(16 << 20), "what came is kept");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use crate::support::client::{get, post, streaming};
 use crate::support::eventually;
 use crate::support::gate::Gate;
 use crate::support::proxy::Proxy;
-use crate::support::upstream::{FakeUpstream, Step, answer, refusal, streamed};
+use crate::support::upstream::{FakeUpstream, Step, answer, delta, end, event, finish, refusal, stream_head, usage};
 use serde_json::json;
 
 #[test]
@@ -87,7 +87,7 @@ fn the_metrics_count_what_happened() {
         answer("Yes"),
         refusal(400, "too long"),
         refusal(401, "wrong key"),
-        streamed(&["Yes"]),
+        vec![stream_head(), event(&delta("Yes")), event(&finish("stop")), event(&usage()), event("[DONE]"), end()],
         vec![Step::Wait(silence.clone())],
     ]);
     let proxy = Proxy::facing(&upstream).set("UPSTREAM_RETRIES", "1").start();
@@ -120,11 +120,12 @@ fn the_metrics_count_what_happened() {
         r#"upstream_errors_total{code="upstream_rejected"} 1"#,
         r#"upstream_errors_total{code="upstream_error"} 1"#,
         "upstream_cancelled_total 1",
-        r#"tokens_total{model="gpt-4o-mini",kind="prompt"} 14"#,
-        r#"tokens_total{model="gpt-4o-mini",kind="completion"} 3"#,
+        r#"tokens_total{model="gpt-4o-mini",kind="prompt"} 28"#,
+        r#"tokens_total{model="gpt-4o-mini",kind="completion"} 6"#,
         "history_commits_total 2",
         "history_rows_total 2",
         "history_batch_size_sum 2",
+        "history_commit_seconds_count 2",
     ] {
         assert!(text.lines().any(|counted| counted == format!("ai_proxy_{line}")), "{line}\n{text}");
     }
@@ -184,6 +185,7 @@ fn no_answer_is_for_a_cache_on_the_way() {
     ] {
         let response = proxy.call(&request);
         assert_eq!(response.header("Cache-Control"), Some("no-store"), "{response:?}");
+        assert!(response.header("Date").is_some_and(|date| httpdate::parse_http_date(date).is_ok()), "{response:?}");
     }
     for path in ["/", "/console.js", "/openapi.json"] {
         assert_ne!(proxy.get(path).header("Cache-Control"), Some("no-store"), "{path} has its own");

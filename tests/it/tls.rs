@@ -163,7 +163,9 @@ fn who_is_not_trusted_is_not_asked() {
     let upstream = FakeUpstream::always(answer("Yes"));
     let front = TlsFront::of(&upstream);
     let proxy = facing(&upstream, &front).unset("UPSTREAM_CA_FILE").set("UPSTREAM_RETRIES", "2").start();
-    let error = proxy.ask("What is it?").expect_error(503, "upstream_unavailable");
+    let response = proxy.ask("What is it?");
+    assert_eq!(response.header("x-should-retry"), Some("false"), "{response:?}");
+    let error = response.expect_error(503, "upstream_unavailable");
     let message = error["message"].as_str().expect("a text");
     assert!(message.contains("certificate") && message.contains("UPSTREAM_CA_FILE"), "{message}");
     assert_eq!(upstream.calls(), 0);

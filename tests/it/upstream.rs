@@ -243,6 +243,14 @@ fn a_retry_after_that_fits_is_waited_for() {
 }
 
 #[test]
+fn a_wait_in_milliseconds_comes_first() {
+    let soon = reply(429, &[("Retry-After", "3600"), ("retry-after-ms", "1")], "");
+    let upstream = FakeUpstream::script(vec![soon, answer("Yes")]);
+    Proxy::facing(&upstream).set("UPSTREAM_RETRIES", "1").start().answer("What is it?");
+    assert_eq!(upstream.calls(), 2);
+}
+
+#[test]
 fn a_retry_after_beyond_the_time_left_is_not_waited_for() {
     for after in ["3600", "99999999999999999999"] {
         let upstream = FakeUpstream::always(reply(429, &[("Retry-After", after)], ""));

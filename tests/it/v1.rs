@@ -190,6 +190,17 @@ fn an_error_keeps_the_upstreams_param_and_its_word_for_no_quota() {
 }
 
 #[test]
+fn what_the_client_wanted_of_a_stream_stays_where_ours_is_refused() {
+    let upstream = FakeUpstream::answering(|request| match request.json()["stream_options"].get("include_usage") {
+        Some(_) => refusal(400, "unknown field stream_options.include_usage"),
+        None => streamed(&["Yes"]),
+    });
+    let proxy = Proxy::facing(&upstream).start();
+    events_of(&proxy, &chat(json!({"stream": true, "stream_options": {"include_obfuscation": false}})));
+    assert_eq!(upstream.requests()[1].json()["stream_options"], json!({"include_obfuscation": false}));
+}
+
+#[test]
 fn stream_options_that_are_the_clients_own_are_not_taken_away() {
     let upstream = FakeUpstream::always(refusal(400, "unknown field stream_options"));
     let proxy = Proxy::facing(&upstream).start();
@@ -340,6 +351,19 @@ fn the_upstreams_own_headers_are_passed_on() {
     }
 }
 
+/// An id stands in the log, too, where blanks end a field.
+#[test]
+fn header_fields_of_the_upstream_that_are_odd_are_not_passed_on() {
+    let long = "1".repeat(65);
+    for (name, value) in [("x-request-id", "one code=-"), ("x-ratelimit-limit-requests", &long), ("openai-processing-ms", &long)]
+    {
+        let upstream = FakeUpstream::always(reply(200, &[(name, value)], &completion("Yes").to_string()));
+        let response = Proxy::facing(&upstream).start().call(&chat(json!({})));
+        assert_eq!(response.status, 200);
+        assert_ne!(response.header(name), Some(value));
+    }
+}
+
 #[test]
 fn the_headers_of_a_refusal_are_passed_on_too() {
     let theirs =
@@ -415,6 +439,16 @@ fn what_we_have_retried_ourselves_the_client_need_not_multiply() {
         let said = should_retry("0", vec![refusal(429, "no")], &request);
         assert_eq!(said, (429, vec![], 1));
     }
+}
+
+#[test]
+fn what_was_retried_for_one_question_is_nothing_to_the_next() {
+    let calls = vec![refusal(500, "no"), answer("Yes"), reply(429, &[("Retry-After", "3600")], "")];
+    let upstream = FakeUpstream::script(calls);
+    let proxy = Proxy::facing(&upstream).set("UPSTREAM_RETRIES", "1").set("WORKERS", "1").start();
+    assert_eq!(proxy.call(&chat(json!({}))).status, 200);
+    let response = proxy.call(&chat(json!({})));
+    assert_eq!((response.status, response.header("x-should-retry")), (429, None), "it was asked but once");
 }
 
 #[test]
