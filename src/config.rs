@@ -163,10 +163,15 @@ impl Config {
         Config::check(&Given(given))
     }
 
-    /// The models of the settings: the default, then the fallbacks.
+    /// The models of the settings, each once: the default, then the fallbacks.
     pub fn models(&self) -> Vec<String> {
-        let others = self.fallback_models.iter().filter(|model| **model != self.model);
-        std::iter::once(&self.model).chain(others).cloned().collect()
+        let mut models = vec![self.model.clone()];
+        for model in &self.fallback_models {
+            if !models.contains(model) {
+                models.push(model.clone());
+            }
+        }
+        models
     }
 
     fn check(given: &Given) -> Result<Config, StartError> {
@@ -209,7 +214,7 @@ impl Config {
             openai_api_key,
             upstream: upstream_url(given)?,
             model: given.line("OPENAI_MODEL")?,
-            fallback_models: fallback_models(given)?,
+            fallback_models: entries(&given.line("OPENAI_FALLBACK_MODELS")?).map(str::to_string).collect(),
             openrouter_referer: given.header_text("OPENROUTER_REFERER")?,
             openrouter_title: given.header_text("OPENROUTER_TITLE")?,
             system_prompt: Some(given.text("SYSTEM_PROMPT")).filter(|s| !s.is_empty()),
@@ -388,16 +393,6 @@ fn database_path(given: &Given) -> Result<PathBuf, StartError> {
 /// What stands between commas.
 fn entries(text: &str) -> impl Iterator<Item = &str> {
     text.split(',').map(str::trim).filter(|entry| !entry.is_empty())
-}
-
-fn fallback_models(given: &Given) -> Result<Vec<String>, StartError> {
-    let mut models: Vec<String> = Vec::new();
-    for model in entries(&given.line("OPENAI_FALLBACK_MODELS")?) {
-        if !models.iter().any(|known| known == model) {
-            models.push(model.to_string());
-        }
-    }
-    Ok(models)
 }
 
 fn api_keys(given: &Given) -> Result<Vec<ApiKey>, StartError> {

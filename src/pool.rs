@@ -72,6 +72,13 @@ struct State<W> {
     numbers: u64,
 }
 
+impl<W> State<W> {
+    /// Where an idle thread stands; `None`: it was given a job.
+    fn place(&self, id: u64) -> Option<usize> {
+        self.idle.iter().position(|(other, _)| *other == id)
+    }
+}
+
 impl<W: 'static> Pool<W> {
     /// A pool of at most `size` threads called `name`, each with what `make` makes, and room for
     /// `queue_size` waiting jobs. A thread without a job ends after `patience`.
@@ -258,7 +265,7 @@ impl<W> Pool<W> {
             return Some(job);
         }
         let mut state = lock(&self.state);
-        let Some(place) = state.idle.iter().position(|(other, _)| *other == id) else {
+        let Some(place) = state.place(id) else {
             drop(state);
             // `give` took this thread just now; if it panicked before it sent the job, wait anew.
             return coming.recv().ok().or_else(|| self.next());
@@ -275,8 +282,8 @@ impl<W> Pool<W> {
 
     /// This idle thread is not one of those that only a burst would reach; or it was just given a job.
     fn may_rest(&self, id: u64) -> bool {
-        let idle = &lock(&self.state).idle;
-        idle.iter().rev().take(RESTING).any(|(other, _)| *other == id) || idle.iter().all(|(other, _)| *other != id)
+        let state = lock(&self.state);
+        state.place(id).is_none_or(|place| state.idle.len() - place <= RESTING)
     }
 }
 

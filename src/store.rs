@@ -66,6 +66,12 @@ struct Arrival {
     since: Instant,
 }
 
+impl Arrival {
+    fn new(pair: Pair, unique: Option<Unique>, then: impl FnOnce(Result<Pair, ApiError>) + Send + 'static) -> Arrival {
+        Arrival { pair, unique, then: Box::new(then), since: Instant::now() }
+    }
+}
+
 enum Order {
     Append(Box<Arrival>),
     /// Show that writing works.
@@ -141,7 +147,7 @@ impl Store {
         lead: bool,
         then: impl FnOnce(Result<Pair, ApiError>) + Send + 'static,
     ) {
-        self.desk.order(Order::Append(Box::new(Arrival { pair, unique, then: Box::new(then), since: Instant::now() })), lead);
+        self.desk.order(Order::Append(Box::new(Arrival::new(pair, unique, then))), lead);
     }
 
     /// The same, and waits until it is committed.
@@ -299,8 +305,8 @@ impl Store {
 /// An order to keep a pair, and the way to what becomes of it.
 fn awaited(pair: Pair, unique: Option<Unique>) -> (Order, Receiver<Result<Pair, ApiError>>) {
     let (done, committed) = oneshot::channel();
-    let then = Box::new(move |stored| drop(done.send(stored)));
-    (Order::Append(Box::new(Arrival { pair, unique, then, since: Instant::now() })), committed)
+    let arrival = Arrival::new(pair, unique, move |stored| drop(done.send(stored)));
+    (Order::Append(Box::new(arrival)), committed)
 }
 
 /// The error for a pair that cannot be kept or found.

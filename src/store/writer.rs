@@ -271,7 +271,7 @@ impl Writer {
         let wanted_room = 2 * (bytes + noted) as u64 + ROW * batch.len() as u64;
         let has_room = self.has_room(wanted_room, self.quarters());
         // Who has waited behind others for a lock need not wait for it as long once more.
-        let waited = batch.iter().map(|arrival| arrival.since.elapsed()).min().unwrap_or_default();
+        let waited = batch.iter().map(|arrival| arrival.since).max().map_or(Duration::ZERO, |newest| newest.elapsed());
         // A moment is left: what they waited for may have been the disk, and a lock that is just taken is soon given back.
         self.patience = DATABASE_BUSY.saturating_sub(waited).max(DATABASE_BUSY / 10);
         let written = self.attempt("written", |connection, last_id| {
@@ -578,13 +578,23 @@ mod tests {
     }
 
     fn append(writer: &mut Writer, pairs: usize, bytes: usize) {
-        let arrival = |_| Arrival {
-            pair: Pair { key: "anonymous".into(), question: "w ".repeat(bytes / 2), ..Pair::default() },
-            unique: None,
-            then: Box::new(|result| assert!(result.is_ok())),
-            since: Instant::now(),
-        };
+        let pair = || Pair { key: "anonymous".into(), question: "w ".repeat(bytes / 2), ..Pair::default() };
+        let arrival = |_| Arrival::new(pair(), None, |result| assert!(result.is_ok()));
         writer.append((0..pairs).map(arrival).collect());
+    }
+
+    /// Another process has the lock of the database at this path for so long.
+    fn locked_for(path: &Path, time: Duration) -> JoinHandle<()> {
+        let other = Connection::open(path).expect("a file");
+        other.execute_batch("BEGIN IMMEDIATE").expect("the lock is free");
+        thread::spawn(move || {
+            thread::sleep(time);
+            drop(other);
+        })
+    }
+
+    fn come(since: Instant) -> Arrival {
+        Arrival { since, ..Arrival::new(Pair::default(), None, |result| assert!(result.is_ok())) }
     }
 
     #[test]
@@ -873,26 +883,13 @@ mod tests {
     #[test]
     fn a_lock_is_waited_for_as_long_as_the_last_who_came_may_wait() {
         let mut writer = writer("patience");
-        let path = writer.path.clone();
-        let held_for_a_moment = || {
-            let other = Connection::open(&path).expect("a file");
-            other.execute_batch("BEGIN IMMEDIATE").expect("the lock is free");
-            thread::spawn(move || {
-                thread::sleep(QUIET);
-                drop(other);
-            })
-        };
-        let arrival = |since| {
-            let then = Box::new(|result: Result<Pair, ApiError>| assert!(result.is_ok()));
-            Arrival { pair: Pair { key: "k".into(), ..Pair::default() }, unique: None, then, since }
-        };
         let long_ago = Instant::now() - DATABASE_BUSY;
-        let holder = held_for_a_moment();
-        writer.append(vec![arrival(long_ago), arrival(Instant::now())]);
+        let holder = locked_for(&writer.path, QUIET);
+        writer.append(vec![come(long_ago), come(Instant::now())]);
         holder.join().expect("it lets go");
         assert_eq!(writer.last_id, 2, "also for who came before");
-        writer.append(vec![arrival(long_ago)]);
-        let holder = held_for_a_moment();
+        writer.append(vec![come(long_ago)]);
+        let holder = locked_for(&writer.path, QUIET);
         assert!(writer.transact("tested", |_, _| Ok(())).is_some(), "what comes then has its own time");
         holder.join().expect("it lets go");
         remove(writer);
@@ -1008,17 +1005,9 @@ mod tests {
     #[test]
     fn who_has_waited_for_long_still_waits_a_moment_for_a_lock() {
         let mut writer = writer("moment-left");
-        let other = Connection::open(&writer.path).expect("a file");
-        other.execute_batch("BEGIN IMMEDIATE").expect("the lock is free");
-        thread::scope(|scope| {
-            scope.spawn(move || {
-                thread::sleep(Duration::from_millis(20));
-                drop(other);
-            });
-            let then = Box::new(|result: Result<Pair, ApiError>| assert!(result.is_ok()));
-            let since = Instant::now().checked_sub(2 * DATABASE_BUSY).expect("a time of before");
-            writer.append(vec![Arrival { pair: Pair::default(), unique: None, then, since }]);
-        });
+        let holder = locked_for(&writer.path, Duration::from_millis(20));
+        writer.append(vec![come(Instant::now() - 2 * DATABASE_BUSY)]);
+        holder.join().expect("it lets go");
         assert_eq!(writer.last_id, 1);
         remove(writer);
     }
@@ -1027,15 +1016,9 @@ mod tests {
     #[test]
     fn a_new_database_that_another_process_is_just_making_is_waited_for() {
         let path = std::env::temp_dir().join(format!("ai-proxy-{}-made.db", std::process::id()));
-        let other = Connection::open(&path).expect("a file");
-        other.execute_batch("BEGIN IMMEDIATE").expect("the lock is free");
-        let writer = thread::scope(|scope| {
-            scope.spawn(move || {
-                thread::sleep(Duration::from_millis(100));
-                drop(other);
-            });
-            reopened(path)
-        });
+        let holder = locked_for(&path, QUIET);
+        let writer = reopened(path);
+        holder.join().expect("it lets go");
         remove(writer);
     }
 
