@@ -480,12 +480,15 @@ impl Writer {
         if self.is_closed {
             return Err(Trouble::Sql(rusqlite::Error::InvalidQuery));
         }
-        // Made before SQLite makes it, since what people ask is for the owner's eyes only.
-        let _ = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&self.path);
-        let before = kernel::inode(&self.path);
+        let place = match kernel::inode(&self.path) {
+            Ok(None) => {
+                // Before SQLite makes it, since what people ask is for the owner's eyes only.
+                let _ = fs::OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&self.path);
+                kernel::inode(&self.path)
+            }
+            there => there,
+        };
         let mut connection = connect(&self.path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE)?;
-        // Where a link leads to no file yet, SQLite makes it.
-        let place = if matches!(before, Ok(None)) { kernel::inode(&self.path) } else { before };
         schema::check(&connection)?;
         schema::keep_journal(&connection)?;
         // Migrations need not wait for the disk: one that a power cut takes back is made again.
@@ -558,6 +561,8 @@ mod tests {
     use super::super::desk::Desk;
     use super::index::{MOST_UNINDEXED, MOST_UNINDEXED_BYTES};
     use super::*;
+    use std::os::unix::fs::MetadataExt;
+
     use oneshot::{RecvTimeoutError, channel};
 
     /// A writer whose history is a file of its own.
@@ -1029,6 +1034,7 @@ mod tests {
         std::os::unix::fs::symlink(&there, &link).expect("a link");
         let mut writer = Writer::new(link.clone(), Durability::Normal, Arc::default(), Arc::new(Metrics::new(&[], &[])));
         assert_eq!(writer.prove(), Ok(()));
+        assert_eq!(fs::metadata(&there).expect("it is there").mode() & 0o777, 0o600, "nor may others read it");
         writer.close();
         [link, there].iter().for_each(|path| fs::remove_file(path).expect("it is there"));
     }
