@@ -15,7 +15,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use rustix::event::{PollFd, Timespec};
-use rustix::fs::{AtFlags, FileType, StatxFlags};
+use rustix::fs::{AtFlags, FallocateFlags, FileType, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 
 /// Waits until something is true of one of `fds`, which then say what; false: `until` came first.
@@ -69,6 +69,15 @@ pub fn room(path: &Path) -> Option<Room> {
     let system = rustix::fs::statvfs(path).ok().filter(|system| system.f_blocks > 0)?;
     let bytes = |blocks: u64| blocks.saturating_mul(system.f_frsize);
     Some(Room { left: bytes(system.f_bavail), total: bytes(system.f_blocks) })
+}
+
+/// Whether a file of so many bytes finds room in a folder, also where blocks are kept for root or a quota is set; true where
+/// that cannot be tried.
+pub fn fits(folder: &Path, bytes: u64) -> bool {
+    let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
+    // Without a name it is gone when it is closed.
+    let Ok(file) = rustix::fs::open(folder, flags, Mode::RUSR | Mode::WUSR) else { return true };
+    !matches!(rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes), Err(Errno::NOSPC | Errno::DQUOT))
 }
 
 /// A second descriptor for the connection that was accepted last: `lowest` was the lowest free

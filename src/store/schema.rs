@@ -13,6 +13,7 @@ pub const MIGRATIONS: &[&str] = &[
     include_str!("../../sql/migrations/0002_idempotency.sql"),
     include_str!("../../sql/migrations/0003_deletemerge.sql"),
     include_str!("../../sql/migrations/0004_ids.sql"),
+    include_str!("../../sql/migrations/0005_words.sql"),
 ];
 
 fn version(connection: &Connection) -> rusqlite::Result<i64> {
@@ -77,13 +78,8 @@ const FOREIGN: &str = "its tables are not those that this program makes, as afte
                        restore a copy made with VACUUM INTO, or set DATABASE_PATH";
 
 /// What fails where a file system lacks what processes need that share a database.
-const SHARING: [i32; 5] = [
-    ffi::SQLITE_IOERR_LOCK,
-    ffi::SQLITE_IOERR_SHMOPEN,
-    ffi::SQLITE_IOERR_SHMSIZE,
-    ffi::SQLITE_IOERR_SHMLOCK,
-    ffi::SQLITE_IOERR_SHMMAP,
-];
+const SHARING: [i32; 4] =
+    [ffi::SQLITE_IOERR_LOCK, ffi::SQLITE_IOERR_SHMOPEN, ffi::SQLITE_IOERR_SHMLOCK, ffi::SQLITE_IOERR_SHMMAP];
 
 /// The trouble in words, with what to do about it.
 pub fn advice(trouble: &Trouble) -> String {

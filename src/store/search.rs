@@ -1,5 +1,6 @@
 //! What a search looks for, and how well a pair matches. Knows words and FTS5's queries, no database.
 
+use std::borrow::Cow;
 use std::cmp::Reverse;
 
 use crate::exchange::Pair;
@@ -8,6 +9,13 @@ use crate::exchange::Pair;
 const MOST_WORDS: usize = 32;
 /// And so many of its bytes, since FTS5 may see several words where we see one.
 const MOST_QUERY: usize = 512;
+
+/// A text as it is searched and indexed: with a full stop for each emoji and other symbol. FTS5 takes those for letters that
+/// are newer than its table of them, of 2010, and `thanks🤖` for a word. What begins at U+2000 has no accents.
+pub fn without_symbols(text: &str) -> Cow<'_, str> {
+    let is_symbol = |c: char| c >= '\u{2000}' && !c.is_alphanumeric();
+    if text.contains(is_symbol) { text.replace(is_symbol, ".").into() } else { text.into() }
+}
 
 /// The words of a query, each once, as far as they count: a search costs words times text.
 pub fn wanted(text: &str) -> Vec<&str> {
@@ -88,6 +96,12 @@ mod tests {
         assert_eq!(found.as_deref(), Some(r#"{question answer} : ("""x""" "OR" "-z" "don't")"#));
         assert_eq!(query(" \"'*🦀"), None);
         assert_eq!(among_own("a", "x"), r#"key : "61" AND x"#);
+    }
+
+    #[test]
+    fn symbols_are_no_letters() {
+        assert_eq!(without_symbols("thanks🤖 don’t 100₽ ❤️ «né» 猫々 ½"), "thanks. don.t 100. .. «né» 猫々 ½");
+        assert!(matches!(without_symbols("naïve don't"), Cow::Borrowed(_)));
     }
 
     #[test]

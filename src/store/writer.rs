@@ -49,6 +49,9 @@ const RETENTION_TICK: Duration = Duration::from_secs(60);
 const FORGET_REQUESTS: usize = 100;
 /// Bytes of room that new pairs leave alone, or a sixteenth of a small disk: deleting takes some, too.
 const KEPT_ROOM: u64 = 4 << 20;
+/// Bytes of room without which no database is opened: the journal's index takes 32 KiB. SQLite leaves holes in it where blocks
+/// are smaller than its pages, and who writes into one on a full disk ends (SIGBUS).
+const OPENING_ROOM: u64 = 64 << 10;
 /// Bytes that a row takes beside its texts, at most, in the journal and in the database.
 const ROW: u64 = 1 << 10;
 
@@ -135,8 +138,9 @@ pub struct Writer {
     wanted_room: u64,
     /// Another process's lock is waited for so long.
     patience: Duration,
-    /// How full the disk is; tests have disks of their own.
+    /// How full the disk is, and whether a file fits there; tests have disks of their own.
     room: fn(&Path) -> Option<Room>,
+    fits: fn(&Path, u64) -> bool,
 }
 
 impl Writer {
@@ -177,6 +181,7 @@ impl Writer {
             wanted_room: 0,
             patience: DATABASE_BUSY,
             room: kernel::room,
+            fits: kernel::fits,
         }
     }
 
@@ -248,6 +253,10 @@ impl Writer {
     }
 
     fn probe(&mut self, done: Sender<bool>) {
+        // Who asked has given up, and said so. Behind a lock that is held for long they come faster than they are tried.
+        if done.is_closed() {
+            return;
+        }
         let fresh = !self.state.failing.load(Ordering::Relaxed) && self.last_write.elapsed() < PROBE_WAIT && self.is_in_place();
         // A trial write is small: it works where the next answer, already paid for, would not fit.
         let fits = !self.is_closed && (self.wanted_room == 0 || self.has_room(self.wanted_room, self.quarters()));
@@ -488,6 +497,10 @@ impl Writer {
             }
             there => there,
         };
+        let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        if !(self.fits)(folder.unwrap_or(Path::new(".")), OPENING_ROOM) {
+            return Err(Trouble::Sql(disk_full()));
+        }
         let mut connection = connect(&self.path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE)?;
         schema::check(&connection)?;
         schema::keep_journal(&connection)?;
@@ -497,6 +510,7 @@ impl Writer {
              PRAGMA wal_autocheckpoint = {MOST_PAGES};"
         ))?;
         schema::migrate(&mut connection)?;
+        index::teach(&connection)?;
         // A migration may sort what is large; what the index puts by is small, and must not need a folder somewhere else.
         connection.execute_batch("PRAGMA temp_store = MEMORY")?;
         if self.sync == Durability::Full {
@@ -802,6 +816,21 @@ mod tests {
         remove(writer);
     }
 
+    /// Pairs and the order to close would wait behind each of them.
+    #[test]
+    fn nothing_is_tried_for_who_has_given_up() {
+        let mut writer = writer("given-up");
+        let other = Connection::open(&writer.path).expect("a file");
+        other.execute_batch("BEGIN IMMEDIATE").expect("the lock is free");
+        writer.state.failing.store(true, Ordering::Relaxed);
+        let (done, answer) = channel();
+        drop(answer);
+        writer.probe(done);
+        assert!(writer.open.is_some(), "a try that fails has the database opened anew");
+        drop(other);
+        remove(writer);
+    }
+
     #[test]
     fn what_did_not_fit_is_not_asked_for_before_there_is_room() {
         let mut writer = writer("wanted-room");
@@ -869,6 +898,17 @@ mod tests {
         assert!(writer.index());
         writer.room = |_| Some(Room { left: 300 << 10, total: 1 << 20 });
         assert!(kept(&mut writer), "of a small disk less is kept");
+        remove(writer);
+    }
+
+    #[test]
+    fn no_database_is_opened_where_the_journals_index_would_not_fit() {
+        let mut writer = writer("no-room");
+        writer.open = None;
+        let fits = std::mem::replace(&mut writer.fits, |_, bytes| bytes < 64 << 10);
+        assert!(writer.prove().is_err_and(|text| text.contains("the disk is full")));
+        writer.fits = fits;
+        assert_eq!(writer.prove(), Ok(()));
         remove(writer);
     }
 

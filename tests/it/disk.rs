@@ -168,7 +168,7 @@ fn a_full_disk_under_load_is_503_for_some_and_nothing_told_is_lost() {
 fn a_start_on_a_full_disk_says_what_to_do() {
     let ended = Setup::new().after("ulimit -f 0").run(&[]);
     let line = ended.expect_refusal(1);
-    assert!(line.contains("history.db") && line.contains("disk"), "{line}");
+    assert!(line.contains("history.db") && line.contains("the disk is full"), "{line}");
 }
 
 // Locked

@@ -241,6 +241,28 @@ fn q_gives_the_best_match_first() {
     assert_eq!(questions(&page(&proxy, "?q=whale&limit=1")), [best]);
 }
 
+/// FTS5 knows no symbol that is newer than 2010.
+#[test]
+fn a_symbol_is_no_letter_and_the_sign_of_a_vowel_is_one() {
+    let proxy = Proxy::start();
+    let texts = ["alpha🤖", "🤔gamma and 100₽", "zeta🥳eta", "\u{2068}theta\u{2069}", "आज का दिन", "दान करो", "café naïve"];
+    texts.iter().for_each(|text| drop(proxy.answer(text)));
+    for (words, found) in [
+        ("alpha", Some(0)),
+        ("alpha🦀", Some(0)),
+        ("gamma", Some(1)),
+        ("100", Some(1)),
+        ("eta", Some(2)),
+        ("theta", Some(3)),
+        ("दिन", Some(4)),
+        ("की", None),
+        ("cafe\u{301} naive", Some(6)),
+    ] {
+        let page = page(&proxy, &format!("?q={}", encoded(words)));
+        assert_eq!(questions(&page), found.map(|text| texts[text]).into_iter().collect::<Vec<_>>(), "{words}");
+    }
+}
+
 #[test]
 fn of_q_the_first_32_words_count() {
     let (_upstream, proxy) = echoing();

@@ -5,8 +5,10 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
+use rusqlite::functions::FunctionFlags;
 
 use super::{RETENTION_TICK, Writer, disk_full};
+use crate::store::search::without_symbols;
 
 /// Housekeeping takes so many rows at a time, so that a new pair never waits long.
 const CHORE_ROWS: i64 = 500;
@@ -22,6 +24,15 @@ const MOST_BITES: i64 = 10;
 
 /// The index rests so long after a failure, and twice as long after each further one.
 pub(super) const INDEXING_REST: Duration = Duration::from_secs(1);
+
+/// Has the connection know what `index_words.sql` asks for.
+pub(super) fn teach(connection: &Connection) -> rusqlite::Result<()> {
+    let flags = FunctionFlags::SQLITE_UTF8 | FunctionFlags::SQLITE_DETERMINISTIC;
+    connection.create_scalar_function("without_symbols", 1, flags, |arguments| {
+        let text = arguments.get_raw(0).as_bytes_or_null()?.map(String::from_utf8_lossy);
+        Ok(text.map(|text| without_symbols(&text).into_owned()))
+    })
+}
 
 /// The last of the rows that are indexed next, and the bytes of their texts; `None` where there are no rows.
 fn bite(connection: &Connection) -> rusqlite::Result<Option<(i64, i64)>> {
