@@ -255,14 +255,20 @@ impl<W> Pool<W> {
         let (way, coming) = oneshot::channel();
         state.idle.push((id, way));
         drop(state);
-        if let Ok(job) = coming.recv_timeout(REST.min(self.patience)) {
-            return Some(job);
-        }
-        kernel::forget_unused_stack();
-        if self.may_rest(id)
-            && let Ok(job) = coming.recv_timeout(self.patience.saturating_sub(REST))
-        {
-            return Some(job);
+        let until = Instant::now() + self.patience;
+        let mut has_rested = false;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if let Ok(job) = coming.recv_timeout(REST.min(left)) {
+                return Some(job);
+            }
+            if !std::mem::replace(&mut has_rested, true) {
+                kernel::forget_unused_stack();
+            }
+            // Others may have come to rest meanwhile, which are taken before it.
+            if left <= REST || !self.may_rest(id) {
+                break;
+            }
         }
         let mut state = lock(&self.state);
         let Some(place) = state.place(id) else {
@@ -338,14 +344,22 @@ mod tests {
     }
 
     #[test]
-    fn after_a_burst_only_some_threads_rest_on() {
+    fn after_a_burst_only_some_threads_rest_on_also_where_it_ends_bit_by_bit() {
         let pool = Pool::new("test", 2 * RESTING, 0, LONG, || ());
-        let all = Arc::new(std::sync::Barrier::new(2 * RESTING));
-        for _ in 0..2 * RESTING {
-            let all = Arc::clone(&all);
-            give(&pool, move || {
-                all.wait();
-            });
+        let half = || {
+            let (busy, until) = mpsc::channel::<()>();
+            let until = Arc::new(Mutex::new(until));
+            for _ in 0..RESTING {
+                let until = Arc::clone(&until);
+                give(&pool, move || assert!(lock(&until).recv().is_err()));
+            }
+            busy
+        };
+        let halves = [half(), half()];
+        for busy in halves {
+            // Those before have rested for longer than that when the next come.
+            thread::sleep(REST * 3 / 2);
+            drop(busy);
         }
         let began = std::time::Instant::now();
         while lock(&pool.state).threads > RESTING {

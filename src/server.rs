@@ -49,6 +49,15 @@ pub fn serve(mut config: Config) -> Result<(), StartError> {
     let store = Arc::new(Store::open(&config, Arc::clone(&metrics))?);
     kernel::raise_descriptor_limit();
 
+    let make_line = move || {
+        kernel::touch_stack();
+        Line::new(&upstream)
+    };
+    let workers = Pool::new("worker", config.workers, config.queue_size, config::UPSTREAM_KEEP_ALIVE, make_line);
+    let readers = Pool::new("reader", config.max_connections, config.max_connections, READER_PATIENCE, || ());
+    let connections = Arc::clone(&listener.connections);
+    let api = Api::new(Arc::clone(&config), Arc::clone(&store), Arc::clone(&workers), Arc::clone(&connections), metrics)?;
+
     let mode = match config.mode {
         Mode::Upstream => format!("asks {} for {}", config.upstream.base, config.model),
         Mode::MockAsked => "mocks the LLM (MOCK_MODE)".to_string(),
@@ -63,22 +72,13 @@ pub fn serve(mut config: Config) -> Result<(), StartError> {
     log::info!("keys: {}", if keys.is_empty() { "none, everybody is served".to_string() } else { keys.join(", ") });
     limited.iter().for_each(|text| log::warn!("{text}"));
 
-    let make_line = move || {
-        kernel::touch_stack();
-        Line::new(&upstream)
-    };
-    let workers = Pool::new("worker", config.workers, config.queue_size, config::UPSTREAM_KEEP_ALIVE, make_line);
-    let readers = Pool::new("reader", config.max_connections, config.max_connections, READER_PATIENCE, || ());
-    let grace = config.shutdown_grace;
-    let connections = Arc::clone(&listener.connections);
-    let api = Api::new(config, Arc::clone(&store), Arc::clone(&workers), Arc::clone(&connections), metrics)?;
     let staff = Arc::new(Staff { api, readers, workers });
     accept(&listener, &staff, &stop);
 
     staff.api.drain();
     drop(listener);
-    log::info!("draining: {} requests in flight, up to {} s", staff.api.in_flight(), grace.as_secs());
-    if !drain(&staff.api, grace) {
+    log::info!("draining: {} requests in flight, up to {} s", staff.api.in_flight(), config.shutdown_grace.as_secs());
+    if !drain(&staff.api, config.shutdown_grace) {
         log::warn!("{} requests were not finished in time and are ended", staff.api.in_flight());
         connections.shut(Shutdown::Read);
         if !drain(&staff.api, LAST_WORDS) {
