@@ -53,7 +53,7 @@ impl Code {
             401 => "authentication_error",
             429 => "rate_limit_error",
             400..=499 => "invalid_request_error",
-            _ => "api_error",
+            _ => "server_error",
         }
     }
 }

@@ -137,7 +137,9 @@ impl Splitter {
             // As who stands between us and the LLM may break off what is under way.
             self.lines.extend_from_slice(&[b"data: ", whole, b"\n"].concat());
         } else {
-            self.is_error |= whole.strip_prefix(b"event:").is_some_and(|name| name.trim_ascii() == b"error");
+            if let Some(name) = whole.strip_prefix(b"event:") {
+                self.is_error = name.trim_ascii() == b"error";
+            }
             self.noise += whole.len() + 1;
         }
         line.clear();

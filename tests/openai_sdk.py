@@ -676,7 +676,7 @@ def _(proxy, upstream):
         stream = ask(proxy.client(), question, stream=True)
         same(next(stream).choices[0].delta.content, "Half")
         problem = expect(openai.APIError, lambda: list(stream))
-        same((problem.code, problem.type), ("upstream_error", "api_error"))
+        same((problem.code, problem.type), ("upstream_error", "server_error"))
         pair = proxy.newest(question)
         same((pair["answer"], pair["finish_reason"]), ("Half", "upstream_error"))
 

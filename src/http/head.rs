@@ -233,12 +233,15 @@ fn request_line(head: &[u8], (start, end): Range) -> Result<RequestLine, ApiErro
     let text = &head[target.0..target.1];
     let begins_with = |scheme: &&&[u8]| text.get(..scheme.len()).is_some_and(|start| start.eq_ignore_ascii_case(scheme));
     if let Some(scheme) = [&b"http://"[..], b"https://"].iter().find(begins_with) {
-        match text.iter().skip(scheme.len()).position(|b| b"/?#".contains(b)).map(|at| scheme.len() + at) {
+        let end = text.iter().skip(scheme.len()).position(|b| b"/?#".contains(b)).map(|at| scheme.len() + at);
+        if matches!(text[scheme.len()..end.unwrap_or(text.len())], [] | [b':', ..]) {
+            return Err(bad("the target has no host"));
+        }
+        match end {
             Some(at) if text[at] == b'/' => target.0 += at,
             Some(_) => return Err(bad("the target has no path")),
             // No path means / (RFC 9110, section 4.2.3), and one stands before the host.
-            None if text.len() > scheme.len() => target = (target.0 + scheme.len() - 1, target.0 + scheme.len()),
-            None => return Err(bad("the target has no host")),
+            None => target = (target.0 + scheme.len() - 1, target.0 + scheme.len()),
         }
     } else if text != b"*" && !text.starts_with(b"/") {
         return Err(bad("the target does not start with /"));

@@ -206,8 +206,12 @@ fn number(parts: &[&Value]) -> Value {
     let below = limit(parts, "exclusiveMaximum", f64::min).unwrap_or(f64::INFINITY);
     let step = limit(parts, "multipleOf", f64::max).filter(|step| *step > 0.0).unwrap_or(1.0);
     let (low, high) = (least.max(above), most.min(below));
-    let (up, down) = ((low / step).ceil() * step, (high / step).floor() * step);
-    let candidates = [0.0, up, up + step, down, down - step, (low + high) / 2.0];
+    // Three tenths are 3 / 10: 3 * 0.1 is a little more.
+    let parts_of_one = (1.0 / step).round();
+    let is_fraction = parts_of_one > 1.0 && (parts_of_one * step - 1.0).abs() < 1e-9;
+    let times = |count: f64| if is_fraction { count / parts_of_one } else { count * step };
+    let (up, down) = ((low / step).ceil(), (high / step).floor());
+    let candidates = [0.0, times(up), times(up + 1.0), times(down), times(down - 1.0), (low + high) / 2.0];
     let fits = |n: &f64| n.is_finite() && least <= *n && above < *n && *n <= most && *n < below;
     let number = candidates.into_iter().find(fits).unwrap_or(0.0);
     // As it is where it is that: not every whole number is one that a float can be.
@@ -248,6 +252,9 @@ mod tests {
             (json!({"type": "integer", "exclusiveMaximum": 0}), json!(-1)),
             (json!({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}), json!(0.5)),
             (json!({"type": "number", "minimum": 0.5, "multipleOf": 0.25}), json!(0.5)),
+            (json!({"type": "number", "minimum": 0.3, "multipleOf": 0.1}), json!(0.3)),
+            (json!({"type": "number", "exclusiveMinimum": 19.99, "multipleOf": 0.01}), json!(20)),
+            (json!({"type": "number", "minimum": 0.15, "maximum": 0.2, "multipleOf": 0.05}), json!(0.15)),
             (json!({"type": "array", "prefixItems": [{"type": "integer"}, {"type": "boolean"}]}), json!([0, true])),
             (json!({"type": "array", "items": [{"type": "integer"}, {"type": "boolean"}]}), json!([0, true])),
             (json!({"type": "array", "minItems": 20, "items": {"type": "null"}}), json!(vec![Value::Null; 20])),

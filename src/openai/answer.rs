@@ -109,8 +109,8 @@ pub fn parse_chunk(data: &[u8]) -> Result<Chunk<'_>, NoAnswer> {
     let choices = answer.choices.map_or_else(Vec::new, |Few(choices)| choices);
     chunk.has_choice = !choices.is_empty();
     for choice in choices {
-        if let Some(index) = choice.index.filter(|index| *index > 0) {
-            chunk.others.push((index, reason(choice.finish_reason).is_some()));
+        if let Some(index) = choice.index.filter(|index| *index > 0.0) {
+            chunk.others.push((index as u64, reason(choice.finish_reason).is_some()));
             continue;
         }
         no_error(BROKEN_OFF, choice.error)?;
@@ -158,7 +158,8 @@ fn is_failure(code: &RawValue) -> bool {
 
 #[derive(Default)]
 struct Choice<'a> {
-    index: Option<u64>,
+    /// Whole, but some servers have only one kind of number.
+    index: Option<f64>,
     message: Option<Said<'a>>,
     delta: Option<Said<'a>>,
     finish_reason: Option<Words<'a>>,
@@ -170,7 +171,7 @@ object!(Choice<'de> { message, delta, error } wishes { index, finish_reason });
 
 impl Choice<'_> {
     fn is_first(&self) -> bool {
-        self.index.is_none_or(|index| index == 0)
+        self.index.is_none_or(|index| index == 0.0)
     }
 }
 
@@ -197,7 +198,7 @@ impl<'a> Said<'a> {
     }
 }
 
-/// Counted in whole numbers, but some servers have only one kind of number.
+/// Counted in whole numbers, but as above.
 #[derive(Default)]
 struct Counts {
     prompt_tokens: Option<f64>,
@@ -315,6 +316,9 @@ mod tests {
             br#"{"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null},{"index":1,"delta":{"content":"b"}}]}"#,
         );
         assert_eq!(chunk.expect("a chunk").delta, "a");
+        let chunk = parse_chunk(br#"{"choices":[{"index":0.0,"delta":{"content":"a"}},{"index":1.0,"delta":{"content":"b"}}]}"#);
+        let chunk = chunk.expect("a chunk");
+        assert_eq!((&*chunk.delta, chunk.others), ("a", vec![(1, false)]));
         let chunk = parse_chunk(br#"{"choices":[{"delta":{"content":"a"},"finish_reason":""}]}"#).expect("a chunk");
         assert_eq!(chunk.finish_reason, None);
         let chunk = parse_chunk(br#"{"choices":[],"usage":{"prompt_tokens":2,"completion_tokens":3}}"#).expect("a chunk");

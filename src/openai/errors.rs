@@ -68,7 +68,8 @@ fn may_pass(error: &Value) -> bool {
 
 /// Whether an `error` field says that there is one: some servers send it always.
 pub(super) fn is_error(error: &RawValue) -> bool {
-    !matches!(error.get(), "null" | "false" | "\"\"" | "{}" | "[]")
+    let text: String = error.get().chars().filter(|c| !c.is_ascii_whitespace()).take(6).collect();
+    !matches!(&*text, "null" | "false" | "\"\"" | "{}" | "[]")
 }
 
 /// Errs where an `error` field says that there is one; `what` its answer did.

@@ -52,7 +52,7 @@ pub(super) struct ToolCall {
 /// A tool call as it stands in an answer.
 #[derive(Default)]
 struct Call<'a> {
-    index: Option<usize>,
+    index: Option<f64>,
     id: Option<Words<'a>>,
     function: Option<Function<'a>>,
     /// The same of a tool without a schema.
@@ -64,6 +64,8 @@ object!(Call<'de> {} wishes { index, id, function, custom });
 impl<'de> Deserialize<'de> for ToolCall {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<ToolCall, D::Error> {
         let Call { index, id, function, custom } = Call::deserialize(deserializer)?;
+        // Whole, but some servers have only one kind of number.
+        let index = index.filter(|index| *index >= 0.0).map(|index| index as usize);
         let id = id.map(|Words(id)| id.into_owned());
         Ok(match function.or(custom) {
             Some(function) => function.called(index, id),

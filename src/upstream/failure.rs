@@ -100,9 +100,6 @@ impl Upstream {
     /// An attempt that failed without an answer's head.
     pub(super) fn unanswered(&self, error: &ureq::Error) -> Box<Failure> {
         let (code, text, passing) = match error {
-            ureq::Error::HostNotFound => {
-                (Code::UPSTREAM_UNAVAILABLE, "the LLM's host name cannot be resolved; check OPENAI_BASE_URL".to_string(), true)
-            }
             // As rustls tells what is wrong with its peer.
             ureq::Error::Io(e) if e.kind() == ErrorKind::InvalidData => insecure(&e.to_string()),
             e @ (ureq::Error::Tls(_) | ureq::Error::Rustls(_)) => insecure(&e.to_string()),

@@ -24,7 +24,8 @@ pub struct Names(Arc<Mutex<Weak<Lookup>>>);
 struct Lookup {
     /// Ends with the look-up.
     over: UnixStream,
-    found: OnceLock<Vec<SocketAddr>>,
+    /// Or why it has none.
+    found: OnceLock<Result<Vec<SocketAddr>, String>>,
     since: Instant,
 }
 
@@ -36,7 +37,13 @@ impl Names {
         }
         let lookup = self.look_up(host, port)?;
         watch.wait(lookup.over.as_fd(), PollFlags::IN)?;
-        lookup.found.get().filter(|found| !found.is_empty()).cloned().ok_or(ureq::Error::HostNotFound)
+        let why = match lookup.found.get() {
+            Some(Ok(found)) if !found.is_empty() => return Ok(found.clone()),
+            Some(Err(why)) => why,
+            _ => "it has no address",
+        };
+        let text = format!("its host name cannot be resolved: {why}; check OPENAI_BASE_URL and the name server");
+        Err(io::Error::other(text).into())
     }
 
     /// The look-up under way, or a new one.
@@ -52,7 +59,7 @@ impl Names {
             // Goes last, which says that the look-up is over.
             let _ours = ours;
             let found = (host.as_str(), port).to_socket_addrs().map(Vec::from_iter);
-            looking.found.get_or_init(|| found.unwrap_or_default());
+            looking.found.get_or_init(|| found.map_err(|e| e.to_string()));
         })?;
         *running = Arc::downgrade(&lookup);
         Ok(lookup)

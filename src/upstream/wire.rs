@@ -41,7 +41,7 @@ impl Connector<()> for WireConnector {
     fn connect(&self, details: &ConnectionDetails, _: Option<()>) -> Result<Option<Wire>, ureq::Error> {
         let host = details.uri.host().unwrap_or_default().trim_matches(['[', ']']).to_string();
         let port = details.uri.port_u16().unwrap_or(if details.needs_tls() { 443 } else { 80 });
-        let mut failure = ureq::Error::HostNotFound;
+        let mut failure = io::Error::from(io::ErrorKind::AddrNotAvailable).into();
         for address in self.names.addresses(host, port, &self.watch)? {
             match self.open(address) {
                 Ok(stream) => {

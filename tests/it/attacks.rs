@@ -169,6 +169,8 @@ fn what_breaks_http_is_400_and_nothing_behind_it_is_a_request() {
         b"GET /li\xc3\xa9vez HTTP/1.1\r\nHost: a\r\n\r\n",
         b"GET livez HTTP/1.1\r\nHost: a\r\n\r\n",
         b"GET http:/livez HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET http:///livez HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET http://:80/livez HTTP/1.1\r\nHost: a\r\n\r\n",
         b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n",
         b"POST /api/ask HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",

@@ -894,7 +894,7 @@ const ODD: &[Odd] = &[
     (r#""model":7"#, "", "", "", None),
     (r#""error":"""#, "", "", "", None),
     (r#""error":false"#, "", "", "", None),
-    (r#""error":{}"#, "", "", "", None),
+    (r#""error":{ }"#, "", "", "", None),
     ("", r#""finish_reason":1"#, "", "", None),
     ("", r#""index":-1"#, "", "", None),
     ("", r#""index":"0""#, "", "", None),

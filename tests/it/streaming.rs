@@ -393,6 +393,7 @@ fn every_legal_way_to_write_an_event_is_understood() {
         ("no space", format!("data:{}\n\n", delta("Yes"))),
         ("comments around", format!(": PROCESSING\n\n: a\ndata: {}\n: b\n\n:\n\n", delta("Yes"))),
         ("other fields", format!("event: message\nid: 1\nretry: 10\ndata: {}\n\n", delta("Yes"))),
+        ("the last name of an event counts", format!("event: error\nevent: message\ndata: {}\n\n", delta("Yes"))),
         ("unknown and nameless fields", format!("x: y\nnothing\ndata: {}\n\n", delta("Yes"))),
         ("blank lines", format!("\n\n\r\n\ndata: {}\n\n\n\n", delta("Yes"))),
         ("events without data", format!("data:\n\ndata: {}\n\ndata\n\n", delta("Yes"))),

@@ -281,7 +281,8 @@ fn a_name_that_does_not_resolve_is_503_upstream_unavailable() {
     let setup = setup.set("RES_OPTIONS", "timeout:1 attempts:1");
     let proxy = setup.set("OPENAI_BASE_URL", "http://nothing.invalid/v1").start();
     on_both(&proxy, |response| {
-        response.expect_error(503, "upstream_unavailable");
+        let error = response.expect_error(503, "upstream_unavailable").to_string();
+        assert!(error.contains("cannot be resolved: ") && error.contains("check OPENAI_BASE_URL"), "{error}");
     });
 }
 

@@ -176,7 +176,7 @@ fn an_error_keeps_the_upstreams_param_and_its_word_for_no_quota() {
     for (status, said, kind, param) in [
         (400, error("invalid_request_error", json!("messages")), "invalid_request_error", json!("messages")),
         (400, error("invalid_request_error", Value::Null), "invalid_request_error", Value::Null),
-        (401, error("invalid_request_error", json!("key")), "api_error", Value::Null),
+        (401, error("invalid_request_error", json!("key")), "server_error", Value::Null),
         (429, error("insufficient_quota", Value::Null), "insufficient_quota", Value::Null),
         (429, error("requests", Value::Null), "rate_limit_error", Value::Null),
     ] {

@@ -168,7 +168,7 @@ fn type_of(status: u16) -> &'static str {
         401 => "authentication_error",
         429 => "rate_limit_error",
         400..=499 => "invalid_request_error",
-        _ => "api_error",
+        _ => "server_error",
     }
 }
 
