@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::path::Path;
 
+use rusqlite::functions::{Context, FunctionFlags};
 use rusqlite::{Connection, params};
 
 /// A word of every pair.
@@ -18,6 +19,10 @@ const AT: &str = "2026-11-22T21:34:00.123Z";
 pub fn fill(path: &Path, rows: i64) {
     let mut database = Connection::open(path).expect("the database opens");
     database.execute_batch("PRAGMA synchronous = off; PRAGMA cache_size = -262144").expect("settings");
+    // The program's function; there are no symbols in these texts.
+    let as_it_is = |arguments: &mut Context| arguments.get::<String>(0);
+    let made = database.create_scalar_function("without_symbols", 1, FunctionFlags::SQLITE_UTF8, as_it_is);
+    made.expect("a function");
     let append = include_str!("../../sql/queries/append.sql");
     let index = include_str!("../../sql/queries/index_words.sql");
     let note = include_str!("../../sql/queries/indexed_up_to.sql");
