@@ -71,9 +71,15 @@ pub fn room(path: &Path) -> Option<Room> {
     Some(Room { left: bytes(system.f_bavail), total: bytes(system.f_blocks) })
 }
 
-/// Whether a file of so many bytes finds room in a folder, also where blocks are kept for root or a quota is set; true where
-/// that cannot be tried.
-pub fn fits(folder: &Path, bytes: u64) -> bool {
+/// Whether a file of so many bytes finds room beside this one, where blocks are smaller than a page; true where they are not,
+/// or that cannot be tried.
+pub fn fits_in_blocks(path: &Path, bytes: u64) -> bool {
+    // The file may be a link.
+    let Ok(path) = path.canonicalize() else { return true };
+    let folder = path.parent().unwrap_or(&path);
+    if rustix::fs::statvfs(folder).is_ok_and(|system| system.f_frsize >= 4096) {
+        return true;
+    }
     let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
     // Without a name it is gone when it is closed.
     let Ok(file) = rustix::fs::open(folder, flags, Mode::RUSR | Mode::WUSR) else { return true };

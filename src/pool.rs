@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use oneshot::{Receiver, Sender};
+use oneshot::{Receiver, RecvTimeoutError, Sender};
 
 use crate::kernel;
 use crate::lock::{lock, wait_within};
@@ -259,8 +259,10 @@ impl<W> Pool<W> {
         let mut has_rested = false;
         loop {
             let left = until.saturating_duration_since(Instant::now());
-            if let Ok(job) = coming.recv_timeout(REST.min(left)) {
-                return Some(job);
+            match coming.recv_timeout(REST.min(left)) {
+                Ok(job) => return Some(job),
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => {}
             }
             if !std::mem::replace(&mut has_rested, true) {
                 kernel::forget_unused_stack();

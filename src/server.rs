@@ -78,14 +78,16 @@ pub fn serve(mut config: Config) -> Result<(), StartError> {
     staff.api.drain();
     drop(listener);
     log::info!("draining: {} requests in flight, up to {} s", staff.api.in_flight(), config.shutdown_grace.as_secs());
-    if !drain(&staff.api, config.shutdown_grace) {
+    if !waited(config.shutdown_grace, || staff.api.in_flight() == 0) {
         log::warn!("{} requests were not finished in time and are ended", staff.api.in_flight());
-        connections.shut(Shutdown::Read);
-        if !drain(&staff.api, LAST_WORDS) {
-            // Who does not read cannot be told, but what was said is kept.
-            connections.shut(Shutdown::Both);
-            drain(&staff.api, LAST_WORDS);
-        }
+    }
+    // Whoever goes on asking on an open connection has its answer, and that its line in the log, before the end.
+    let is_over = || staff.api.in_flight() == 0 && connections.count() == 0;
+    connections.shut(Shutdown::Read);
+    if !waited(LAST_WORDS, is_over) {
+        // Who does not read cannot be told, but what was said is kept.
+        connections.shut(Shutdown::Both);
+        waited(LAST_WORDS, is_over);
     }
     store.close();
     log::info!("stopped");
@@ -263,13 +265,13 @@ fn accept(listener: &Listener, staff: &Arc<Staff>, stop: &Stop) {
     }
 }
 
-/// Waits until no request is in flight; false: the time came first.
-fn drain(api: &Api, grace: Duration) -> bool {
-    let until = Instant::now() + grace;
-    while api.in_flight() > 0 && Instant::now() < until {
+/// Waits until something is so, at most for a time; whether it is.
+fn waited(time: Duration, is_so: impl Fn() -> bool) -> bool {
+    let until = Instant::now() + time;
+    while !is_so() && Instant::now() < until {
         thread::sleep(Duration::from_millis(5));
     }
-    api.in_flight() == 0
+    is_so()
 }
 
 /// What a signal says to the accept loop.

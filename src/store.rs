@@ -232,7 +232,7 @@ impl Store {
     /// A key's pairs that have all of `words` in question or answer, best match first: of the newest 500
     /// matches, or `limit` where that is more, or 4 MiB of them, those where the words are most of the text.
     pub fn search(&self, key: &str, words: &str, before: i64, limit: u32) -> Result<Vec<Pair>, ApiError> {
-        let words = search::without_symbols(words);
+        let words = search::plain(words);
         let words = search::wanted(&words);
         let Some(query) = search::match_expression(&words) else { return Ok(Vec::new()) };
         let ranked = limit.max(RANKED);

@@ -39,6 +39,8 @@ pub use failure::Failure;
 const MAX_WORDS: usize = 1200;
 /// How long the rest of an error answer is waited for.
 const WORDS_PATIENCE: Duration = Duration::from_secs(2);
+/// A connection that had died before it was used says so within this time.
+const DEATH_NOTICE: Duration = Duration::from_secs(1);
 const FIRST_BACKOFF: Duration = Duration::from_millis(250);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(8);
 
@@ -389,6 +391,7 @@ impl Line {
             self.watch.note_reuse(false);
             self.its_id = None;
             self.upstream.metrics.upstream_attempts.inc();
+            let began = Instant::now();
             let attempt = match request.method {
                 Method::GET => self.agent.run(Request::from_parts(request.clone(), ())),
                 _ => self.agent.run(Request::from_parts(request.clone(), body)),
@@ -396,12 +399,13 @@ impl Line {
             // Over TLS a new connection costs more.
             let is_plain = request.uri.scheme_str() == Some("http");
             self.is_costly = is_plain && attempt.as_ref().is_ok_and(counts_requests);
-            // A kept connection may have died while nobody looked; that costs nobody an attempt.
+            // A kept connection may have died while nobody looked; that costs nobody an attempt. Who dies later has taken the
+            // question, and may have been paid for it.
             let is_dead = match &attempt {
                 Ok(response) => is_farewell(response),
                 Err(e) => matches!(e, ureq::Error::Io(_)) && self.watch.ended().is_none(),
             };
-            if is_dead && self.watch.reused() {
+            if is_dead && self.watch.reused() && began.elapsed() < DEATH_NOTICE {
                 self.close();
                 continue;
             }

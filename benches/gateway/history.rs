@@ -21,7 +21,7 @@ pub fn fill(path: &Path, rows: i64) {
     database.execute_batch("PRAGMA synchronous = off; PRAGMA cache_size = -262144").expect("settings");
     // The program's function; there are no symbols in these texts.
     let as_it_is = |arguments: &mut Context| arguments.get::<String>(0);
-    let made = database.create_scalar_function("without_symbols", 1, FunctionFlags::SQLITE_UTF8, as_it_is);
+    let made = database.create_scalar_function("plain", 1, FunctionFlags::SQLITE_UTF8, as_it_is);
     made.expect("a function");
     let append = include_str!("../../sql/queries/append.sql");
     let index = include_str!("../../sql/queries/index_words.sql");

@@ -1,5 +1,5 @@
--- The signs of vowels and the points of Indic, Arabic and other scripts are part of a word. SQLite knows no newer symbols and
--- takes them for letters, so texts go into the index without any; see index_words.sql. What is there is indexed anew.
+-- The signs of vowels of Indic and other scripts are part of a word. SQLite knows no newer symbols and takes them for letters,
+-- so texts go into the index without any; see index_words.sql. What is there is indexed anew.
 DROP TABLE history_words;
 CREATE VIRTUAL TABLE history_words USING fts5 (
     key, question, answer,

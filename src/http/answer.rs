@@ -127,7 +127,7 @@ impl Responder {
         Responder {
             stream: Arc::clone(&connection.stream),
             http10: head.is_some_and(|head| head.http10),
-            head_only: head.is_some_and(|head| head.method() == "HEAD"),
+            head_only: head.map_or(connection.unparsed.starts_with(b"HEAD "), |head| head.method() == "HEAD"),
             keep,
             is_idle: keep && kernel::is_idle(&connection.stream),
             is_used: false,

@@ -68,8 +68,12 @@ fn may_pass(error: &Value) -> bool {
 
 /// Whether an `error` field says that there is one: some servers send it always.
 pub(super) fn is_error(error: &RawValue) -> bool {
-    let text: String = error.get().chars().filter(|c| !c.is_ascii_whitespace()).take(6).collect();
-    !matches!(&*text, "null" | "false" | "\"\"" | "{}" | "[]")
+    let text = error.get();
+    let is_empty = |open: char, close: char| {
+        let inner = text.strip_prefix(open).and_then(|text| text.strip_suffix(close));
+        inner.is_some_and(|inner| inner.trim_ascii().is_empty())
+    };
+    !(matches!(text, "null" | "false" | "\"\"") || is_empty('{', '}') || is_empty('[', ']'))
 }
 
 /// Errs where an `error` field says that there is one; `what` its answer did.

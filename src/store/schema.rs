@@ -31,6 +31,11 @@ pub fn check(connection: &Connection) -> Result<(), Trouble> {
     }
 }
 
+/// The database is of an older version than the newest.
+pub fn is_old(connection: &Connection) -> bool {
+    version(connection).is_ok_and(|version| version < MIGRATIONS.len() as i64)
+}
+
 /// Has the database keep a write-ahead log. Unlike for other locks, SQLite does not wait for another process that does the
 /// same at this moment, as where two servers start at once.
 pub fn keep_journal(connection: &Connection) -> rusqlite::Result<()> {
@@ -121,4 +126,17 @@ pub fn advice(trouble: &Trouble) -> String {
         _ => "it cannot be used",
     };
     format!("{what} ({said})")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// SQLite says so of the journal's index where the disk is full, and where it cannot be shared otherwise.
+    #[test]
+    fn a_full_disk_is_not_taken_for_one_that_cannot_share() {
+        let told = |code| advice(&Trouble::Sql(rusqlite::Error::SqliteFailure(ffi::Error::new(code), None)));
+        assert!(told(ffi::SQLITE_IOERR_SHMSIZE).starts_with("the disk is full"));
+        assert!(told(ffi::SQLITE_IOERR_SHMMAP).starts_with("its file system cannot"));
+    }
 }

@@ -10,11 +10,21 @@ const MOST_WORDS: usize = 32;
 /// And so many of its bytes, since FTS5 may see several words where we see one.
 const MOST_QUERY: usize = 512;
 
-/// A text as it is searched and indexed: with a full stop for each emoji and other symbol. FTS5 takes those for letters that
-/// are newer than its table of them, of 2010, and `thanks🤖` for a word. What begins at U+2000 has no accents.
-pub fn without_symbols(text: &str) -> Cow<'_, str> {
-    let is_symbol = |c: char| c >= '\u{2000}' && !c.is_alphanumeric();
-    if text.contains(is_symbol) { text.replace(is_symbol, ".").into() } else { text.into() }
+/// A text as it is searched and indexed: with a full stop for each emoji and other symbol, without the points of Arabic and
+/// Hebrew, which most texts lack. FTS5 takes symbols for letters that are newer than its table of them, of 2010, and `thanks🤖`
+/// for a word. What begins at U+2000 has no accents.
+pub fn plain(text: &str) -> Cow<'_, str> {
+    let is_symbol = |c: char| c >= '\u{2000}' && !c.is_alphanumeric() && !c.is_whitespace();
+    if !text.contains(|c| is_symbol(c) || is_point(c)) {
+        return text.into();
+    }
+    text.chars().filter(|c| !is_point(*c)).map(|c| if is_symbol(c) { '.' } else { c }).collect()
+}
+
+/// Hebrew points, the Arabic letter mark, tatweel, and Arabic points.
+fn is_point(c: char) -> bool {
+    matches!(c, '\u{591}'..='\u{5bd}' | '\u{5bf}' | '\u{5c1}' | '\u{5c2}' | '\u{5c4}' | '\u{5c5}' | '\u{5c7}'
+        | '\u{61c}' | '\u{640}' | '\u{64b}'..='\u{65f}' | '\u{670}')
 }
 
 /// The words of a query, each once, as far as they count: a search costs words times text.
@@ -25,7 +35,8 @@ pub fn wanted(text: &str) -> Vec<&str> {
         if c.is_alphanumeric() && !inside {
             (count, start) = (count + 1, at);
         }
-        inside = c.is_alphanumeric();
+        // Signs of vowels and the like are within a word to the index, and not all of them are letters to us.
+        inside = c.is_alphanumeric() || inside && ('\u{300}'..'\u{2000}').contains(&c);
         count > MOST_WORDS || inside && at >= MOST_QUERY
     });
     let text = if too_much { &text[..start] } else { text };
@@ -63,7 +74,7 @@ pub fn rank(found: &mut [Pair], words: &[&str]) {
 /// How well a pair matches, in thousandths: the occurrences of the words against the length of the text,
 /// as BM25 weighs them. FTS5's own bm25() counts the matches in the whole history first.
 fn score(pair: &Pair, words: &[String]) -> u64 {
-    let text = format!("{} {}", pair.question, pair.answer).to_lowercase();
+    let text = plain(&format!("{} {}", pair.question, pair.answer)).to_lowercase();
     let length = text.len() as f64 / 500.0;
     let weights = words.iter().map(|word| {
         let count = occurrences(&text, word) as f64;
@@ -99,9 +110,10 @@ mod tests {
     }
 
     #[test]
-    fn symbols_are_no_letters() {
-        assert_eq!(without_symbols("thanks🤖 don’t 100₽ ❤️ «né» 猫々 ½"), "thanks. don.t 100. .. «né» 猫々 ½");
-        assert!(matches!(without_symbols("naïve don't"), Cow::Borrowed(_)));
+    fn symbols_are_no_letters_and_points_are_nothing() {
+        assert_eq!(plain("thanks🤖 don’t 100₽ ❤️ «né» 猫々\u{3000}½"), "thanks. don.t 100. .. «né» 猫々\u{3000}½");
+        assert_eq!(plain("شكراً \u{61c}12 שָׁלוֹם דִּינִי־טוֹב"), "شكرا 12 שלום דיני־טוב");
+        assert!(matches!(plain("naïve don't दिन"), Cow::Borrowed(_)));
     }
 
     #[test]
@@ -120,5 +132,7 @@ mod tests {
         assert_eq!(wanted(&"x".repeat(513)), [""; 0]);
         assert_eq!(wanted(&format!("whole {} half", "é".repeat(252))), ["whole".to_string(), "é".repeat(252)]);
         assert_eq!(wanted(&format!("{0}blank{0}", " ".repeat(500))), ["blank"]);
+        assert_eq!(wanted("विद्यार्थी ".repeat(20).trim()), ["विद्यार्थी"], "which are 600 bytes");
+        assert_eq!(wanted(&format!("{} हिन्दी", "हि".repeat(84))), ["हि".repeat(84)], "no half a word");
     }
 }

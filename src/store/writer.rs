@@ -49,8 +49,8 @@ const RETENTION_TICK: Duration = Duration::from_secs(60);
 const FORGET_REQUESTS: usize = 100;
 /// Bytes of room that new pairs leave alone, or a sixteenth of a small disk: deleting takes some, too.
 const KEPT_ROOM: u64 = 4 << 20;
-/// Bytes of room without which no database is opened: the journal's index takes 32 KiB. SQLite leaves holes in it where blocks
-/// are smaller than its pages, and who writes into one on a full disk ends (SIGBUS).
+/// Bytes of room without which no database is opened where blocks are smaller than SQLite's pages: in the journal's index, of
+/// 32 KiB, it leaves holes then, and who writes into one on a full disk ends (SIGBUS).
 const OPENING_ROOM: u64 = 64 << 10;
 /// Bytes that a row takes beside its texts, at most, in the journal and in the database.
 const ROW: u64 = 1 << 10;
@@ -181,7 +181,7 @@ impl Writer {
             wanted_room: 0,
             patience: DATABASE_BUSY,
             room: kernel::room,
-            fits: kernel::fits,
+            fits: kernel::fits_in_blocks,
         }
     }
 
@@ -497,8 +497,7 @@ impl Writer {
             }
             there => there,
         };
-        let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty());
-        if !(self.fits)(folder.unwrap_or(Path::new(".")), OPENING_ROOM) {
+        if !(self.fits)(&self.path, OPENING_ROOM) {
             return Err(Trouble::Sql(disk_full()));
         }
         let mut connection = connect(&self.path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE)?;
@@ -544,6 +543,10 @@ impl Writer {
     fn look_again(&mut self) {
         let Some(open) = self.open.take() else { return };
         if data_version(&open.connection).is_ok_and(|version| version != self.data_version) {
+            // A backup of an older version was restored: to be migrated it is opened anew.
+            if schema::is_old(&open.connection) {
+                return;
+            }
             // The next write says what is wrong.
             let _ = self.learn(&open.connection);
         }
@@ -731,6 +734,22 @@ mod tests {
         remove(writer);
     }
 
+    /// As the shell's `.restore` does while the server runs.
+    #[test]
+    fn a_backup_of_before_that_is_restored_is_migrated() {
+        let mut writer = writer("restored");
+        append(&mut writer, 1, 2);
+        let shell = Connection::open(&writer.path).expect("a file");
+        shell.execute_batch("DROP TABLE history_words; PRAGMA user_version = 4").expect("as it was");
+        assert!(shell.execute_batch(&schema::MIGRATIONS[4].replace("DROP TABLE history_words;", "")).is_ok());
+        drop(shell);
+        writer.look_again();
+        append(&mut writer, 1, 2);
+        let version = writer.write(|connection| connection.query_row("PRAGMA user_version", [], |row| row.get(0)));
+        assert_eq!(version, Ok(schema::MIGRATIONS.len() as i64));
+        remove(writer);
+    }
+
     #[test]
     fn an_id_is_not_given_again_when_its_row_is_gone() {
         let mut writer = writer("ids");
@@ -776,6 +795,10 @@ mod tests {
         assert_eq!(ids, Ok("1,2,4".to_string()));
         let seen = writer.write(|connection| connection.query_row("SELECT count(*) FROM mine", [], |row| row.get(0)));
         assert_eq!(seen, Ok(3), "what others made of it");
+        while writer.index() {}
+        let found = "SELECT count(*) FROM history_words WHERE history_words MATCH 'q'";
+        let found = writer.write(|connection| connection.query_row(found, [], |row| row.get(0)));
+        assert_eq!(found, Ok(2), "rows that another index had");
         remove(writer);
     }
 

@@ -665,6 +665,19 @@ fn a_kept_connection_that_is_closed_at_any_moment_costs_no_client_an_error() {
     }
 }
 
+/// It has the question, and whoever pays for it decides whether it is asked again.
+#[test]
+fn who_has_thought_before_its_kept_connection_dies_is_not_asked_again() {
+    let upstream = FakeUpstream::answering(|request| match request.question().as_str() {
+        "Die" => vec![Step::Pause(Duration::from_millis(1200)), Step::Close],
+        _ => answer("Yes"),
+    });
+    let proxy = Proxy::facing(&upstream).set("UPSTREAM_RETRIES", "0").set("WORKERS", "1").start();
+    assert_eq!(proxy.ask("Well?").status, 200);
+    proxy.ask("Die").expect_error(503, "upstream_unavailable");
+    assert_eq!(upstream.requests().len(), 2);
+}
+
 #[test]
 fn connections_that_are_closed_at_random_under_load_cost_no_client_an_error() {
     let upstream = FakeUpstream::answering(|request| {

@@ -245,7 +245,18 @@ fn q_gives_the_best_match_first() {
 #[test]
 fn a_symbol_is_no_letter_and_the_sign_of_a_vowel_is_one() {
     let proxy = Proxy::start();
-    let texts = ["alpha🤖", "🤔gamma and 100₽", "zeta🥳eta", "\u{2068}theta\u{2069}", "आज का दिन", "दान करो", "café naïve"];
+    let texts = [
+        "alpha🤖",
+        "🤔gamma and 100₽",
+        "zeta🥳eta",
+        "\u{2068}theta\u{2069}",
+        "आज का दिन",
+        "दान करो",
+        "café naïve",
+        "犬が好き 猫も好き",
+        "شكراً جزيلاً",
+        "विद्यार्थियों के लिए शिक्षा में प्रौद्योगिकी का महत्त्व अत्यन्त है",
+    ];
     texts.iter().for_each(|text| drop(proxy.answer(text)));
     for (words, found) in [
         ("alpha", Some(0)),
@@ -257,6 +268,9 @@ fn a_symbol_is_no_letter_and_the_sign_of_a_vowel_is_one() {
         ("दिन", Some(4)),
         ("की", None),
         ("cafe\u{301} naive", Some(6)),
+        ("猫も好き\u{3000}犬が好き", Some(7)),
+        ("شكرا", Some(8)),
+        ("शिक्षा में प्रौद्योगिकी का महत्त्व विद्यार्थियों के लिए अत्यन्त", Some(9)),
     ] {
         let page = page(&proxy, &format!("?q={}", encoded(words)));
         assert_eq!(questions(&page), found.map(|text| texts[text]).into_iter().collect::<Vec<_>>(), "{words}");

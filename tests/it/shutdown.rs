@@ -8,6 +8,8 @@ use crate::support::upstream::{FakeUpstream, Step, answer, delta, end, event, fi
 use crate::support::{PATIENCE, eventually};
 use rustix::process::Signal;
 use serde_json::json;
+use std::collections::HashSet;
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
@@ -285,4 +287,49 @@ fn who_waits_for_a_locked_database_behind_others_is_told_before_the_end() {
         client.read_response().expect_error(503, "history_unavailable");
     }
     assert_eq!(proxy.wait_for_exit(SOON).code(), Some(0), "{:?}", proxy.stderr());
+}
+
+/// Sends requests on one connection until that ends; the ids of those whose answers came whole.
+fn ask_to_the_end(mut connection: TcpStream, client: usize) -> Vec<String> {
+    let mut answered = Vec::new();
+    loop {
+        let id = format!("{client}-{}", answered.len());
+        let request = format!(
+            "POST /api/ask HTTP/1.1\r\nHost: a\r\nX-Request-Id: {id}\r\nContent-Length: 16\r\n\r\n{{\"question\":\"a\"}}"
+        );
+        if connection.write_all(request.as_bytes()).is_err() {
+            return answered;
+        }
+        let (mut answer, mut piece) = (String::new(), [0; 4096]);
+        // All bodies are JSON objects, and no head has a brace.
+        while !answer.ends_with('}') {
+            match connection.read(&mut piece) {
+                Ok(read @ 1..) => answer.push_str(&String::from_utf8_lossy(&piece[..read])),
+                _ => return answered,
+            }
+        }
+        answered.push(id);
+    }
+}
+
+/// Who goes on asking on a connection from before may be the last thing that happens.
+#[test]
+fn whoever_is_answered_has_a_line_in_the_log_also_at_the_very_end() {
+    for _ in 0..8 {
+        let mut proxy = Proxy::with(&[("MOCK_DELAY_MS", "0")]).start();
+        let clients: Vec<_> = (0..6)
+            .map(|client| {
+                let connection = TcpStream::connect(proxy.address).expect("connected");
+                std::thread::spawn(move || ask_to_the_end(connection, client))
+            })
+            .collect();
+        proxy.wait_for_line(|line| line.contains("id=5-9 "));
+        proxy.signal(Signal::TERM);
+        assert_eq!(proxy.wait_for_exit(PATIENCE).code(), Some(0));
+        let log = proxy.whole_log();
+        let told: HashSet<&str> = log.iter().filter_map(|line| line.split_once(" id=")?.1.split(' ').next()).collect();
+        for id in clients.into_iter().flat_map(|client| client.join().expect("no panic")) {
+            assert!(told.contains(&*id), "{id} was answered and has no line");
+        }
+    }
 }

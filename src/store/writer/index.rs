@@ -8,7 +8,7 @@ use rusqlite::Connection;
 use rusqlite::functions::FunctionFlags;
 
 use super::{RETENTION_TICK, Writer, disk_full};
-use crate::store::search::without_symbols;
+use crate::store::search::plain;
 
 /// Housekeeping takes so many rows at a time, so that a new pair never waits long.
 const CHORE_ROWS: i64 = 500;
@@ -28,9 +28,9 @@ pub(super) const INDEXING_REST: Duration = Duration::from_secs(1);
 /// Has the connection know what `index_words.sql` asks for.
 pub(super) fn teach(connection: &Connection) -> rusqlite::Result<()> {
     let flags = FunctionFlags::SQLITE_UTF8 | FunctionFlags::SQLITE_DETERMINISTIC;
-    connection.create_scalar_function("without_symbols", 1, flags, |arguments| {
+    connection.create_scalar_function("plain", 1, flags, |arguments| {
         let text = arguments.get_raw(0).as_bytes_or_null()?.map(String::from_utf8_lossy);
-        Ok(text.map(|text| without_symbols(&text).into_owned()))
+        Ok(text.map(|text| plain(&text).into_owned()))
     })
 }
 
