@@ -99,10 +99,8 @@ pub struct UpstreamUrl {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     Upstream,
-    /// `MOCK_MODE` asked for it.
-    MockAsked,
-    /// No upstream key is set.
-    MockNoKey,
+    /// The mock, and the reason for it.
+    Mock(&'static str),
 }
 
 /// All settings, checked.
@@ -200,9 +198,9 @@ impl Config {
         let (yes, no) = (["true", "1", "yes", "on"], ["false", "0", "no", "off"]);
         let booleans = [yes.map(|word| (word, true)), no.map(|word| (word, false))].concat();
         let mode = if given.choice("MOCK_MODE", &booleans)? {
-            Mode::MockAsked
+            Mode::Mock("MOCK_MODE")
         } else if openai_api_key.is_empty() {
-            Mode::MockNoKey
+            Mode::Mock("no OPENAI_API_KEY")
         } else {
             Mode::Upstream
         };

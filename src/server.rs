@@ -60,8 +60,7 @@ pub fn serve(mut config: Config) -> Result<(), StartError> {
 
     let mode = match config.mode {
         Mode::Upstream => format!("asks {} for {}", config.upstream.base, config.model),
-        Mode::MockAsked => "mocks the LLM (MOCK_MODE)".to_string(),
-        Mode::MockNoKey => "mocks the LLM (no OPENAI_API_KEY)".to_string(),
+        Mode::Mock(why) => format!("mocks the LLM ({why})"),
     };
     log::info!("listening on http://{}", listener.local);
     log::info!("mode: {mode}");
