@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
-use oneshot::{Receiver, RecvTimeoutError, Sender};
+use oneshot::{RecvTimeoutError, Sender};
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, ffi, params};
 
@@ -152,16 +152,17 @@ impl Store {
 
     /// The same, and waits until it is committed.
     pub fn keep(&self, pair: Pair, unique: Option<Unique>, lead: bool) -> Result<Pair, ApiError> {
-        let (order, committed) = awaited(pair, unique);
-        self.desk.order(order, lead);
+        let (done, committed) = oneshot::channel();
+        self.append(pair, unique, lead, move |stored| drop(done.send(stored)));
         committed.recv().unwrap_or_else(|_| Err(unavailable()))
     }
 
     /// The same for one of many that are in no hurry: what comes within a moment is committed together, and costs
     /// little more than one.
     pub fn keep_together(&self, pair: Pair) -> Result<Pair, ApiError> {
-        let (order, committed) = awaited(pair, None);
-        self.desk.leave(order);
+        let (done, committed) = oneshot::channel();
+        let arrival = Arrival::new(pair, None, move |stored| drop(done.send(stored)));
+        self.desk.leave(Order::Append(Box::new(arrival)));
         let stored = committed.recv_timeout(GATHER).or_else(|_| {
             self.desk.hurry(false);
             committed.recv()
@@ -301,13 +302,6 @@ impl Store {
             unavailable()
         })
     }
-}
-
-/// An order to keep a pair, and the way to what becomes of it.
-fn awaited(pair: Pair, unique: Option<Unique>) -> (Order, Receiver<Result<Pair, ApiError>>) {
-    let (done, committed) = oneshot::channel();
-    let arrival = Arrival::new(pair, unique, move |stored| drop(done.send(stored)));
-    (Order::Append(Box::new(arrival)), committed)
 }
 
 /// The error for a pair that cannot be kept or found.
