@@ -64,8 +64,6 @@ struct State<W> {
     queue: VecDeque<(Job<W>, IsVain)>,
     next_sweep: Instant,
     threads: usize,
-    /// One of them was started ahead and is not idle yet.
-    is_spare_coming: bool,
     /// Who waits a moment for a thread that is about to be free.
     waiting: usize,
     /// For threads' names and idle threads' ids.
@@ -73,7 +71,7 @@ struct State<W> {
 }
 
 impl<W> State<W> {
-    /// Where an idle thread stands; `None`: it was given a job.
+    /// Where an idle thread stands; `None`: it is to have a job.
     fn place(&self, id: u64) -> Option<usize> {
         self.idle.iter().position(|(other, _)| *other == id)
     }
@@ -89,15 +87,8 @@ impl<W: 'static> Pool<W> {
         patience: Duration,
         make: impl Fn() -> W + Send + Sync + 'static,
     ) -> Arc<Pool<W>> {
-        let state = State {
-            idle: Vec::new(),
-            queue: VecDeque::new(),
-            next_sweep: Instant::now(),
-            threads: 0,
-            is_spare_coming: false,
-            waiting: 0,
-            numbers: 0,
-        };
+        let state =
+            State { idle: Vec::new(), queue: VecDeque::new(), next_sweep: Instant::now(), threads: 0, waiting: 0, numbers: 0 };
         let (state, freed) = (Mutex::new(state), Condvar::new());
         Arc::new(Pool { state, freed, name, size, queue_size, patience, make: Box::new(make) })
     }
@@ -114,12 +105,9 @@ impl<W: 'static> Pool<W> {
         let mut state = lock(&self.state);
         let until = Instant::now() + MOMENT;
         let thread = loop {
-            if let Some((_, idle)) = state.idle.pop() {
-                break idle;
-            }
-            let (new, coming) = oneshot::channel();
-            if self.start(&mut state, Some(coming)) {
-                break new;
+            let idle_or_new = state.idle.pop().or_else(|| self.start(&mut state));
+            if let Some((_, thread)) = idle_or_new {
+                break thread;
             }
             // Where there is no thread at all, nobody would come for what is in the queue.
             if state.queue.len() < self.queue_size && state.threads > 0 {
@@ -164,34 +152,42 @@ impl<W: 'static> Pool<W> {
     /// How busy it is now.
     pub fn load(&self) -> Load {
         let state = lock(&self.state);
-        let busy = state.threads - state.idle.len() - usize::from(state.is_spare_coming);
-        Load { busy, total: self.size, queued: state.queue.len() }
+        Load { busy: state.threads - state.idle.len(), total: self.size, queued: state.queue.len() }
     }
 
-    /// Starts a thread, with a job that is coming where there is one; false: there may be no more.
-    fn start(self: &Arc<Self>, state: &mut State<W>, coming: Option<Receiver<Job<W>>>) -> bool {
+    /// Starts a thread, which is for a job or idle from now on; `None`: there may be no more.
+    fn start(self: &Arc<Self>, state: &mut State<W>) -> Option<(u64, Sender<Job<W>>)> {
         if state.threads >= self.size {
-            return false;
+            return None;
         }
         state.numbers += 1;
-        let thread = thread::Builder::new().name(format!("{}-{}", self.name, state.numbers)).stack_size(STACK);
+        let id = state.numbers;
+        let (way, coming) = oneshot::channel();
+        let thread = thread::Builder::new().name(format!("{}-{id}", self.name)).stack_size(STACK);
         let own = Arc::clone(self);
-        let started = thread.spawn(move || own.work(coming)).map_err(|e| log::warn!("no thread for a {}: {e}", self.name));
-        state.threads += usize::from(started.is_ok());
-        started.is_ok()
+        let started = thread.spawn(move || own.work(id, coming));
+        started.map_err(|e| log::warn!("no thread for a {}: {e}", self.name)).ok()?;
+        state.threads += 1;
+        Some((id, way))
     }
 
     /// Starts a thread ahead where none is idle, so that the next job need not wait for that.
     fn spare(self: &Arc<Self>) {
-        let is_due = |state: &State<W>| state.idle.is_empty() && !state.is_spare_coming && state.threads < self.size;
+        let is_due = |state: &State<W>| state.idle.is_empty() && state.threads < self.size;
         if !is_due(&lock(&self.state)) {
             return;
         }
         // To start one takes 70 us; who was given the job goes first where both want this CPU.
         thread::yield_now();
         let mut state = lock(&self.state);
-        if is_due(&state) {
-            state.is_spare_coming = self.start(&mut state, None);
+        if is_due(&state)
+            && let Some((id, spare)) = self.start(&mut state)
+        {
+            // Where none could be started before, somebody may wait.
+            match state.queue.pop_front() {
+                Some((job, _)) => drop(spare.send(job)),
+                None => state.idle.push((id, spare)),
+            }
         }
     }
 }
@@ -225,19 +221,14 @@ impl<W> Pool<W> {
         }
     }
 
-    fn work(&self, first: Option<Receiver<Job<W>>>) {
+    fn work(&self, id: u64, coming: Receiver<Job<W>>) {
         // A new thread inherits SCHED_BATCH from its starter.
         kernel::make_way(false);
         let mut own = (self.make)();
-        let mut first = match first {
-            Some(coming) => coming.recv().ok(),
-            None => {
-                lock(&self.state).is_spare_coming = false;
-                None
-            }
-        };
-        while let Some(job) = first.take().or_else(|| self.next()) {
+        let mut next = self.rest(id, coming);
+        while let Some(job) = next {
             self.carry_out(job, &mut own);
+            next = self.next();
         }
     }
 
@@ -255,6 +246,11 @@ impl<W> Pool<W> {
         let (way, coming) = oneshot::channel();
         state.idle.push((id, way));
         drop(state);
+        self.rest(id, coming)
+    }
+
+    /// The job that comes to an idle thread; `None` where the thread is to end.
+    fn rest(&self, id: u64, coming: Receiver<Job<W>>) -> Option<Job<W>> {
         let until = Instant::now() + self.patience;
         let mut has_rested = false;
         loop {
@@ -275,7 +271,7 @@ impl<W> Pool<W> {
         let mut state = lock(&self.state);
         let Some(place) = state.place(id) else {
             drop(state);
-            // `give` took this thread just now; if it panicked before it sent the job, wait anew.
+            // A job is on its way to it; if `give` panicked before it sent that, wait anew.
             return coming.recv().ok().or_else(|| self.next());
         };
         state.idle.remove(place);
@@ -288,10 +284,10 @@ impl<W> Pool<W> {
         None
     }
 
-    /// This idle thread is not one of those that only a burst would reach; or it was just given a job.
+    /// This thread is idle, and not one of those that only a burst would reach.
     fn may_rest(&self, id: u64) -> bool {
         let state = lock(&self.state);
-        state.place(id).is_none_or(|place| state.idle.len() - place <= RESTING)
+        state.place(id).is_some_and(|place| state.idle.len() - place <= RESTING)
     }
 }
 
