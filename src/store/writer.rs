@@ -581,10 +581,15 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     use oneshot::{RecvTimeoutError, channel};
+    use rusqlite::types::FromSql;
+
+    fn path(name: &str) -> PathBuf {
+        std::env::temp_dir().join(format!("ai-proxy-{}-{name}.db", std::process::id()))
+    }
 
     /// A writer whose history is a file of its own.
     fn writer(name: &str) -> Writer {
-        reopened(std::env::temp_dir().join(format!("ai-proxy-{}-{name}.db", std::process::id())))
+        reopened(path(name))
     }
 
     fn reopened(path: PathBuf) -> Writer {
@@ -597,6 +602,28 @@ mod tests {
         let path = writer.path.clone();
         writer.close();
         fs::remove_file(path).expect("the file is there");
+    }
+
+    /// What the query says of the writer's database.
+    fn told<T: FromSql>(writer: &mut Writer, query: &str) -> T {
+        writer.write(|connection| connection.query_row(query, [], |row| row.get(0))).expect("it is told")
+    }
+
+    fn change(writer: &mut Writer, sql: &str) {
+        writer.write(|connection| connection.execute_batch(sql)).expect("it is changed");
+    }
+
+    /// The answer to who asks whether a write works.
+    fn works(writer: &mut Writer) -> bool {
+        let (done, answer) = channel();
+        writer.probe(done);
+        answer.recv().expect("an answer")
+    }
+
+    fn is_kept(writer: &mut Writer, pair: Pair, unique: Option<Unique>) -> bool {
+        let (done, answer) = channel();
+        writer.append(vec![Arrival::new(pair, unique, move |result| drop(done.send(result.is_ok())))]);
+        answer.recv().expect("an answer")
     }
 
     fn append(writer: &mut Writer, pairs: usize, bytes: usize) {
@@ -631,14 +658,11 @@ mod tests {
             left.push(writer.rows);
         }
         assert_eq!(left, [19, 14, 13, 10, 7, 6]);
-        let counted = |writer: &Writer, sql| {
-            let connection = &writer.open.as_ref().expect("it is open").connection;
-            connection.query_row(sql, [], |row| row.get::<_, i64>(0)).expect("a number")
-        };
-        assert_eq!(counted(&writer, "SELECT count(*) FROM history"), 6);
-        assert_eq!(counted(&writer, "SELECT count(*) FROM history_words WHERE history_words MATCH 'w'"), 0);
+        assert_eq!(told::<i64>(&mut writer, "SELECT count(*) FROM history"), 6);
+        let words = "SELECT count(*) FROM history_words WHERE history_words MATCH 'w'";
+        assert_eq!(told::<i64>(&mut writer, words), 0);
         while writer.index() {}
-        assert_eq!(counted(&writer, "SELECT count(*) FROM history_words WHERE history_words MATCH 'w'"), 6);
+        assert_eq!(told::<i64>(&mut writer, words), 6);
         remove(writer);
     }
 
@@ -654,8 +678,7 @@ mod tests {
         }
         assert_eq!(steps, [2, 4, 6, 7, 8, 508, 708]);
         append(&mut writer, 10, 2);
-        let deleted = writer.write(|connection| connection.execute("DELETE FROM history WHERE id > 708", []));
-        assert_eq!(deleted, Ok(10));
+        change(&mut writer, "DELETE FROM history WHERE id > 708");
         assert!(writer.index() && !writer.index(), "nothing is left to do");
         remove(writer);
     }
@@ -665,8 +688,7 @@ mod tests {
     fn far_between_ids_is_not_far_behind() {
         let mut writer = writer("far");
         append(&mut writer, 1, 2);
-        let by_hand = "INSERT INTO history VALUES (1760000000000000000, '', '', '', '', '', NULL, NULL, NULL, NULL, 0)";
-        assert_eq!(writer.write(|connection| connection.execute(by_hand, [])), Ok(1));
+        change(&mut writer, "INSERT INTO history VALUES (1760000000000000000, '', '', '', '', '', NULL, NULL, NULL, NULL, 0)");
         append(&mut writer, 1, 2);
         writer.catch_up();
         assert_eq!(writer.indexed, 1760000000000000001, "and there is an end to it");
@@ -696,7 +718,6 @@ mod tests {
     fn what_was_noted_of_a_request_goes_with_its_pair() {
         let mut writer = writer("noted");
         append(&mut writer, 4, 2);
-        let change = |writer: &mut Writer, sql: &str| writer.write(|connection| connection.execute_batch(sql)).expect("changed");
         let note = "INSERT INTO idempotency SELECT 'k', id, '/', x'', NULL, id, unixepoch() + id FROM history";
         let date = "UPDATE history SET created_at = strftime('%Y-%m-%dT%H:%M:%fZ', unixepoch() + id, 'unixepoch')";
         change(&mut writer, &format!("{note}; {date}"));
@@ -711,8 +732,7 @@ mod tests {
             writer.next_forgetting = Instant::now();
             assert!(!writer.forget_remembered());
             let ids = "SELECT group_concat(history_id) FROM (SELECT history_id FROM idempotency ORDER BY history_id)";
-            let ids = writer.write(|connection| connection.query_row(ids, [], |row| row.get::<_, String>(0)));
-            assert_eq!(ids.as_deref(), Ok(left), "{sql}");
+            assert_eq!(told::<String>(&mut writer, ids), left, "{sql}");
         }
         remove(writer);
     }
@@ -724,13 +744,12 @@ mod tests {
         append(&mut writer, 120, 2);
         let note = "INSERT INTO idempotency SELECT 'k', id, '/', x'', NULL, id, 0 FROM history";
         let date = "UPDATE history SET created_at = '2000-01-01T00:00:00.000Z'";
-        assert!(writer.write(|connection| connection.execute_batch(&format!("{note}; {date}"))).is_ok());
+        change(&mut writer, &format!("{note}; {date}"));
         writer.max_days = 1;
         writer.next_forgetting = Instant::now();
         while writer.forget_remembered() | writer.retain() {}
-        let left = "SELECT (SELECT count(*) FROM idempotency), (SELECT count(*) FROM history)";
-        let left = writer.write(|connection| connection.query_row(left, [], |row| Ok((row.get(0)?, row.get(1)?))));
-        assert_eq!(left, Ok((0, 0)));
+        let left = "SELECT (SELECT count(*) FROM idempotency) + (SELECT count(*) FROM history)";
+        assert_eq!(told::<i64>(&mut writer, left), 0);
         remove(writer);
     }
 
@@ -745,8 +764,7 @@ mod tests {
         drop(shell);
         writer.look_again();
         append(&mut writer, 1, 2);
-        let version = writer.write(|connection| connection.query_row("PRAGMA user_version", [], |row| row.get(0)));
-        assert_eq!(version, Ok(schema::MIGRATIONS.len() as i64));
+        assert_eq!(told::<i64>(&mut writer, "PRAGMA user_version"), schema::MIGRATIONS.len() as i64);
         remove(writer);
     }
 
@@ -754,19 +772,17 @@ mod tests {
     fn an_id_is_not_given_again_when_its_row_is_gone() {
         let mut writer = writer("ids");
         append(&mut writer, 3, 2);
-        let delete = |writer: &mut Writer| writer.write(|connection| connection.execute("DELETE FROM history", []));
-        assert_eq!(delete(&mut writer), Ok(3));
+        change(&mut writer, "DELETE FROM history");
         append(&mut writer, 2, 2);
         assert_eq!(writer.last_id, 5);
-        assert_eq!(delete(&mut writer), Ok(2));
+        change(&mut writer, "DELETE FROM history");
         while writer.index() {}
         let path = writer.path.clone();
         writer.close();
         let mut writer = reopened(path);
         append(&mut writer, 1, 2);
         assert_eq!(writer.last_id, 6, "nor after a restart");
-        let by_hand = "INSERT INTO history VALUES (9, '', '', '', '', '', NULL, NULL, NULL, NULL, 0)";
-        assert_eq!(writer.write(|connection| connection.execute(by_hand, [])), Ok(1));
+        change(&mut writer, "INSERT INTO history VALUES (9, '', '', '', '', '', NULL, NULL, NULL, NULL, 0)");
         append(&mut writer, 1, 2);
         assert_eq!(writer.last_id, 10);
         remove(writer);
@@ -774,7 +790,7 @@ mod tests {
 
     #[test]
     fn a_history_of_before_is_taken_over_with_its_ids() {
-        let path = std::env::temp_dir().join(format!("ai-proxy-{}-before.db", std::process::id()));
+        let path = path("before");
         let before = Connection::open(&path).expect("a file");
         for (number, migration) in (1..).zip(&schema::MIGRATIONS[..3]) {
             before.execute_batch(&format!("{migration}; PRAGMA user_version = {number}")).expect("a migration");
@@ -790,15 +806,11 @@ mod tests {
         drop(before);
         let mut writer = reopened(path);
         append(&mut writer, 1, 2);
-        let ids = "SELECT group_concat(id ORDER BY id) FROM history";
-        let ids = writer.write(|connection| connection.query_row(ids, [], |row| row.get(0)));
-        assert_eq!(ids, Ok("1,2,4".to_string()));
-        let seen = writer.write(|connection| connection.query_row("SELECT count(*) FROM mine", [], |row| row.get(0)));
-        assert_eq!(seen, Ok(3), "what others made of it");
+        assert_eq!(told::<String>(&mut writer, "SELECT group_concat(id ORDER BY id) FROM history"), "1,2,4");
+        assert_eq!(told::<i64>(&mut writer, "SELECT count(*) FROM mine"), 3, "what others made of it");
         while writer.index() {}
         let found = "SELECT count(*) FROM history_words WHERE history_words MATCH 'q'";
-        let found = writer.write(|connection| connection.query_row(found, [], |row| row.get(0)));
-        assert_eq!(found, Ok(2), "rows that another index had");
+        assert_eq!(told::<i64>(&mut writer, found), 2, "rows that another index had");
         remove(writer);
     }
 
@@ -857,17 +869,12 @@ mod tests {
     #[test]
     fn what_did_not_fit_is_not_asked_for_before_there_is_room() {
         let mut writer = writer("wanted-room");
-        let works = |writer: &mut Writer| {
-            let (done, answer) = channel();
-            writer.probe(done);
-            answer.recv()
-        };
         (writer.wanted_room, writer.open) = (u64::MAX, None);
         writer.state.failing.store(true, Ordering::Relaxed);
-        assert_eq!(works(&mut writer), Ok(false));
+        assert!(!works(&mut writer));
         assert!(writer.state.failing.load(Ordering::Relaxed));
         writer.wanted_room = 1;
-        assert_eq!(works(&mut writer), Ok(true));
+        assert!(works(&mut writer));
         append(&mut writer, 1, 2);
         assert_eq!(writer.wanted_room, 0);
         remove(writer);
@@ -877,13 +884,8 @@ mod tests {
     #[test]
     fn a_nearly_full_disk_takes_what_fits_beside_the_journal_and_what_deleting_frees() {
         let mut writer = writer("nearly-full");
-        let kept = |writer: &mut Writer| {
-            let (done, answer) = channel();
-            let pair = Pair { key: "k".into(), question: "w ".repeat(50_000), ..Pair::default() };
-            let then = Box::new(move |result: Result<Pair, ApiError>| drop(done.send(result.is_ok())));
-            writer.append(vec![Arrival { pair, unique: None, then, since: Instant::now() }]);
-            answer.recv() == Ok(true)
-        };
+        let pair = || Pair { key: "k".into(), question: "w ".repeat(50_000), ..Pair::default() };
+        let kept = |writer: &mut Writer| is_kept(writer, pair(), None);
         for _ in 0..20 {
             assert!(kept(&mut writer));
         }
@@ -904,9 +906,7 @@ mod tests {
         assert!(kept(&mut writer));
         writer.room = |_| Some(Room { left: KEPT_ROOM + (100 << 10), total: u64::MAX });
         assert!(!kept(&mut writer) && !kept(&mut writer));
-        let (done, answer) = channel();
-        writer.probe(done);
-        assert_eq!(answer.recv(), Ok(false), "the next answer would be paid for in vain");
+        assert!(!works(&mut writer), "the next answer would be paid for in vain");
         writer.max_rows = 41;
         writer.rows = 42;
         assert!(kept(&mut writer), "who takes the place of another needs little");
@@ -940,11 +940,8 @@ mod tests {
     fn what_is_noted_of_a_request_needs_room_too() {
         let mut writer = writer("noted-room");
         writer.room = |_| Some(Room { left: KEPT_ROOM + (1 << 20), total: u64::MAX });
-        let (done, answer) = channel();
         let unique = Unique { key: "k".into(), path: "/".into(), request: vec![0; 1 << 20], response: None };
-        let then = Box::new(move |result: Result<Pair, ApiError>| drop(done.send(result.is_ok())));
-        writer.append(vec![Arrival { pair: Pair::default(), unique: Some(unique), then, since: Instant::now() }]);
-        assert_eq!(answer.recv(), Ok(false));
+        assert!(!is_kept(&mut writer, Pair::default(), Some(unique)));
         remove(writer);
     }
 
@@ -969,12 +966,10 @@ mod tests {
         let mut writer = writer("guarded");
         append(&mut writer, 3, 2);
         let guard = "CREATE TRIGGER guard BEFORE DELETE ON history WHEN old.id = 2 BEGIN SELECT RAISE(ABORT, 'no'); END";
-        assert!(writer.write(|connection| connection.execute_batch(guard)).is_ok());
+        change(&mut writer, guard);
         writer.max_rows = 1;
         append(&mut writer, 1, 2);
-        let rows =
-            writer.write(|connection| connection.query_row("SELECT count(*) FROM history", [], |row| row.get::<_, i64>(0)));
-        assert_eq!((rows, writer.rows), (Ok(4), 4));
+        assert_eq!((told::<i64>(&mut writer, "SELECT count(*) FROM history"), writer.rows), (4, 4));
         remove(writer);
     }
 
@@ -1001,8 +996,7 @@ mod tests {
         append(&mut old, 5, 10);
         fs::rename(there, here).expect("both are there");
         append(&mut old, 1, 10);
-        let rows = old.write(|connection| connection.query_row("SELECT count(*) FROM history", [], |row| row.get::<_, i64>(0)));
-        assert_eq!(rows, Ok(4));
+        assert_eq!(told::<i64>(&mut old, "SELECT count(*) FROM history"), 4);
         remove(old);
     }
 
@@ -1013,8 +1007,7 @@ mod tests {
             let (mut old, mut new) = (writer(name), writer(&format!("{name}-new")));
             append(&mut old, 6, 10);
             append(&mut new, rows, 10);
-            let delete = |connection: &Connection| connection.execute("DELETE FROM history WHERE id > 2", []);
-            assert!(new.write(delete).is_ok());
+            change(&mut new, "DELETE FROM history WHERE id > 2");
             let there = new.path.clone();
             new.close();
             fs::rename(there, &old.path).expect("both are there");
@@ -1048,8 +1041,7 @@ mod tests {
         append(&mut writer, 3, 10);
         let (path, backup) = (writer.path.clone(), writer.path.with_extension("backup"));
         for round in 0..40 {
-            let copied =
-                writer.write(|connection| connection.query_row("SELECT count(*) FROM history", [], |row| row.get::<_, i64>(0)));
+            let copied: i64 = told(&mut writer, "SELECT count(*) FROM history");
             let shell = Connection::open(&path).expect("a file");
             shell.execute("VACUUM INTO ?1", [backup.to_string_lossy()]).expect("a copy");
             drop(shell);
@@ -1064,7 +1056,7 @@ mod tests {
             append(&mut writer, 1, 10);
             let there = Connection::open(&path).expect("a file");
             let rows: i64 = there.query_row("SELECT count(*) FROM history", [], |row| row.get(0)).expect("a number");
-            assert_eq!(Ok(rows - 1), copied, "round {round}");
+            assert_eq!(rows - 1, copied, "round {round}");
         }
         remove(writer);
     }
@@ -1083,7 +1075,7 @@ mod tests {
     /// As where two servers start at once. SQLite waits for other locks by itself, for this one not.
     #[test]
     fn a_new_database_that_another_process_is_just_making_is_waited_for() {
-        let path = std::env::temp_dir().join(format!("ai-proxy-{}-made.db", std::process::id()));
+        let path = path("made");
         let holder = locked_for(&path, QUIET);
         let writer = reopened(path);
         holder.join().expect("it lets go");
@@ -1092,7 +1084,6 @@ mod tests {
 
     #[test]
     fn a_link_may_lead_to_a_database_that_is_not_there_yet() {
-        let path = |name: &str| std::env::temp_dir().join(format!("ai-proxy-{}-{name}", std::process::id()));
         let (link, there) = (path("link"), path("behind-link"));
         std::os::unix::fs::symlink(&there, &link).expect("a link");
         let mut writer = Writer::new(link.clone(), Durability::Normal, Arc::default(), Arc::new(Metrics::new(&[], &[])));
@@ -1130,8 +1121,7 @@ mod tests {
             let mut writer = writer(name);
             (writer.sync, writer.open) = (sync, None);
             assert!(writer.ready().is_ok());
-            let asked = writer.write(|connection| connection.query_row("PRAGMA synchronous", [], |row| row.get::<_, i64>(0)));
-            assert_eq!(asked, Ok(level));
+            assert_eq!(told::<i64>(&mut writer, "PRAGMA synchronous"), level);
             remove(writer);
         }
     }
