@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use rusqlite::Connection;
 use rusqlite::functions::FunctionFlags;
 
-use super::{RETENTION_TICK, Writer, disk_full};
+use super::journal::disk_full;
+use super::{RETENTION_TICK, Writer};
 use crate::store::search::plain;
 
 /// Housekeeping takes so many rows at a time, so that a new pair never waits long.
@@ -105,5 +106,101 @@ impl Writer {
         let failing = self.is_index_failing();
         // A sender that is dropped wakes who waits.
         self.searches.retain(|(up_to, search)| *up_to > self.indexed && !failing && !search.is_closed());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use oneshot::{RecvTimeoutError, channel};
+
+    use super::super::tests::{append, change, remove, writer};
+    use super::*;
+    use crate::kernel::Room;
+
+    #[test]
+    fn a_bite_of_the_index_is_so_many_bytes_but_at_least_a_row() {
+        let mut writer = writer("bite");
+        append(&mut writer, 6, 100 << 10);
+        append(&mut writer, 2, 1 << 20);
+        append(&mut writer, 700, 2);
+        let mut steps = Vec::new();
+        while writer.index() {
+            steps.push(writer.indexed);
+        }
+        assert_eq!(steps, [2, 4, 6, 7, 8, 508, 708]);
+        append(&mut writer, 10, 2);
+        change(&mut writer, "DELETE FROM history WHERE id > 708");
+        assert!(writer.index() && !writer.index(), "nothing is left to do");
+        remove(writer);
+    }
+
+    /// As when somebody gives ids by the clock.
+    #[test]
+    fn far_between_ids_is_not_far_behind() {
+        let mut writer = writer("far");
+        append(&mut writer, 1, 2);
+        change(&mut writer, "INSERT INTO history VALUES (1760000000000000000, '', '', '', '', '', NULL, NULL, NULL, NULL, 0)");
+        append(&mut writer, 1, 2);
+        writer.catch_up();
+        assert_eq!(writer.indexed, 1760000000000000001, "and there is an end to it");
+        remove(writer);
+    }
+
+    #[test]
+    fn an_index_that_fails_rests_the_longer_the_longer_it_fails_and_no_more_where_pairs_are_kept_again() {
+        let mut writer = writer("rest");
+        append(&mut writer, 1, 2);
+        let full: fn(&Path) -> Option<Room> = |_| Some(Room { left: 0, total: 1 << 30 });
+        let roomy = std::mem::replace(&mut writer.room, full);
+        for (seconds, next) in [(1, 2), (2, 4), (4, 8)] {
+            writer.next_indexing = Instant::now();
+            assert!(writer.indexing_rest == Duration::from_secs(seconds) && !writer.index());
+            assert!(writer.is_index_failing() && writer.indexing_rest == Duration::from_secs(next));
+        }
+        writer.attempt("written", |_, _| Err::<(), _>(disk_full()));
+        writer.room = roomy;
+        append(&mut writer, 1, 2);
+        assert!(!writer.is_index_failing() && writer.index());
+        assert_eq!((writer.indexed, writer.indexing_rest), (2, INDEXING_REST));
+        remove(writer);
+    }
+
+    #[test]
+    fn under_a_load_that_never_pauses_there_are_the_more_bites_the_more_is_not_indexed() {
+        let mut writer = writer("load");
+        append(&mut writer, 30, 100 << 10);
+        writer.catch_up();
+        assert_eq!(writer.indexed, 0, "that can wait");
+        let (search, _waits) = channel();
+        writer.searches.push((30, search));
+        writer.catch_up();
+        assert_eq!(writer.indexed, 2, "a search cannot");
+        writer.unindexed_bytes = 3 * MOST_UNINDEXED_BYTES;
+        writer.catch_up();
+        assert_eq!(writer.indexed, 8);
+        writer.last_id = 8 + 4 * MOST_UNINDEXED;
+        writer.catch_up();
+        assert_eq!(writer.indexed, 16);
+        remove(writer);
+    }
+
+    #[test]
+    fn searches_go_on_when_they_miss_nothing_or_cannot_be_helped() {
+        let mut writer = writer("searches");
+        append(&mut writer, 3, 100 << 10);
+        let (early, late, gone) = (channel(), channel(), channel());
+        writer.searches = vec![(2, early.0), (3, late.0), (3, gone.0)];
+        drop(gone.1);
+        writer.index();
+        writer.let_searches_go();
+        assert!(early.1.recv().is_err());
+        assert_eq!(writer.searches.len(), 1, "who gave up is forgotten");
+        assert_eq!(late.1.recv_timeout(Duration::ZERO), Err(RecvTimeoutError::Timeout));
+        writer.state.failing.store(true, Ordering::Relaxed);
+        writer.let_searches_go();
+        assert_eq!(late.1.recv_timeout(Duration::ZERO), Err(RecvTimeoutError::Disconnected));
+        remove(writer);
     }
 }

@@ -1,4 +1,5 @@
-//! Retention: which rows are too many or too old, and their going, in quiet moments or along with new ones. Knows no pairs.
+//! Retention: which rows are too many or too old, and their going, in quiet moments or along with new ones; also of what was
+//! noted of requests. Knows no pairs.
 
 use std::time::Instant;
 
@@ -9,6 +10,8 @@ use crate::store::schema::{Trouble, advice};
 
 /// Retention takes so many in a quiet moment: their words are in the index, and a new pair waits about a millisecond.
 const RETAIN_ROWS: u64 = 50;
+/// So many requests with an `Idempotency-Key` are forgotten at a time, so that a new pair never waits long.
+const FORGET_REQUESTS: usize = 100;
 
 /// What retention says has to go.
 pub(super) struct Surplus {
@@ -103,5 +106,129 @@ impl Writer {
             self.next_retention = Instant::now() + RETENTION_TICK;
         }
         deleted
+    }
+
+    /// Forgets some of the requests with an `Idempotency-Key` that nobody may repeat any more; true when there may be more
+    /// to do.
+    pub(super) fn forget_remembered(&mut self) -> bool {
+        if Instant::now() < self.next_forgetting {
+            return false;
+        }
+        let forgotten = self.transact("cleared of old requests", |connection, _| {
+            connection.execute(include_str!("../../../sql/queries/forget_remembered.sql"), [FORGET_REQUESTS as i64])
+        });
+        let more = forgotten == Some(FORGET_REQUESTS);
+        if !more {
+            self.next_forgetting = Instant::now() + RETENTION_TICK;
+        }
+        more
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::sync::atomic::Ordering;
+
+    use super::super::tests::{append, change, remove, told, writer};
+    use super::*;
+
+    #[test]
+    fn where_there_are_too_many_each_new_row_makes_room_for_two() {
+        let mut writer = writer("room");
+        append(&mut writer, 20, 10);
+        while writer.index() {}
+        writer.max_rows = 6;
+        let mut left = Vec::new();
+        for new in [1, 5, 1, 3, 3, 1] {
+            append(&mut writer, new, 10);
+            left.push(writer.rows);
+        }
+        assert_eq!(left, [19, 14, 13, 10, 7, 6]);
+        assert_eq!(told::<i64>(&mut writer, "SELECT count(*) FROM history"), 6);
+        let words = "SELECT count(*) FROM history_words WHERE history_words MATCH 'w'";
+        assert_eq!(told::<i64>(&mut writer, words), 0);
+        while writer.index() {}
+        assert_eq!(told::<i64>(&mut writer, words), 6);
+        remove(writer);
+    }
+
+    #[test]
+    fn what_was_noted_of_a_request_goes_with_its_pair() {
+        let mut writer = writer("noted");
+        append(&mut writer, 4, 2);
+        let note = "INSERT INTO idempotency SELECT 'k', id, '/', x'', NULL, id, unixepoch() + id FROM history";
+        let date = "UPDATE history SET created_at = strftime('%Y-%m-%dT%H:%M:%fZ', unixepoch() + id, 'unixepoch')";
+        change(&mut writer, &format!("{note}; {date}"));
+        let set_back = "UPDATE history SET created_at = '2100-01-01T00:00:00.000Z'";
+        for (sql, left) in [
+            ("DELETE FROM history WHERE id = 1", "2,3,4"),
+            ("DELETE FROM history WHERE id = 3", "2,3,4"),
+            ("DELETE FROM history WHERE id = 2", "4"),
+            (set_back, "4"),
+        ] {
+            change(&mut writer, sql);
+            writer.next_forgetting = Instant::now();
+            assert!(!writer.forget_remembered());
+            let ids = "SELECT group_concat(history_id) FROM (SELECT history_id FROM idempotency ORDER BY history_id)";
+            assert_eq!(told::<String>(&mut writer, ids), left, "{sql}");
+        }
+        remove(writer);
+    }
+
+    /// Or they would become ever more under a load that brings more in a minute than goes at a time.
+    #[test]
+    fn what_is_too_old_goes_at_once_however_much_it_is() {
+        let mut writer = writer("old");
+        append(&mut writer, 120, 2);
+        let note = "INSERT INTO idempotency SELECT 'k', id, '/', x'', NULL, id, 0 FROM history";
+        let date = "UPDATE history SET created_at = '2000-01-01T00:00:00.000Z'";
+        change(&mut writer, &format!("{note}; {date}"));
+        writer.max_days = 1;
+        writer.next_forgetting = Instant::now();
+        while writer.forget_remembered() | writer.retain() {}
+        let left = "SELECT (SELECT count(*) FROM idempotency) + (SELECT count(*) FROM history)";
+        assert_eq!(told::<i64>(&mut writer, left), 0);
+        remove(writer);
+    }
+
+    /// Or more would seem to be there than there is, and recent ones would go for that.
+    #[test]
+    fn of_what_cannot_all_be_deleted_nothing_goes() {
+        let mut writer = writer("guarded");
+        append(&mut writer, 3, 2);
+        let guard = "CREATE TRIGGER guard BEFORE DELETE ON history WHEN old.id = 2 BEGIN SELECT RAISE(ABORT, 'no'); END";
+        change(&mut writer, guard);
+        writer.max_rows = 1;
+        append(&mut writer, 1, 2);
+        assert_eq!((told::<i64>(&mut writer, "SELECT count(*) FROM history"), writer.rows), (4, 4));
+        remove(writer);
+    }
+
+    /// Deleting nothing works on the fullest disk.
+    #[test]
+    fn housekeeping_does_not_say_that_pairs_can_be_kept() {
+        let mut writer = writer("housekeeping");
+        writer.state.failing.store(true, Ordering::Relaxed);
+        writer.forget_remembered();
+        writer.max_rows = 1;
+        writer.rows = 2;
+        assert!(!writer.retain());
+        assert!(writer.state.failing.load(Ordering::Relaxed));
+        remove(writer);
+    }
+
+    #[test]
+    fn rows_of_another_database_are_counted_before_any_goes() {
+        let (mut old, mut new) = (writer("counted"), writer("counted-new"));
+        append(&mut new, 3, 10);
+        let (here, there) = (old.path.clone(), new.path.clone());
+        new.close();
+        old.max_rows = 5;
+        append(&mut old, 5, 10);
+        fs::rename(there, here).expect("both are there");
+        append(&mut old, 1, 10);
+        assert_eq!(told::<i64>(&mut old, "SELECT count(*) FROM history"), 4);
+        remove(old);
     }
 }
