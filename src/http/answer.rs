@@ -10,8 +10,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::event::PollFlags;
 
+use super::connection::Connection;
 use super::head::Head;
-use super::{Connection, Listed, wait};
+use super::{Listed, wait};
 use crate::config;
 use crate::error::{ApiError, Code, Header};
 use crate::kernel;
