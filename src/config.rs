@@ -1,8 +1,9 @@
 //! Every setting: its name, default, what is allowed, and the checked value. Reads the environment and
 //! `.env`, nothing else; knows no module but the start-up error.
 
+mod env_file;
+
 use std::collections::HashMap;
-use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -144,14 +145,7 @@ impl Config {
     /// The settings from the process environment and, where that is silent, from `./.env`. One that is set to nothing
     /// has its default, also where `.env` has another. Errs with one line that names variable, value and rule.
     pub fn load() -> Result<Config, StartError> {
-        let file = match std::fs::read_to_string(".env") {
-            Err(e) if e.kind() == ErrorKind::NotFound => String::new(),
-            read => read.map_err(|e| StartError::usage(format!(".env cannot be read: {e}")))?,
-        };
-        no_unset_variable(&file)?;
-        let lines = dotenvy::from_read_iter(file.as_bytes());
-        let given: Result<HashMap<_, _>, _> = lines.collect();
-        let mut given = given.map_err(|e| StartError::usage(env_file_trouble(&e, &file)))?;
+        let mut given = env_file::read()?;
         for Setting(name, ..) in SETTINGS {
             if let Some(value) = std::env::var_os(name) {
                 let no_text = |_| StartError::usage(format!("{name}: the value given is not UTF-8; it must be text"));
@@ -256,72 +250,6 @@ impl Config {
         }
         text
     }
-}
-
-/// Which of our settings a line of `.env` sets.
-fn setting_in(line: &str) -> Option<&'static str> {
-    let name = name_in(line);
-    SETTINGS.iter().find(|setting| Some(setting.0) == name).map(|setting| setting.0)
-}
-
-fn name_in(line: &str) -> Option<&str> {
-    line.split_once('=').map(|(name, _)| name.trim().trim_start_matches("export ").trim())
-}
-
-/// Errs where one of our settings in `.env` names a variable that is not set: nothing would be put in its place, and half a
-/// secret is one that others may guess.
-fn no_unset_variable(text: &str) -> Result<(), StartError> {
-    let mut known: Vec<&str> = Vec::new();
-    for (line, at) in text.lines().zip(1..) {
-        let is_set = |name: &&str| known.contains(name) || !name.is_empty() && std::env::var_os(name).is_some();
-        if let Some(setting) = setting_in(line).filter(|_| !variables(line).iter().all(is_set)) {
-            let rule = "it names a variable that is not set; a value with a $ of its own stands in single quotes";
-            return Err(StartError::usage(format!(".env: line {at} ({setting}): {rule}")));
-        }
-        known.extend(name_in(line));
-    }
-    Ok(())
-}
-
-/// The names behind each `$` in a line of `.env` that another value takes the place of: not in single quotes, behind a
-/// backslash or in a comment.
-fn variables(line: &str) -> Vec<&str> {
-    let (mut single, mut double, mut before) = (false, false, '\0');
-    let mut names = Vec::new();
-    for (at, c) in line.char_indices() {
-        let is_escaped = before == '\\' && !single;
-        match c {
-            _ if is_escaped => {}
-            '\'' if !double => single = !single,
-            '"' if !single => double = !double,
-            '#' if before.is_whitespace() && !single && !double => break,
-            '$' if !single => {
-                let rest = &line[at + 1..];
-                let name = match rest.strip_prefix('{') {
-                    Some(rest) => rest.split('}').next(),
-                    None => rest.split(|c: char| !c.is_alphanumeric() && c != '_').next(),
-                };
-                names.extend(name);
-            }
-            _ => {}
-        }
-        before = if is_escaped { '\0' } else { c };
-    }
-    names
-}
-
-/// What is wrong with `.env`, whose text this is, without repeating any of it, since secrets stand there.
-fn env_file_trouble(e: &dotenvy::Error, text: &str) -> String {
-    let dotenvy::Error::LineParse(line, _) = e else { return ".env cannot be read; each line is NAME=VALUE".to_string() };
-    let end = line.lines().next().unwrap_or_default();
-    // Of a line with a name there is only the value.
-    let found = text.lines().zip(1..).find(|(line, _)| !end.is_empty() && line.trim_end().ends_with(end));
-    let which = found
-        .map_or(String::new(), |(line, at)| setting_in(line).map_or(format!(" {at}"), |setting| format!(" {at} ({setting})")));
-    format!(
-        ".env: line{which} cannot be read; a line is NAME=VALUE, and a value with blanks, #, $, \\ or quotes stands in single \
-         quotes"
-    )
 }
 
 /// The settings as text, before they are checked.
