@@ -4,6 +4,7 @@
 use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, Either, NextTimeout, RustlsConnector, Transport};
@@ -108,10 +109,7 @@ impl Sealed {
 
     /// Takes what is there, without a wait: an error of the kind `WouldBlock` where that is nothing.
     fn look(&mut self) -> Result<bool, ureq::Error> {
-        self.watch.look(true);
-        let look = self.tls.maybe_await_input(NextTimeout::default());
-        self.watch.look(false);
-        look
+        self.tls.maybe_await_input(NextTimeout { after: Duration::ZERO.into(), ..NextTimeout::default() })
     }
 }
 

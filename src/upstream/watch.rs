@@ -31,8 +31,6 @@ struct Bounds {
     silence: Option<Duration>,
     ended: Option<Ended>,
     reused: bool,
-    /// Reads do not wait: `is_open` looks.
-    looks: bool,
     /// Since when a stream's next piece is waited for.
     since: Option<Instant>,
     /// The socket that a stream comes from.
@@ -113,16 +111,6 @@ impl Watch {
     /// Why the call ended, where it was not the upstream's doing.
     pub fn ended(&self) -> Option<Ended> {
         lock(&self.0).ended
-    }
-
-    /// Says whether from now on a read only looks what is there.
-    pub fn look(&self, looks: bool) {
-        lock(&self.0).looks = looks;
-    }
-
-    /// A read only looks what is there.
-    pub fn looks(&self) -> bool {
-        lock(&self.0).looks
     }
 
     /// Notes whether the attempt that begins runs on a connection from before.

@@ -99,10 +99,9 @@ pub struct Wire {
 }
 
 impl Wire {
-    /// Waits for what comes next and takes it; 0: the upstream has closed. Where the call only looks what is there it does
-    /// not wait, and errs with `WouldBlock`.
-    fn receive(&mut self) -> Result<usize, ureq::Error> {
-        let looks = self.watch.looks();
+    /// Waits for what comes next and takes it; 0: the upstream has closed. Who only looks what is there does not wait, and
+    /// errs with `WouldBlock`.
+    fn receive(&mut self, looks: bool) -> Result<usize, ureq::Error> {
         let silence = if looks { None } else { self.watch.stream_from(&self.stream, &mut self.received)? };
         if let Some(silence) = silence {
             self.be_patient(silence)?;
@@ -182,11 +181,13 @@ impl Transport for Wire {
         if self.buffers.is_full() { self.send() } else { Ok(()) }
     }
 
-    fn await_input(&mut self, _: NextTimeout) -> Result<bool, ureq::Error> {
-        if self.buffers.unsent > 0 && !self.watch.looks() {
+    fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
+        // Who gives it no time looks only. All others have what the watch gives them.
+        let looks = timeout.after.is_zero();
+        if self.buffers.unsent > 0 && !looks {
             self.send()?;
         }
-        let amount = self.receive()?;
+        let amount = self.receive(looks)?;
         self.just_read = amount > 0;
         Ok(amount > 0)
     }
