@@ -143,11 +143,7 @@ impl Answer<'_> {
         // Other forms of it, without a frame: vLLM's, llama.cpp's.
         let says_so = self.object.is_some_and(|object| object.get() == "\"error\"");
         let says_why = self.message.is_some_and(|message| message.get().starts_with('"')) && self.code.is_some_and(is_failure);
-        if self.choices.is_none() && (says_so || says_why) {
-            Err(NoAnswer::error(what, &String::from_utf8_lossy(json)))
-        } else {
-            Ok(())
-        }
+        if self.choices.is_none() && (says_so || says_why) { Err(NoAnswer::error(what, json)) } else { Ok(()) }
     }
 }
 

@@ -44,13 +44,14 @@ impl NoAnswer {
     // Not inlined: each stream waits with every page of stack that was used.
     #[inline(never)]
     pub fn event(data: &[u8]) -> NoAnswer {
-        let data = &data[..data.len().min(LARGE_ERROR)];
-        let error = serde_json::from_slice::<Value>(data).unwrap_or_default();
-        NoAnswer { why: BROKEN_OFF.to_string(), words: error_told(data).0, passing: may_pass(bare(&error)) }
+        NoAnswer::by(BROKEN_OFF, bare(&readable(data)))
     }
 
-    pub(super) fn error(what: &str, error: &str) -> NoAnswer {
-        let error = &readable(error);
+    pub(super) fn error(what: &str, error: &[u8]) -> NoAnswer {
+        NoAnswer::by(what, &readable(error))
+    }
+
+    fn by(what: &str, error: &Value) -> NoAnswer {
         NoAnswer { why: what.to_string(), words: error_words(error), passing: may_pass(error) }
     }
 }
@@ -78,19 +79,15 @@ pub(super) fn is_error(error: &RawValue) -> bool {
 
 /// Errs where an `error` field says that there is one; `what` its answer did.
 pub(super) fn no_error(what: &str, error: Option<&RawValue>) -> Result<(), NoAnswer> {
-    error.filter(|error| is_error(error)).map_or(Ok(()), |error| Err(NoAnswer::error(what, error.get())))
+    error.filter(|error| is_error(error)).map_or(Ok(()), |error| Err(NoAnswer::error(what, error.get().as_bytes())))
 }
 
 /// What the body of an error answer says: the words for people, of any length, which are the message of an `error` in any of
 /// the usual shapes, or whatever text it is; and the field of the request that it blames.
 pub fn error_told(body: &[u8]) -> (String, Option<String>) {
-    match serde_json::from_slice::<Value>(body) {
-        Ok(value) => {
-            let error = bare(&value);
-            (error_words(error), error_param(error))
-        }
-        Err(_) => (one_line(String::from_utf8_lossy(body).trim()), None),
-    }
+    let value = readable(body);
+    let error = bare(&value);
+    (error_words(error), error_param(error))
 }
 
 /// The error in the body of an error answer, where it has a frame without that.
@@ -105,10 +102,10 @@ fn error_param(error: &Value) -> Option<String> {
     ((1..=200).contains(&param.len()) && !param.contains(char::is_control)).then(|| param.to_string())
 }
 
-/// An error as it is, or where it is large or too deep to be read its text, as far as anybody reads that.
-fn readable(json: &str) -> Value {
-    let error = if json.len() <= LARGE_ERROR { serde_json::from_str(json).ok() } else { None };
-    error.unwrap_or_else(|| json.chars().take(LARGE_ERROR).collect::<String>().into())
+/// An error as it is, or where it is no JSON, large, or too deep to be read its text, as far as anybody reads that.
+fn readable(error: &[u8]) -> Value {
+    let error = &error[..error.len().min(LARGE_ERROR)];
+    serde_json::from_slice(error).unwrap_or_else(|_| String::from_utf8_lossy(error).trim().into())
 }
 
 /// What people read of an error, and of the error behind it where a router tells that of another server
