@@ -3,7 +3,6 @@
 use std::borrow::Cow;
 
 use serde::Deserialize;
-use serde::de::Deserializer;
 use serde_json::value::RawValue;
 
 use super::errors::{BROKEN_OFF, NoAnswer, is_error, no_error};
@@ -33,7 +32,7 @@ pub fn parse_completion(body: &[u8]) -> Result<Completion, NoAnswer> {
     }
     let choice = choices.swap_remove(choices.iter().position(Choice::is_first).unwrap_or(0));
     no_error("it answered with an error", choice.error)?;
-    let mut message = choice.message.ok_or_else(|| "its answer's first choice has no message".to_string())?;
+    let message = choice.message.ok_or_else(|| "its answer's first choice has no message".to_string())?;
     let mut text = message.text().into_owned();
     let mut calls = ToolCalls::default();
     message.calls(&mut calls);
@@ -114,7 +113,7 @@ pub fn parse_chunk(data: &[u8]) -> Result<Chunk<'_>, NoAnswer> {
             continue;
         }
         no_error(BROKEN_OFF, choice.error)?;
-        if let Some(mut delta) = choice.delta {
+        if let Some(delta) = choice.delta {
             chunk.delta += delta.text();
             delta.calls(&mut chunk.tool_calls);
         }
@@ -173,8 +172,8 @@ impl Choice<'_> {
 
 #[derive(Default)]
 struct Said<'a> {
-    content: Text<'a>,
-    refusal: Text<'a>,
+    content: Option<&'a RawValue>,
+    refusal: Option<&'a RawValue>,
     tool_calls: Option<Few<Wish<ToolCall>>>,
     /// How a single call looked before there were tools.
     function_call: Option<Box<Function<'a>>>,
@@ -184,13 +183,14 @@ object!(Said<'de> { content, refusal } wishes { tool_calls, function_call });
 
 impl<'a> Said<'a> {
     /// Adds its calls, or pieces of calls, as they are.
-    fn calls(&mut self, all: &mut ToolCalls) {
-        all.take(self.tool_calls.take(), self.function_call.take());
+    fn calls(self, all: &mut ToolCalls) {
+        all.take(self.tool_calls, self.function_call);
     }
 
-    fn text(&mut self) -> Cow<'a, str> {
-        let words = if self.content.0.is_empty() { &mut self.refusal } else { &mut self.content };
-        std::mem::take(&mut words.0)
+    /// The text of what a model says, which may come in parts anywhere.
+    fn text(&self) -> Cow<'a, str> {
+        let text = |said: Option<&'a RawValue>| said.map(|said| text_of(said.get(), "")).filter(|text| !text.is_empty());
+        text(self.content).or_else(|| text(self.refusal)).unwrap_or_default()
     }
 }
 
@@ -217,16 +217,6 @@ fn usage(counts: Option<Counts>) -> Option<Usage> {
         completion_tokens,
         total_tokens: total.unwrap_or(prompt_tokens.saturating_add(completion_tokens)),
     })
-}
-
-/// The text of what a model says, which may come in parts anywhere.
-#[derive(Default)]
-struct Text<'a>(Cow<'a, str>);
-
-impl<'de: 'a, 'a> Deserialize<'de> for Text<'a> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Text<'a>, D::Error> {
-        <&RawValue>::deserialize(deserializer).map(|json| Text(text_of(json.get(), "")))
-    }
 }
 
 #[cfg(test)]
