@@ -1,13 +1,10 @@
 //! Calls of tools in answers: how they look on the way, how their pieces come together in a stream, and how history keeps
 //! them.
 
-use std::cell::Cell;
-
-use serde::de::{Deserializer, IgnoredAny};
+use serde::de::Deserializer;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use super::from_json;
 use crate::exchange::size_in_json;
 use crate::json::{Few, MOST_PARTS, Wish, Words, object, wished};
 
@@ -31,7 +28,6 @@ impl Function<'_> {
             arguments: Some(arguments.unwrap_or_default()),
             id,
             name: self.name.map(|Words(name)| name.into_owned()),
-            looks: Cell::default(),
         }
     }
 }
@@ -44,9 +40,6 @@ pub(super) struct ToolCall {
     arguments: Option<String>,
     id: Option<String>,
     name: Option<String>,
-    /// How often it was looked in vain whether the arguments are complete.
-    #[serde(skip)]
-    looks: Cell<usize>,
 }
 
 /// A tool call as it stands in an answer.
@@ -74,26 +67,12 @@ impl<'de> Deserialize<'de> for ToolCall {
     }
 }
 
-/// Arguments are read so often at most to see whether they are complete: they may come in a million pieces.
-const MOST_LOOKS: usize = 100;
-
 impl ToolCall {
     /// What a call takes in history beside its texts, in bytes: empty ones are many.
     const FRAME: usize = r#"{"arguments":null,"id":null,"name":null},"#.len();
 
-    fn begins_an_object(&self) -> bool {
-        self.arguments.as_deref().unwrap_or_default().trim_start().starts_with('{')
-    }
-
-    /// Its arguments are an object to its end.
-    fn is_complete(&self) -> bool {
-        let arguments = self.arguments.as_deref().unwrap_or_default();
-        if !arguments.trim_end().ends_with('}') || self.looks.get() == MOST_LOOKS {
-            return false;
-        }
-        let is_complete = from_json::<IgnoredAny>(arguments.as_bytes()).is_ok();
-        self.looks.set(self.looks.get() + usize::from(!is_complete));
-        is_complete
+    fn arguments(&self) -> &str {
+        self.arguments.as_deref().unwrap_or_default()
     }
 
     fn size(&self) -> usize {
@@ -151,7 +130,7 @@ impl ToolCalls {
 
     /// The call that a piece continues: the one of its index, by its id where several have that; or the last where servers
     /// give no index. Some give all calls the same. Then a piece with a name begins anew: where its id is another, or its
-    /// name after arguments came, or where it begins an object and the one that came is complete.
+    /// name after arguments came, or where it begins an object and the last one has ended: JSON has no `}{`.
     fn place(&self, piece: &ToolCall) -> Option<usize> {
         let of_index = |call: &ToolCall| piece.index.is_none() || call.index == piece.index;
         let of_id = |id| self.calls.iter().position(|call| of_index(call) && call.id.as_ref() == Some(id));
@@ -163,10 +142,11 @@ impl ToolCalls {
         })?;
         let call = &self.calls[place];
         let (Some(name), Some(known), None) = (given(&piece.name), given(&call.name), with_id) else { return Some(place) };
+        let is_next = piece.arguments().trim_start().starts_with('{') && call.arguments().trim_end().ends_with('}');
         let is_another = match (given(&piece.id), given(&call.id)) {
             (Some(id), Some(known)) => id != known,
             // A name may come in pieces, before the arguments.
-            _ => name != known && given(&call.arguments).is_some() || piece.begins_an_object() && call.is_complete(),
+            _ => name != known && !call.arguments().is_empty() || is_next,
         };
         (!is_another).then_some(place)
     }
@@ -266,22 +246,6 @@ mod tests {
         assert_eq!(kept(&mixed.each_ref().map(String::as_str)), r#"("f") ("{}"), ("g") ("[]")"#, "by their ids");
         let later = r#"{"index":3,"id":"c1","function":{"name":"f","arguments":"{\"a\":1}"}}"#;
         assert_eq!(kept(&[later]), one, "whatever the first index");
-    }
-
-    /// Before there was a last look, each piece was as much work as all before it: minutes.
-    #[test]
-    fn arguments_that_might_be_complete_at_each_piece_are_not_read_each_time() {
-        let mut calls = ToolCalls::default();
-        let piece = |arguments: &str| {
-            format!(
-                r#"{{"choices":[{{"delta":{{"tool_calls":[{{"index":0,"function":{{"name":"f","arguments":"{arguments}"}}}}]}}}}]}}"#
-            )
-        };
-        calls.add(parse_chunk(piece(r#"{\"a\":"#).as_bytes()).expect("a chunk").tool_calls);
-        for _ in 0..50_000 {
-            calls.add(parse_chunk(piece("{}").as_bytes()).expect("a chunk").tool_calls);
-        }
-        assert_eq!((calls.calls.len(), calls.calls[0].looks.get()), (1, MOST_LOOKS));
     }
 
     #[test]
