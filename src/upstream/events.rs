@@ -64,7 +64,7 @@ impl Read for Mocked {
         if self.event.is_empty()
             && let Some(data) = self.data.pop_front()
         {
-            self.watch.sleep(self.gap).map_err(|ended| io::Error::other(ureq::Error::from(ended)))?;
+            self.watch.sleep(self.gap)?;
             self.event.extend(format!("data: {data}\n\n").as_bytes());
         }
         self.event.read(buffer)

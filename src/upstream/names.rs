@@ -31,7 +31,7 @@ struct Lookup {
 
 impl Names {
     /// The addresses of a host; the wait for them is the call's. Errs where there are none.
-    pub fn addresses(&self, host: String, port: u16, watch: &Watch) -> Result<Vec<SocketAddr>, ureq::Error> {
+    pub fn addresses(&self, host: String, port: u16, watch: &Watch) -> io::Result<Vec<SocketAddr>> {
         if let Ok(ip) = host.parse() {
             return Ok(vec![SocketAddr::new(ip, port)]);
         }
@@ -42,8 +42,7 @@ impl Names {
             Some(Err(why)) => why,
             _ => "it has no address",
         };
-        let text = format!("its host name cannot be resolved: {why}; check OPENAI_BASE_URL and the name server");
-        Err(io::Error::other(text).into())
+        Err(io::Error::other(format!("its host name cannot be resolved: {why}; check OPENAI_BASE_URL and the name server")))
     }
 
     /// The look-up under way, or a new one.

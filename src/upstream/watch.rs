@@ -181,12 +181,10 @@ impl Watch {
     }
 }
 
-impl From<Ended> for ureq::Error {
-    fn from(ended: Ended) -> ureq::Error {
-        match ended {
-            Ended::ClientGone => ureq::Error::Io(io::Error::other("the client went away")),
-            Ended::TimedOut => ureq::Error::Timeout(ureq::Timeout::Global),
-        }
+/// Nobody reads it: the watch is asked why.
+impl From<Ended> for io::Error {
+    fn from(_: Ended) -> io::Error {
+        io::Error::other("the call is over")
     }
 }
 

@@ -41,7 +41,7 @@ impl Connector<()> for WireConnector {
     fn connect(&self, details: &ConnectionDetails, _: Option<()>) -> Result<Option<Wire>, ureq::Error> {
         let host = details.uri.host().unwrap_or_default().trim_matches(['[', ']']).to_string();
         let port = details.uri.port_u16().unwrap_or(if details.needs_tls() { 443 } else { 80 });
-        let mut failure = io::Error::from(io::ErrorKind::AddrNotAvailable).into();
+        let mut failure = io::Error::from(io::ErrorKind::AddrNotAvailable);
         for address in self.names.addresses(host, port, &self.watch)? {
             match self.open(address) {
                 Ok(stream) => {
@@ -49,34 +49,32 @@ impl Connector<()> for WireConnector {
                     let wire = Wire { stream, buffers, just_read: false, received: 0, is_patient: false, is_cut: false, watch };
                     return Ok(Some(wire));
                 }
-                Err(e) if self.watch.ended().is_some() => return Err(e),
+                Err(e) if self.watch.ended().is_some() => return Err(e.into()),
                 Err(e) => failure = e,
             }
         }
-        Err(failure)
+        Err(failure.into())
     }
 }
 
 impl WireConnector {
-    fn open(&self, address: SocketAddr) -> Result<TcpStream, ureq::Error> {
+    fn open(&self, address: SocketAddr) -> io::Result<TcpStream> {
         let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None).map_err(io::Error::from)?;
-        sockopt::set_tcp_nodelay(&socket, true).map_err(io::Error::from)?;
+        let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
+        sockopt::set_tcp_nodelay(&socket, true)?;
         match rustix::net::connect(&socket, &address) {
-            Ok(()) => {}
             Err(Errno::INPROGRESS) => {
                 // One address that swallows packets must not use up the time of the others.
                 let mine = Instant::now() + config::UPSTREAM_CONNECT;
                 let until = self.watch.until().map_or(mine, |until| until.min(mine));
                 match self.watch.wait_until(Some((socket.as_fd(), PollFlags::OUT)), Some(until)) {
-                    Err(Ended::TimedOut) if until == mine => return Err(io::Error::from(io::ErrorKind::TimedOut).into()),
+                    Err(Ended::TimedOut) if until == mine => return Err(io::ErrorKind::TimedOut.into()),
                     Err(ended) => self.watch.ended_by(ended)?,
-                    Ok(()) => {}
+                    Ok(()) => sockopt::socket_error(&socket)??,
                 }
-                sockopt::socket_error(&socket).map_err(io::Error::from)?.map_err(io::Error::from)?;
             }
-            Err(e) => return Err(io::Error::from(e).into()),
+            done => done?,
         }
         Ok(TcpStream::from(socket))
     }
@@ -101,7 +99,7 @@ pub struct Wire {
 impl Wire {
     /// Waits for what comes next and takes it; 0: the upstream has closed. Who only looks what is there does not wait, and
     /// errs with `WouldBlock`.
-    fn receive(&mut self, looks: bool) -> Result<usize, ureq::Error> {
+    fn receive(&mut self, looks: bool) -> io::Result<usize> {
         let silence = if looks { None } else { self.watch.stream_from(&self.stream, &mut self.received)? };
         if let Some(silence) = silence {
             self.be_patient(silence)?;
@@ -119,7 +117,7 @@ impl Wire {
             };
             let space = self.buffers.input_append_buf();
             if space.is_empty() {
-                return Err(ureq::Error::BodyStalled);
+                return Err(ureq::Error::BodyStalled.into_io());
             }
             match rustix::net::recv(&self.stream, space, flags) {
                 Ok((amount, _)) => {
@@ -139,8 +137,8 @@ impl Wire {
                 }
                 Err(Errno::INTR) => {}
                 // ureq takes a reset for the end of a body that ends with its connection.
-                Err(e) if silence.is_some() => return Err(io::Error::other(io::Error::from(e)).into()),
-                Err(e) => return Err(io::Error::from(e).into()),
+                Err(e) if silence.is_some() => return Err(io::Error::other(io::Error::from(e))),
+                Err(e) => return Err(e.into()),
             }
         }
     }
@@ -155,7 +153,7 @@ impl Wire {
         Ok(())
     }
 
-    fn send(&mut self) -> Result<(), ureq::Error> {
+    fn send(&mut self) -> io::Result<()> {
         let mut unsent = &self.buffers.output[..std::mem::take(&mut self.buffers.unsent)];
         while !unsent.is_empty() && !self.is_cut {
             match rustix::net::send(&self.stream, unsent, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
@@ -164,7 +162,7 @@ impl Wire {
                 Err(Errno::INTR) => {}
                 // Who closes before it has read all may have answered: a body that is too large, say.
                 Err(Errno::PIPE | Errno::CONNRESET) => self.is_cut = true,
-                Err(e) => return Err(io::Error::from(e).into()),
+                Err(e) => return Err(e.into()),
             }
         }
         Ok(())
@@ -178,7 +176,7 @@ impl Transport for Wire {
 
     fn transmit_output(&mut self, amount: usize, _: NextTimeout) -> Result<(), ureq::Error> {
         self.buffers.unsent += amount;
-        if self.buffers.is_full() { self.send() } else { Ok(()) }
+        if self.buffers.is_full() { Ok(self.send()?) } else { Ok(()) }
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
