@@ -125,7 +125,6 @@ pub fn run(
 fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u8>, Box<Failure>> {
     let mut batch = Vec::new();
     let mut out = Vec::new();
-    let mut began = false;
     loop {
         let more = events.next(&mut batch)?;
         let mut closing = None;
@@ -146,13 +145,12 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
             };
             match taken {
                 Ok(true) => {
-                    began = true;
                     out.extend_from_slice(&event.lines);
                     out.push(b'\n');
                 }
                 Ok(false) => {}
                 Err(no) => {
-                    closing = Some(Err(events.upstream().no_answer(broken_by(began), "failed", &no)));
+                    closing = Some(Err(no));
                     break;
                 }
             }
@@ -166,7 +164,7 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
             }
         }
         match closing {
-            Some(Err(failure)) => return Err(failure),
+            Some(Err(no)) => return Err(events.upstream().no_answer(broken_by(draft), "failed", &no)),
             Some(Ok(done)) if draft.answered => {
                 // Some servers say so of what they break off.
                 if draft.pair.finish_reason.is_none() {
@@ -178,15 +176,15 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
             _ => break,
         }
     }
-    if draft.pair.finish_reason.is_some() && began && draft.others.values().all(|finished| *finished) {
+    if draft.pair.finish_reason.is_some() && draft.first_event.is_some() && draft.others.values().all(|finished| *finished) {
         return Ok(b"data: [DONE]\n\n".to_vec());
     }
-    Err(events.upstream().failed(broken_by(began), "the LLM's stream ended before its answer was complete").into())
+    Err(events.upstream().failed(broken_by(draft), "the LLM's stream ended before its answer was complete").into())
 }
 
 /// The code for a stream whose events are at fault: it broke off if it had begun, else it is no answer.
-fn broken_by(began: bool) -> Code {
-    if began { Code::UPSTREAM_ERROR } else { Code::UPSTREAM_BAD_ANSWER }
+fn broken_by(draft: &Draft) -> Code {
+    if draft.first_event.is_some() { Code::UPSTREAM_ERROR } else { Code::UPSTREAM_BAD_ANSWER }
 }
 
 /// Adds what an event says to the draft; true when the event goes on to the client.
