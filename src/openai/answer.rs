@@ -10,7 +10,7 @@ use super::tool_calls::{Function, ToolCall, ToolCalls};
 use super::{from_json, text_of};
 use crate::config::MAX_ANSWER;
 use crate::exchange::Usage;
-use crate::json::{Few, Wish, Words, each_field, object};
+use crate::json::{Few, Wish, Words, object};
 
 /// What a whole answer says.
 #[derive(Debug, PartialEq)]
@@ -50,13 +50,7 @@ pub fn parse_completion(body: &[u8]) -> Result<Completion, NoAnswer> {
 
 /// Whether a body is a JSON object without an `error` in it, as every list and model is.
 pub fn is_model_answer(body: &[u8]) -> bool {
-    let mut fine = true;
-    let fields = each_field(body, |name, value| {
-        if name == "error" {
-            fine = !is_error(value);
-        }
-    });
-    fields.is_ok() && fine
+    from_json::<Answer>(body).is_ok_and(|answer| !answer.error.is_some_and(is_error))
 }
 
 /// The model of this name out of the answer to `GET /models`, in its own bytes.
