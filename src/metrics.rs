@@ -98,16 +98,11 @@ impl Metrics {
             Code::UPSTREAM_UNAVAILABLE,
             Code::UPSTREAM_TIMEOUT,
         ];
+        let models = models.iter().map(String::as_str).filter(|model| *model != OTHER).chain([OTHER]);
         Metrics {
             requests: Mutex::default(),
             durations: routes.iter().map(|route| (*route, Histogram::new(SECONDS))).collect(),
-            tokens: models
-                .iter()
-                .map(String::as_str)
-                .filter(|model| *model != OTHER)
-                .chain([OTHER])
-                .map(|model| (model.to_string(), Default::default()))
-                .collect(),
+            tokens: models.map(|model| (model.to_string(), Default::default())).collect(),
             upstream_errors: upstream.iter().map(|code| (code.name(), Counter::default())).collect(),
             time_to_first_token: Histogram::new(SECONDS),
             queue_wait: Histogram::new(SHORT),
@@ -159,11 +154,8 @@ impl Metrics {
         for (route, times) in &self.durations {
             text.histogram("ai_proxy_request_duration_seconds", &format!("route=\"{route}\""), times);
         }
-        text.one_histogram(
-            "ai_proxy_time_to_first_token_seconds",
-            "From a request's first byte to its stream's first event.",
-            &self.time_to_first_token,
-        );
+        let first = "From a request's first byte to its stream's first event.";
+        text.one_histogram("ai_proxy_time_to_first_token_seconds", first, &self.time_to_first_token);
         text.one_histogram("ai_proxy_queue_wait_seconds", "How long questions waited for a worker.", &self.queue_wait);
         text.counter("ai_proxy_upstream_attempts_total", "Requests sent to the LLM.", &self.upstream_attempts);
         text.counter("ai_proxy_upstream_retries_total", "Those sent again after a failure.", &self.upstream_retries);
