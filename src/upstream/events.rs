@@ -113,7 +113,11 @@ impl Events<'_> {
         while events.len() == before {
             self.line.watch.piece_came();
             let read = match reader.read(&mut buffer) {
-                Ok(0) => return Ok(self.last(events)),
+                Ok(0) => {
+                    self.reader = None;
+                    self.splitter.finish(events);
+                    return Ok(events.len() > before);
+                }
                 Ok(read) => &buffer[..read],
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => return Err(self.broke_off(&e)),
@@ -135,16 +139,6 @@ impl Events<'_> {
         }
         self.began = true;
         Ok(true)
-    }
-
-    /// What the end of the body leaves; false: nothing.
-    #[inline(never)]
-    fn last(&mut self, events: &mut Vec<Event>) -> bool {
-        self.reader = None;
-        let last = self.splitter.finish();
-        let any = last.is_some();
-        events.extend(last);
-        any
     }
 
     #[inline(never)]
