@@ -13,8 +13,8 @@ use serde_json::{Value, json};
 use std::io::{BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 /// How much memory one answer may cost, in bytes: the largest one twice, and change.
@@ -724,12 +724,17 @@ fn what_comes_behind_an_answer_is_nobodys_answer() {
         vec![Step::Send(bytes.collect())]
     };
     for in_one_write in [true, false] {
+        let (telling, scripts) = mpsc::channel();
         let upstream = FakeUpstream::answering(move |request| {
             let steps = match request.is_streaming() {
                 true => done(evil()),
                 false => [answer("Good"), evil()].concat(),
             };
-            if in_one_write { glued(steps) } else { steps }
+            let mut steps = if in_one_write { glued(steps) } else { steps };
+            let (told, sent) = mpsc::channel();
+            steps.push(Step::Tell(told));
+            let _ = telling.send(sent);
+            steps
         });
         let proxy = Proxy::facing(&upstream).set("WORKERS", "1").start();
         for round in 0..8 {
@@ -737,6 +742,8 @@ fn what_comes_behind_an_answer_is_nobodys_answer() {
                 assert_eq!(response.status, 200, "{round} {path}: {response:?}");
                 let said = String::from_utf8_lossy(&response.body).into_owned();
                 assert!(said.contains("Good") && !said.contains("Evil"), "{round} {path}: {said}");
+                // What comes after the next question cannot be told from its answer. Where it cannot be sent, all is well, too.
+                let _ = scripts.recv().expect("it was asked").recv();
             });
         }
     }

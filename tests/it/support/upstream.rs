@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,8 @@ use std::time::{Duration, Instant};
 pub enum Step {
     Send(Vec<u8>),
     Wait(Gate),
+    /// Tells the test that all before was sent.
+    Tell(Sender<()>),
     /// Only where time itself is tested.
     Pause(Duration),
     /// The same bytes again and again, until the caller leaves.
@@ -215,6 +218,11 @@ fn play(step: Step, mut writing: &TcpStream, reading: &mut BufReader<TcpStream>)
             true => Went::On,
             false => Went::Closed,
         },
+        Step::Tell(told) => {
+            // Nobody need listen.
+            let _ = told.send(());
+            Went::On
+        }
         Step::Pause(duration) => {
             std::thread::sleep(duration);
             Went::On
