@@ -214,6 +214,11 @@ fn number(parts: &[&Value]) -> Value {
     let candidates = [0.0, times(up), times(up + 1.0), times(down), times(down - 1.0), (low + high) / 2.0];
     let fits = |n: &f64| n.is_finite() && least <= *n && above < *n && *n <= most && *n < below;
     let number = candidates.into_iter().find(fits).unwrap_or(0.0);
+    // As it is where it is that: not every whole number is one that a float can be.
+    let is_it = |minimum: &&Value| minimum.is_i64() && minimum.as_f64() == Some(number);
+    if let Some(exact) = parts.iter().map(|part| &part["minimum"]).find(is_it) {
+        return exact.clone();
+    }
     // Whole numbers as such, as far as a float knows each: 1.0 is none to every reader.
     if number.fract() == 0.0 && number.abs() < 9e15 { json!(number as i64) } else { json!(number) }
 }
@@ -239,6 +244,7 @@ mod tests {
             (json!({"type": "integer"}), json!(0)),
             (json!({"type": "integer", "minimum": 3}), json!(3)),
             (json!({"type": "integer", "minimum": 8_000_000_000_000_001_i64}), json!(8_000_000_000_000_001_i64)),
+            (json!({"type": "integer", "minimum": 9_007_199_254_740_993_i64}), json!(9_007_199_254_740_993_i64)),
             (json!({"type": "integer", "minimum": 1, "exclusiveMinimum": 5}), json!(6)),
             (json!({"type": "integer", "maximum": 10, "exclusiveMaximum": -3}), json!(-4)),
             (json!({"type": "integer", "exclusiveMinimum": 0}), json!(1)),

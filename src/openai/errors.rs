@@ -74,7 +74,7 @@ pub(super) fn is_error(error: &RawValue) -> bool {
         let inner = text.strip_prefix(open).and_then(|text| text.strip_suffix(close));
         inner.is_some_and(|inner| inner.trim_ascii().is_empty())
     };
-    !(matches!(text, "null" | "false" | "\"\"") || is_empty('{', '}') || is_empty('[', ']'))
+    !(matches!(text, "null" | "false") || is_empty('"', '"') || is_empty('{', '}') || is_empty('[', ']'))
 }
 
 /// Errs where an `error` field says that there is one; `what` its answer did.

@@ -130,7 +130,7 @@ impl ToolCalls {
 
     /// The call that a piece continues: the one of its index, by its id where several have that; or the last where servers
     /// give no index. Some give all calls the same. Then a piece with a name begins anew: where its id is another, or its
-    /// name after arguments came, or where it begins an object and the last one has ended: JSON has no `}{`.
+    /// name after arguments came, or where it begins an object and the last one has ended: JSON has no `}{`, but in a text.
     fn place(&self, piece: &ToolCall) -> Option<usize> {
         let of_index = |call: &ToolCall| piece.index.is_none() || call.index == piece.index;
         let of_id = |id| self.calls.iter().position(|call| of_index(call) && call.id.as_ref() == Some(id));

@@ -21,6 +21,14 @@ pub fn plain(text: &str) -> Cow<'_, str> {
     text.chars().filter(|c| !is_point(*c)).map(|c| if is_symbol(c) { '.' } else { c }).collect()
 }
 
+/// A sign of a vowel or the like, which is within a word to the index and no letter to us: what stands between U+0300 and
+/// U+2000, but for the punctuation there, of Armenian and Hebrew, Arabic, Indic, Tibetan, Ethiopic and Ogham.
+fn is_mark(c: char) -> bool {
+    let is_punctuation = matches!(c, '\u{589}' | '\u{58a}' | '\u{5be}' | '\u{5c0}' | '\u{5c3}' | '\u{60c}' | '\u{61b}' | '\u{61f}' | '\u{6d4}'
+        | '\u{964}' | '\u{965}' | '\u{f0b}'..='\u{f14}' | '\u{1361}'..='\u{1368}' | '\u{1680}');
+    ('\u{300}'..'\u{2000}').contains(&c) && !is_punctuation
+}
+
 /// Hebrew points, the Arabic letter mark, tatweel, and Arabic points.
 fn is_point(c: char) -> bool {
     matches!(c, '\u{591}'..='\u{5bd}' | '\u{5bf}' | '\u{5c1}' | '\u{5c2}' | '\u{5c4}' | '\u{5c5}' | '\u{5c7}'
@@ -35,8 +43,7 @@ pub fn wanted(text: &str) -> Vec<&str> {
         if c.is_alphanumeric() && !inside {
             (count, start) = (count + 1, at);
         }
-        // Signs of vowels and the like are within a word to the index, and not all of them are letters to us.
-        inside = c.is_alphanumeric() || inside && ('\u{300}'..'\u{2000}').contains(&c);
+        inside = c.is_alphanumeric() || inside && is_mark(c);
         count > MOST_WORDS || inside && at >= MOST_QUERY
     });
     let text = if too_much { &text[..start] } else { text };
@@ -133,6 +140,7 @@ mod tests {
         assert_eq!(wanted(&format!("whole {} half", "é".repeat(252))), ["whole".to_string(), "é".repeat(252)]);
         assert_eq!(wanted(&format!("{0}blank{0}", " ".repeat(500))), ["blank"]);
         assert_eq!(wanted("विद्यार्थी ".repeat(20).trim()), ["विद्यार्थी"], "which are 600 bytes");
+        assert_eq!(wanted(&"བཀྲ་ཤིས་".repeat(40)), ["བཀྲ་ཤིས་".repeat(16)], "32 syllables");
         assert_eq!(wanted(&format!("{} हिन्दी", "हि".repeat(84))), ["हि".repeat(84)], "no half a word");
     }
 }

@@ -912,7 +912,7 @@ const ODD: &[Odd] = &[
     (r#""usage":{}"#, "", "", "", None),
     (r#""usage":"none""#, "", "", "", None),
     (r#""model":7"#, "", "", "", None),
-    (r#""error":"""#, "", "", "", None),
+    (r#""error":" ""#, "", "", "", None),
     (r#""error":false"#, "", "", "", None),
     (r#""error":{ }"#, "", "", "", None),
     ("", r#""finish_reason":1"#, "", "", None),
