@@ -59,4 +59,27 @@ mod tests {
         drop(all);
         assert!(places.take(10, Duration::ZERO).is_some());
     }
+
+    #[test]
+    fn all_for_whom_there_is_room_get_in_when_it_is_there() {
+        const LONG: Duration = Duration::from_secs(20);
+        let places = Places::new(10);
+        let all = places.take(10, Duration::ZERO);
+        let inside = std::sync::Barrier::new(5);
+        std::thread::scope(|scope| {
+            for _ in 0..5 {
+                scope.spawn(|| {
+                    let began = std::time::Instant::now();
+                    let taken = places.take(2, LONG);
+                    let waited = began.elapsed();
+                    // Nobody who leaves lets in another one.
+                    inside.wait();
+                    assert!(taken.is_some() && waited < LONG / 2, "it was told");
+                });
+            }
+            // Until they wait. Who comes later gets in without.
+            std::thread::sleep(Duration::from_millis(50));
+            drop(all);
+        });
+    }
 }
