@@ -369,6 +369,26 @@ mod tests {
         assert_eq!(lock(&pool.state).threads, RESTING);
     }
 
+    /// Also where the queue is too long to be looked through at once.
+    #[test]
+    fn what_is_not_vain_stays_in_the_queue_in_its_order() {
+        let (pool, busy) = one_busy(SWEPT + 2);
+        let (done, told) = mpsc::channel();
+        let job = |number: usize| -> Job<()> {
+            let done = done.clone();
+            Box::new(move |()| done.send(number).expect("the test waits"))
+        };
+        for number in 0..SWEPT + 2 {
+            // Of the first that are looked at one has no client any more.
+            assert!(pool.give((), |()| Box::new(move || number == 1), |()| job(number)).is_ok(), "there is room");
+        }
+        lock(&pool.state).next_sweep = Instant::now();
+        assert!(pool.give((), |()| Box::new(|| false), |()| job(SWEPT + 2)).is_ok(), "there is again");
+        drop(busy);
+        let order: Vec<usize> = (0..SWEPT + 3).map_while(|_| told.recv_timeout(LONG).ok()).collect();
+        assert_eq!(order, [&[1, 0][..], &Vec::from_iter(2..SWEPT + 3)].concat(), "who has gone is done with first");
+    }
+
     #[test]
     fn a_job_that_panics_costs_only_itself() {
         let (pool, busy) = one_busy(2);
