@@ -131,6 +131,19 @@ mod tests {
     }
 
     #[test]
+    fn the_order_of_what_was_found_knows_no_case_and_no_points_and_of_equals_the_newest_is_first() {
+        let ranked = |query: &str, answers: &[&str]| -> Vec<i64> {
+            let pair = |(id, answer): (i64, &&str)| Pair { id, answer: answer.to_string(), ..Pair::default() };
+            let mut found: Vec<Pair> = (1..).zip(answers).map(pair).collect();
+            rank(&mut found, &wanted(query));
+            found.iter().map(|pair| pair.id).collect()
+        };
+        assert_eq!(ranked("cat", &["a cat", "a cat", "a cat"]), [3, 2, 1]);
+        assert_eq!(ranked("CAT", &["Cat, cat", "one cat!"]), [1, 2]);
+        assert_eq!(ranked("شكرا", &["شكراً شكراً", "شكرا 12"]), [1, 2]);
+    }
+
+    #[test]
     fn of_a_query_32_words_count_and_512_bytes() {
         let words: Vec<String> = (0..40).map(|number| format!("w{number}")).collect();
         assert_eq!(wanted(&words.join(" ")), words[..32]);
