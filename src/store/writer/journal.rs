@@ -128,7 +128,7 @@ mod tests {
         assert!(!kept(&mut writer) && !kept(&mut writer));
         assert!(!works(&mut writer), "the next answer would be paid for in vain");
         writer.max_rows = 41;
-        writer.rows = 42;
+        writer.rows = 41;
         assert!(kept(&mut writer), "who takes the place of another needs little");
         writer.max_rows = 10;
         assert!(writer.ready().is_ok());
