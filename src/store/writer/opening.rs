@@ -268,6 +268,10 @@ mod tests {
         append(&mut writer, 1, 10);
         assert_eq!(writer.last_id, 10, "9 were given there");
         remove(writer);
+        let mut writer = replaced("known-fewer", 2);
+        append(&mut writer, 1, 10);
+        assert_eq!(writer.last_id, 3, "ids go on where those of the new one end");
+        remove(writer);
         let writer = replaced("known-close", 9);
         let path = {
             let mut writer = writer;
