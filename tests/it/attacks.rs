@@ -360,6 +360,7 @@ fn an_empty_line_before_a_request_is_passed_over() {
     ] {
         assert_eq!(statuses(pieces), [200, 200], "{pieces:?}");
     }
+    assert_eq!(statuses(&[&question, b"\r\n", &question, b"\r\n", &last_words]), [200, 200, 200], "one behind each");
     assert_eq!(statuses(&[&[b"\r\n\r\n", &last_words[..]].concat()]), [400], "one is enough");
     assert_eq!(statuses(&[&[b"\n", &last_words[..]].concat()]), [400], "lines end with CRLF");
 }
