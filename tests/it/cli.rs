@@ -260,20 +260,34 @@ fn no_number_is_taken_beyond_what_help_says() {
 /// Half a secret is one that others may guess, and none lets everybody in.
 #[test]
 fn a_variable_in_the_env_file_that_is_not_set_is_refused() {
-    for value in ["alice:hun$ter2", "${HUNTER2}", "alice:hunter$", "\"alice:hun$ter2\"", "alice:hun$HOME$ter2"] {
+    for value in [
+        "alice:hun$ter2",
+        "${HUNTER2}",
+        "alice:hunter$",
+        "\"alice:hun$ter2\"",
+        "alice:hun$HOME$ter2",
+        "\"alice:'hun$ter2\"",
+        "\"alice:hun #$ter2\"",
+        "'alice:\"hun'$ter2",
+        "'alice:hun\\'$ter2",
+        "alice:hun\\\\$ter2",
+    ] {
         let env = format!("# costs $5\nHOME=/x\nAPI_KEYS={value}\n");
         let ended = Setup::new().file(".env", &env).run(&[]);
         let line = ended.expect_refusal(2);
         assert!(line.contains("line 3 (API_KEYS)") && line.contains("single quotes"), "{line}");
         assert!(!line.contains("hun") && !line.contains("ter2"), "{line}");
     }
+    let exported = Setup::new().file(".env", "export API_KEYS=alice:hun$ter2\n").run(&[]);
+    assert!(exported.expect_refusal(2).contains("line 1 (API_KEYS)"), "{exported:?}");
     for (value, secret) in [
         ("'alice:hun$ter2'", "hun$ter2"),
         ("alice:hun\\$ter2", "hun$ter2"),
         ("alice:${WORD}2", "hunter2"),
+        ("alice:${A_WORD}2", "hunter2"),
         ("alice:hunter2 # $5", "hunter2"),
     ] {
-        let env = format!("WORD=hunter\nOTHER=$nothing\nAPI_KEYS={value}\n");
+        let env = format!("WORD=hunter\nA_WORD=hunter\nOTHER=$nothing\nAPI_KEYS={value}\n");
         let proxy = Setup::new().file(".env", &env).start();
         assert_eq!(proxy.call(&post("/api/ask", &json!({"question": "q"})).key(secret)).status, 200, "{value}");
     }
@@ -445,6 +459,15 @@ fn an_env_file_that_cannot_be_read_is_refused_without_showing_it() {
         let line = ended.expect_refusal(2);
         assert!(line.contains(which) && !line.contains("hunter2"), "{line}");
     }
+}
+
+/// What it sets may be all that keeps others out.
+#[test]
+fn an_env_file_that_is_there_and_cannot_be_read_is_not_passed_over() {
+    let setup = Setup::new();
+    std::fs::create_dir(setup.folder().join(".env")).expect("a folder of this name");
+    let ended = setup.run(&[]);
+    assert!(ended.expect_refusal(2).contains(".env cannot be read"), "{ended:?}");
 }
 
 #[test]
