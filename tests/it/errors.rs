@@ -465,6 +465,29 @@ fn a_worker_that_has_answered_is_no_reason_to_refuse_anybody() {
     }
 }
 
+/// A worker stays with who asks again at once, but not while somebody else waits.
+#[test]
+fn who_asks_on_and_on_keeps_nobody_waiting() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let upstream = FakeUpstream::answering(move |_| [vec![Step::Wait(held.clone())], answer("Yes")].concat());
+    let proxy = Proxy::facing(&upstream).set("WORKERS", "1").set("QUEUE_SIZE", "1").start();
+    let (mut greedy, mut other) = (proxy.connect(), proxy.connect());
+    // All at once, so that each is there when the one before is answered.
+    let on_and_on = post("/api/ask", &json!({"question": "And then?"})).bytes().repeat(5);
+    greedy.send_bytes(on_and_on);
+    upstream.wait_for_calls(1);
+    other.send(&post("/api/ask", &question()));
+    eventually("queued", || proxy.get("/readyz").json()["queue_length"] == 1);
+    gate.open();
+    assert_eq!(other.read_response().status, 200);
+    for _ in 0..5 {
+        assert_eq!(greedy.read_response().status, 200);
+    }
+    let asked: Vec<String> = upstream.requests().iter().map(|request| request.question()).collect();
+    assert_eq!(asked[1], "What is it?", "{asked:?}");
+}
+
 #[test]
 fn trouble_with_the_database_is_503_history_unavailable_and_passes_by_itself() {
     let proxy = Proxy::start();
