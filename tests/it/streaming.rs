@@ -160,7 +160,9 @@ fn a_first_event_that_does_not_come_is_503_upstream_timeout() {
     let upstream = FakeUpstream::always(vec![stream_head(), Step::Silence]);
     let setup = Proxy::facing(&upstream).set("UPSTREAM_TIMEOUT_SECS", "1");
     let proxy = setup.set("UPSTREAM_IDLE_SECS", "1").start();
-    proxy.call(&streaming("What is it?")).expect_error(503, "upstream_timeout");
+    let response = proxy.call(&streaming("What is it?"));
+    response.expect_error(503, "upstream_timeout");
+    assert_eq!(response.header("x-should-retry"), Some("false"), "it may have been paid for, and would be as slow again");
     upstream.wait_until_left(1);
 }
 
