@@ -444,6 +444,20 @@ fn an_answer_that_is_not_http_is_a_failure_of_the_upstream() {
 }
 
 #[test]
+fn an_ipv6_address_of_the_upstream_stands_in_brackets() {
+    // Where there is none there is nothing to ask.
+    let Ok(listener) = std::net::TcpListener::bind((std::net::Ipv6Addr::LOCALHOST, 0)) else { return };
+    let address = listener.local_addr().expect("its address");
+    let asked = std::thread::spawn(move || listener.accept().map(drop));
+    let nobody = FakeUpstream::always(answer("never"));
+    let proxy = Proxy::facing(&nobody).set("OPENAI_BASE_URL", format!("http://{address}/v1")).start();
+    let error = proxy.ask("What is it?").expect_error(503, "upstream_unavailable");
+    assert!(!error["message"].as_str().is_some_and(|text| text.contains("resolved")), "{error}");
+    // So it was connected to.
+    asked.join().expect("it does not panic").expect("accepted");
+}
+
+#[test]
 fn the_key_does_not_follow_a_redirect() {
     let elsewhere = FakeUpstream::answering(|request| answer_either(request.is_streaming()));
     let location = format!("{}/chat/completions", elsewhere.url());
