@@ -382,6 +382,22 @@ fn the_headers_of_a_refusal_are_passed_on_too() {
 }
 
 #[test]
+fn a_request_id_of_the_clients_own_is_not_replaced_by_the_upstreams() {
+    let upstream = FakeUpstream::answering(|request| {
+        let body = if request.is_streaming() { streamed(&["Yes"]) } else { answer("Yes") };
+        let Some(Step::Send(head)) = body.first() else { panic!("a head comes first") };
+        let head = String::from_utf8_lossy(head).replacen("\r\n", "\r\nx-request-id: req_up\r\n", 1);
+        [vec![send(head)], body[1..].to_vec()].concat()
+    });
+    let proxy = Proxy::facing(&upstream).start();
+    for (request, own) in [(chat(json!({})), "mine-1"), (chat_stream(), "mine-2")] {
+        let response = proxy.call(&request.header("X-Request-Id", own));
+        assert_eq!(values_of(&response.head, "X-Request-Id"), [own], "{response:?}");
+        proxy.wait_for_line(|line| line.contains(&format!("id={own} ")));
+    }
+}
+
+#[test]
 fn a_request_id_of_the_clients_own_comes_back_where_the_upstream_has_none() {
     let upstream = FakeUpstream::answering(|request| either(request, "Yes"));
     let proxy = Proxy::facing(&upstream).start();
