@@ -27,17 +27,22 @@ fn name_in(line: &str) -> Option<&str> {
     line.split_once('=').map(|(name, _)| name.trim().trim_start_matches("export ").trim())
 }
 
-/// Errs where one of our settings in `.env` names a variable that is not set: nothing would be put in its place, and half a
-/// secret is one that others may guess.
+/// Errs where one of our settings in `.env` names a variable that is not set, or whose name is read in part: nothing would be
+/// put in its place, and half a secret is one that others may guess.
 fn no_unset_variable(text: &str) -> Result<(), StartError> {
     let mut known: Vec<&str> = Vec::new();
     for (line, at) in text.lines().zip(1..) {
         let is_set = |name: &&str| known.contains(name) || !name.is_empty() && std::env::var_os(name).is_some();
-        if let Some(setting) = setting_in(line).filter(|_| !variables(line).iter().all(is_set)) {
-            let rule = "it names a variable that is not set; a value with a $ of its own stands in single quotes";
-            return Err(StartError::usage(format!(".env: line {at} ({setting}): {rule}")));
+        match (variables(line).iter().all(is_set), setting_in(line)) {
+            (true, _) => known.extend(name_in(line)),
+            (false, Some(setting)) => {
+                let rule = "it names a variable that is not set, or one with a _ in its name without braces (${A_NAME}); a value \
+                            with a $ of its own stands in single quotes";
+                return Err(StartError::usage(format!(".env: line {at} ({setting}): {rule}")));
+            }
+            // Half a value, too, where one of ours names it.
+            (false, None) => {}
         }
-        known.extend(name_in(line));
     }
     Ok(())
 }
@@ -56,11 +61,14 @@ fn variables(line: &str) -> Vec<&str> {
             '#' if before.is_whitespace() && !single && !double => break,
             '$' if !single => {
                 let rest = &line[at + 1..];
-                let name = match rest.strip_prefix('{') {
-                    Some(rest) => rest.split('}').next(),
-                    None => rest.split(|c: char| !c.is_alphanumeric() && c != '_').next(),
-                };
-                names.extend(name);
+                names.push(match rest.strip_prefix('{') {
+                    Some(rest) => rest.split('}').next().unwrap_or_default(),
+                    None => {
+                        let (name, rest) = rest.split_at(rest.find(|c: char| !c.is_alphanumeric()).unwrap_or(rest.len()));
+                        // To dotenvy a name without braces ends there; nobody means that.
+                        if rest.starts_with('_') { "" } else { name }
+                    }
+                });
             }
             _ => {}
         }

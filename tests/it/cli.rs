@@ -271,11 +271,14 @@ fn a_variable_in_the_env_file_that_is_not_set_is_refused() {
         "'alice:\"hun'$ter2",
         "'alice:hun\\'$ter2",
         "alice:hun\\\\$ter2",
+        "alice:hun$HOME_ter2",
+        "alice:hun$HO_ME",
+        "alice:hun$HALF",
     ] {
-        let env = format!("# costs $5\nHOME=/x\nAPI_KEYS={value}\n");
+        let env = format!("# costs $5\nHOME=/x\nHO_ME=/x\nHALF=$ter2\nAPI_KEYS={value}\n");
         let ended = Setup::new().file(".env", &env).run(&[]);
         let line = ended.expect_refusal(2);
-        assert!(line.contains("line 3 (API_KEYS)") && line.contains("single quotes"), "{line}");
+        assert!(line.contains("line 5 (API_KEYS)") && line.contains("single quotes"), "{line}");
         assert!(!line.contains("hun") && !line.contains("ter2"), "{line}");
     }
     let exported = Setup::new().file(".env", "export API_KEYS=alice:hun$ter2\n").run(&[]);
