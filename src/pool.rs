@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use oneshot::{Receiver, RecvTimeoutError, Sender};
+use oneshot::{Receiver, Sender};
 
 use crate::kernel;
 use crate::lock::{lock, wait_within};
@@ -252,17 +252,12 @@ impl<W> Pool<W> {
     /// The job that comes to an idle thread; `None` where the thread is to end.
     fn rest(&self, id: u64, coming: Receiver<Job<W>>) -> Option<Job<W>> {
         let until = Instant::now() + self.patience;
-        let mut has_rested = false;
         loop {
             let left = until.saturating_duration_since(Instant::now());
-            match coming.recv_timeout(REST.min(left)) {
-                Ok(job) => return Some(job),
-                Err(RecvTimeoutError::Disconnected) => break,
-                Err(RecvTimeoutError::Timeout) => {}
+            if let Ok(job) = coming.recv_timeout(REST.min(left)) {
+                return Some(job);
             }
-            if !std::mem::replace(&mut has_rested, true) {
-                kernel::forget_unused_stack();
-            }
+            kernel::forget_unused_stack();
             // Others may have come to rest meanwhile, which are taken before it.
             if left <= REST || !self.may_rest(id) {
                 break;

@@ -188,7 +188,7 @@ impl<'a> Said<'a> {
     }
 }
 
-/// Counted in whole numbers, but as above.
+/// Counted in whole numbers, but some servers have only one kind of number.
 #[derive(Default)]
 struct Counts {
     prompt_tokens: Option<f64>,

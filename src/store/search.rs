@@ -24,15 +24,21 @@ pub fn plain(text: &str) -> Cow<'_, str> {
 /// A sign of a vowel or the like, which is within a word to the index and no letter to us: what stands between U+0300 and
 /// U+2000, but for the punctuation there, of Armenian and Hebrew, Arabic, Indic, Tibetan, Ethiopic and Ogham.
 fn is_mark(c: char) -> bool {
-    let is_punctuation = matches!(c, '\u{589}' | '\u{58a}' | '\u{5be}' | '\u{5c0}' | '\u{5c3}' | '\u{60c}' | '\u{61b}' | '\u{61f}' | '\u{6d4}'
-        | '\u{964}' | '\u{965}' | '\u{f0b}'..='\u{f14}' | '\u{1361}'..='\u{1368}' | '\u{1680}');
+    let is_punctuation = matches!(
+        c,
+        '\u{589}' | '\u{58a}' | '\u{5be}' | '\u{5c0}' | '\u{5c3}' | '\u{60c}' | '\u{61b}' | '\u{61f}' | '\u{6d4}' | '\u{964}'
+            | '\u{965}' | '\u{f0b}'..='\u{f14}' | '\u{1361}'..='\u{1368}' | '\u{1680}'
+    );
     ('\u{300}'..'\u{2000}').contains(&c) && !is_punctuation
 }
 
 /// Hebrew points, the Arabic letter mark, tatweel, and Arabic points.
 fn is_point(c: char) -> bool {
-    matches!(c, '\u{591}'..='\u{5bd}' | '\u{5bf}' | '\u{5c1}' | '\u{5c2}' | '\u{5c4}' | '\u{5c5}' | '\u{5c7}'
-        | '\u{61c}' | '\u{640}' | '\u{64b}'..='\u{65f}' | '\u{670}')
+    matches!(
+        c,
+        '\u{591}'..='\u{5bd}' | '\u{5bf}' | '\u{5c1}' | '\u{5c2}' | '\u{5c4}' | '\u{5c5}' | '\u{5c7}' | '\u{61c}' | '\u{640}'
+            | '\u{64b}'..='\u{65f}' | '\u{670}'
+    )
 }
 
 /// The words of a query, each once, as far as they count: a search costs words times text.
