@@ -1,4 +1,4 @@
-//! What a search looks for, and how well a pair matches. Knows words and FTS5's queries, no database.
+//! A text as the index has it, what a search looks for, and how well a pair matches. Knows words and FTS5's queries, no database.
 
 use std::borrow::Cow;
 use std::cmp::Reverse;
