@@ -4,7 +4,7 @@
 mod env_file;
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -42,7 +42,7 @@ const SETTINGS: &[Setting] = &[
     Setting("API_KEYS", "", "keys of the clients, NAME:SECRET,...; a bare secret is named default"),
     Setting("AUTH", "on", "off: serve without keys on any address"),
     Setting("OPENAI_API_KEY", "", "the upstream's key; without it the server mocks the LLM"),
-    Setting("OPENAI_BASE_URL", "https://api.openai.com/v1", "the upstream: its URL up to /chat/completions"),
+    Setting("OPENAI_BASE_URL", "https://api.openai.com/v1", "the upstream: its URL without the final /chat/completions"),
     Setting("OPENAI_MODEL", "gpt-4o-mini", "model for requests that name none"),
     Setting("OPENAI_FALLBACK_MODELS", "", "models to try in this order when the one asked for fails, a,b,..."),
     Setting("OPENROUTER_REFERER", "", "sent to the upstream as HTTP-Referer, by which OpenRouter knows your site"),
@@ -55,17 +55,25 @@ const SETTINGS: &[Setting] = &[
     Setting("MAX_CONNECTIONS", "4096", "open client connections, 1 to 100000; more wait in the backlog"),
     Setting("MAX_BODY_BYTES", "1048576", "request body, 1 to 536870912 bytes"),
     Setting("MAX_QUESTION_CHARS", "100000", "question, 1 to 1000000000 characters"),
-    Setting("RATE_LIMIT_PER_MINUTE", "0", "questions a key may ask in a minute, or at once, up to 1000000; 0: no limit"),
+    Setting(
+        "RATE_LIMIT_PER_MINUTE",
+        "0",
+        "questions a key may ask in a minute on average, and as many at once, up to 1000000; 0: no limit",
+    ),
     Setting("HISTORY_LIMIT", "20", "pairs in one page of history when the client names no limit, 1 to 1000"),
     Setting("HISTORY_SYNC", "full", "full: a power cut loses nothing; normal: it may lose the last moments"),
     Setting("HISTORY_MAX_ROWS", "0", "pairs kept, the oldest go first; 0: all"),
     Setting("HISTORY_MAX_DAYS", "0", "days a pair is kept, up to 36500; 0: for ever"),
-    Setting("UPSTREAM_TIMEOUT_SECS", "60", "a call with its retries, to an answer's end or a stream's head, 1 to 86400"),
+    Setting(
+        "UPSTREAM_TIMEOUT_SECS",
+        "60",
+        "a call with retries and fallbacks, to an answer's end or a stream's head, 1 to 86400",
+    ),
     Setting("UPSTREAM_IDLE_SECS", "60", "silence after which a stream is given up, 1 to 86400"),
     Setting("UPSTREAM_CA_FILE", "", "PEM file of the certificates to trust in an https upstream, in place of the public ones"),
     Setting("UPSTREAM_RETRIES", "2", "further attempts after a retryable failure, 0 to 10"),
     Setting("STREAM_HEARTBEAT_SECS", "15", "silence after which a stream gets a comment line, 1 to 3600"),
-    Setting("SHUTDOWN_GRACE_SECS", "25", "time for running requests after SIGTERM, 0 to 86400"),
+    Setting("SHUTDOWN_GRACE_SECS", "25", "time for running requests after SIGTERM or SIGINT, 0 to 86400"),
     Setting("LOG_LEVEL", "info", "off, error, warn, info, debug or trace"),
 ];
 
@@ -198,13 +206,18 @@ impl Config {
         } else {
             Mode::Upstream
         };
+        let (port, upstream) = (given.number("PORT", 0, 65535)?, upstream_url(given)?);
+        if mode == Mode::Upstream && is_own_address(&upstream, host, port) {
+            let rule = "the URL of the LLM, not of this server itself; its clients have a setting of the same name";
+            return Err(given.bad("OPENAI_BASE_URL", rule));
+        }
         Ok(Config {
             host,
-            port: given.number("PORT", 0, 65535)?,
+            port,
             database_path: database_path(given)?,
             api_keys,
             openai_api_key,
-            upstream: upstream_url(given)?,
+            upstream,
             model: given.line("OPENAI_MODEL")?,
             fallback_models: entries(&given.line("OPENAI_FALLBACK_MODELS")?).map(str::to_string).collect(),
             openrouter_referer: given.header_text("OPENROUTER_REFERER")?,
@@ -373,6 +386,13 @@ fn upstream_url(given: &Given) -> Result<UpstreamUrl, StartError> {
         return Err(bad());
     }
     Ok(UpstreamUrl { base: format!("{scheme}://{host}{}", path.trim_end_matches('/')), credentials })
+}
+
+/// Whether the upstream is where this server listens: each question would be asked again and again.
+fn is_own_address(upstream: &UpstreamUrl, host: IpAddr, port: u16) -> bool {
+    let authority = upstream.base.strip_prefix("http://").and_then(|rest| rest.split('/').next()).unwrap_or_default();
+    let address = authority.replace("localhost", "127.0.0.1").parse::<SocketAddr>();
+    address.is_ok_and(|at| at.port() == port && (at.ip() == host || host.is_unspecified() && at.ip().is_loopback()))
 }
 
 /// The URL without `user:password@` and a query, which may be a key.

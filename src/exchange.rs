@@ -46,7 +46,10 @@ impl Question {
             return Err(ApiError::invalid("question", "question is blank"));
         }
         if is_longer(&question, max_chars) {
-            return Err(ApiError::invalid("question", format!("question is longer than {max_chars} characters")));
+            return Err(ApiError::invalid(
+                "question",
+                format!("question is longer than {max_chars} characters (MAX_QUESTION_CHARS)"),
+            ));
         }
         let model: Option<String> = read(model, "model", "a string")?;
         if model.as_ref().is_some_and(|model| model.trim().is_empty()) {

@@ -1,7 +1,7 @@
-//! What the kernel and the C library know or do. That neither std nor rustix offers: the descriptor of a socket that the HTTP
-//! library keeps to itself, whether a peer has taken what was sent, memory that is not in use, which thread goes first. That
-//! std does otherwise: a wait with an end, which file stands at a path and what room is left there, how many files and
-//! threads there may be, how much memory the program takes. And a C function of our own.
+//! What the kernel and the C library know or do. First what neither std nor rustix has: the descriptor of a socket that the
+//! HTTP library keeps to itself, whether a peer has taken what was sent, memory that is not in use, which thread goes first.
+//! Then what std has in another way: a wait with an end, which file stands at a path and what room is left there, how many
+//! files and threads there may be, how much memory the program takes. And a C function of our own.
 //! The only `unsafe` code of the program; knows no HTTP.
 //!
 //! Why the sockets: the library's parser has no limits, and its connection type does not let go of the
@@ -254,8 +254,8 @@ pub fn resident_memory() -> Option<u64> {
     Some(pages * rustix::param::page_size() as u64)
 }
 
-/// The natural logarithm, in place of the C library's: SQLite's ranking of what a search finds is all that needs its libm,
-/// which would take 0.4 MiB of the idle server's memory.
+/// The natural logarithm, in place of the C library's: a ranking of SQLite's that no search here asks for is all that
+/// needs its libm, which would take 0.4 MiB of the idle server's memory.
 // SAFETY: it is what C's `log` is, by type and meaning.
 #[unsafe(no_mangle)]
 extern "C" fn log(x: f64) -> f64 {

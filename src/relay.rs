@@ -179,7 +179,11 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
     if draft.pair.finish_reason.is_some() && draft.first_event.is_some() && draft.others.values().all(|finished| *finished) {
         return Ok(b"data: [DONE]\n\n".to_vec());
     }
-    Err(events.upstream().failed(broken_by(draft), "the LLM's stream ended before its answer was complete").into())
+    let what = match draft.first_event {
+        Some(_) => "the LLM's stream ended before its answer was complete",
+        None => "the LLM sent no stream; check OPENAI_BASE_URL",
+    };
+    Err(events.upstream().failed(broken_by(draft), what).into())
 }
 
 /// The code for a stream whose events are at fault: it broke off if it had begun, else it is no answer.

@@ -126,6 +126,9 @@ impl Store {
     pub fn open(config: &Config, metrics: Arc<Metrics>) -> Result<Store, StartError> {
         let path = config.database_path.clone();
         let failed = |text: String| StartError::machine(format!("history {}: {text}", path.display()));
+        if path.is_dir() {
+            return Err(failed("it is a folder; set DATABASE_PATH to a file in it".to_string()));
+        }
         if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
             fs::create_dir_all(folder).map_err(|e| failed(format!("its folder cannot be made: {e}; set DATABASE_PATH")))?;
         }

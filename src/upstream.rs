@@ -309,7 +309,7 @@ impl Line {
         if falls_back {
             self.upstream.metrics.upstream_fallbacks.inc();
             self.tell(e);
-            log::warn!("{:.100?} is asked next, after {}", chat.model, e.code.name());
+            log::warn!("fallback model {:.100?} is asked next, after {}", chat.model, e.code.name());
         }
         falls_back
     }

@@ -225,7 +225,7 @@ impl Api {
         match self.room_for(&reply) {
             Some(_place) => exit.send(reply, model),
             None => {
-                let text = format!("{MOST_LEAVING} bytes of large answers are on their way to slow clients; try again");
+                let text = "too many large answers are on their way to slow clients; try again";
                 exit.refuse(ApiError::new(Code::OVERLOADED, text))
             }
         }

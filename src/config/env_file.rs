@@ -36,8 +36,8 @@ fn no_unset_variable(text: &str) -> Result<(), StartError> {
         match (variables(line).iter().all(is_set), setting_in(line)) {
             (true, _) => known.extend(name_in(line)),
             (false, Some(setting)) => {
-                let rule = "it names a variable that is not set, or one with a _ in its name without braces (${A_NAME}); a value \
-                            with a $ of its own stands in single quotes";
+                let rule = "it names a variable that is not set, or one with a _ in its name without braces (${A_NAME}); a $ of \
+                            its own stands in single quotes, or in double quotes behind a \\";
                 return Err(StartError::usage(format!(".env: line {at} ({setting}): {rule}")));
             }
             // Half a value, too, where one of ours names it.
@@ -86,7 +86,7 @@ fn trouble(e: &dotenvy::Error, text: &str) -> String {
     let which = found
         .map_or(String::new(), |(line, at)| setting_in(line).map_or(format!(" {at}"), |setting| format!(" {at} ({setting})")));
     format!(
-        ".env: line{which} cannot be read; a line is NAME=VALUE, and a value with blanks, #, $, \\ or quotes stands in single \
-         quotes"
+        ".env: line{which} cannot be read; a line is NAME=VALUE, and a value with blanks, #, $, \\ or \" stands in single quotes, \
+         one with an apostrophe in double quotes, with a \\ before each $, \" and \\"
     )
 }

@@ -8,7 +8,7 @@ use crate::error::{ApiError, Code};
 pub fn too_large(limit: usize) -> ApiError {
     ApiError::new(
         Code::BODY_TOO_LARGE,
-        format!("the body is larger than {limit} bytes, the most that is taken here; a question may have MAX_BODY_BYTES"),
+        format!("the body is larger than {limit} bytes, the most that is taken here (MAX_BODY_BYTES of a question)"),
     )
 }
 

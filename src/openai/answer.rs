@@ -24,7 +24,8 @@ pub struct Completion {
 /// Reads the body of a 200. Errs when it is no answer: not JSON, without choices, or an `error` in place
 /// of one.
 pub fn parse_completion(body: &[u8]) -> Result<Completion, NoAnswer> {
-    let answer: Answer = from_json(body).map_err(|e| NoAnswer::other("its answer is not a chat completion", e))?;
+    let answer: Answer =
+        from_json(body).map_err(|e| NoAnswer::other("its answer is not a chat completion (check OPENAI_BASE_URL)", e))?;
     answer.no_error("it answered with an error", body)?;
     let mut choices = answer.choices.map_or_else(Vec::new, |Few(choices)| choices);
     if choices.is_empty() {

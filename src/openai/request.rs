@@ -100,7 +100,10 @@ impl Chat {
         }
         let question = question.map(|content| text_of(content.get(), "\n").into_owned()).unwrap_or_default();
         if is_longer(&question, max_chars) {
-            return Err(ApiError::invalid("messages", format!("the question is longer than {max_chars} characters")));
+            return Err(ApiError::invalid(
+                "messages",
+                format!("the question is longer than {max_chars} characters (MAX_QUESTION_CHARS)"),
+            ));
         }
         let stream = read(stream, "stream", "true or false")?.unwrap_or(false);
         let asked_model: Option<String> = read(asked_model, "model", "a string")?;

@@ -107,7 +107,10 @@ impl Upstream {
                 let text = "the LLM closed the connection before it answered; check OPENAI_BASE_URL, http or https, too";
                 (Code::UPSTREAM_UNAVAILABLE, text.to_string(), true)
             }
-            ureq::Error::Io(e) => (Code::UPSTREAM_UNAVAILABLE, format!("the LLM cannot be reached: {e}"), true),
+            ureq::Error::Io(e) => {
+                let text = format!("the LLM cannot be reached: {e}; check OPENAI_BASE_URL, and whether it runs");
+                (Code::UPSTREAM_UNAVAILABLE, text, true)
+            }
             e => (Code::UPSTREAM_BAD_ANSWER, format!("the LLM's answer is not HTTP as it should be: {e}"), false),
         };
         let mut error = self.failed(code, &text);
@@ -128,7 +131,8 @@ impl Upstream {
         let (code, what) = match status {
             300..=399 => (Code::UPSTREAM_ERROR, "redirected, which is not followed; check OPENAI_BASE_URL"),
             400 | 413 | 422 => (Code::UPSTREAM_REJECTED, "rejected the request"),
-            401 => (Code::UPSTREAM_ERROR, "refused the server's key"),
+            401 => (Code::UPSTREAM_ERROR, "refused the server's key; check OPENAI_API_KEY"),
+            402 => (Code::UPSTREAM_ERROR, "says that its account has no money left"),
             403 => (Code::UPSTREAM_ERROR, "does not allow this, or not with the server's key"),
             404 => (Code::UPSTREAM_ERROR, "has nothing there; check OPENAI_BASE_URL and the model"),
             408 => (Code::UPSTREAM_TIMEOUT, "was too slow"),

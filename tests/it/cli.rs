@@ -283,7 +283,10 @@ fn a_variable_in_the_env_file_that_is_not_set_is_refused() {
     }
     let exported = Setup::new().file(".env", "export API_KEYS=alice:hun$ter2\n").run(&[]);
     assert!(exported.expect_refusal(2).contains("line 1 (API_KEYS)"), "{exported:?}");
+    let torn = Setup::new().file(".env", "SYSTEM_PROMPT='Don't be evil'\n").run(&[]);
+    assert!(torn.expect_refusal(2).contains("one with an apostrophe in double quotes"), "{torn:?}");
     for (value, secret) in [
+        ("\"alice:hun'\\$\\\"\\\\ter2\"", "hun'$\"\\ter2"),
         ("'alice:hun$ter2'", "hun$ter2"),
         ("alice:hun\\$ter2", "hun$ter2"),
         ("alice:${WORD}2", "hunter2"),
@@ -349,6 +352,29 @@ fn a_bad_secret_is_refused_without_being_shown() {
         let line = ended.expect_refusal(2);
         assert!(line.contains("OPENAI_BASE_URL") && !line.contains("hunter2"), "{line}");
     }
+}
+
+/// Its clients' settings have the same name, and one question would be asked by the server of itself again and again.
+#[test]
+fn a_server_that_would_ask_itself_does_not_start() {
+    let upstream = |url: &str| Setup::new().set("PORT", "8123").set("OPENAI_API_KEY", "none").set("OPENAI_BASE_URL", url);
+    for (host, url) in [
+        ("127.0.0.1", "http://127.0.0.1:8123/v1"),
+        ("127.0.0.1", "http://localhost:8123"),
+        ("0.0.0.0", "http://u:p@127.0.0.1:8123/v1"),
+        ("::", "http://[::1]:8123/v1"),
+    ] {
+        let ended = upstream(url).set("HOST", host).set("AUTH", "off").run(&[]);
+        let line = ended.expect_refusal(2);
+        assert!(line.contains("OPENAI_BASE_URL") && line.contains("not of this server itself"), "{line}");
+    }
+    for url in ["http://127.0.0.1:8124/v1", "http://127.0.0.2:8123/v1", "https://127.0.0.1:8123/v1"] {
+        // Another mistake is found only behind that one.
+        let ended = upstream(url).set("LOG_LEVEL", "loud").run(&[]);
+        assert!(ended.expect_refusal(2).contains("LOG_LEVEL"), "{url}");
+    }
+    let mocked = upstream("http://127.0.0.1:8123/v1").set("MOCK_MODE", "true").set("LOG_LEVEL", "loud").run(&[]);
+    assert!(mocked.expect_refusal(2).contains("LOG_LEVEL"), "a mock asks nobody");
 }
 
 #[test]

@@ -279,7 +279,7 @@ fn a_database_that_cannot_be_written_is_refused_with_what_to_do() {
     };
     let folder_in_the_way = Setup::new();
     fs::create_dir(folder_in_the_way.folder().join("history.db")).expect("a folder");
-    refused(&folder_in_the_way, "history.db");
+    refused(&folder_in_the_way, "history.db: it is a folder");
     let file_in_the_way = Setup::new().file("file", "").set("DATABASE_PATH", "file/history.db");
     refused(&file_in_the_way, "file/history.db");
     let nowhere = Setup::new().set("DATABASE_PATH", "/proc/nowhere/history.db");

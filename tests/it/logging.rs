@@ -183,7 +183,9 @@ fn warnings(proxy: &mut Proxy) -> Vec<String> {
 
 #[test]
 fn the_log_says_why_the_llm_gave_no_answer_and_not_in_its_words() {
-    for (status, said) in [(401, "refused the server's key (401)"), (404, "has nothing there"), (500, "failed (500)")] {
+    for (status, said) in
+        [(401, "refused the server's key; check OPENAI_API_KEY (401)"), (404, "has nothing there"), (500, "failed (500)")]
+    {
         let body = json!({"error": {"message": "words of its own"}}).to_string();
         let upstream = FakeUpstream::always(reply(status, &[("X-Request-Id", "req_of-the-llm")], &body));
         let mut proxy = Proxy::facing(&upstream).set("UPSTREAM_RETRIES", "0").start();
@@ -210,13 +212,15 @@ fn what_was_not_answered_has_no_id_of_the_attempt_before() {
 fn the_log_says_why_what_came_is_no_answer() {
     let error = r#"{"error":{"code":400,"message":"words of its own"}}"#;
     let begun = |end: Step| vec![stream_head(), event(&delta("Half")), end];
-    let cases: [(bool, Vec<Step>, &str); 8] = [
+    let cases: [(bool, Vec<Step>, &str); 10] = [
         (false, reply(200, &[], "words of its own"), "the LLM gave no answer: its answer is not a chat completion"),
         (false, reply(200, &[], r#"{"choices":"words of its own"}"#), "its answer is not a chat completion"),
         (false, reply(200, &[], error), "it answered with an error"),
         (false, reply(200, &[], r#"{"choices":[]}"#), "its answer has no choices"),
         (true, vec![stream_head(), event(error), end()], "its stream broke off with an error"),
         (true, begun(event(error)), "its stream broke off with an error"),
+        (true, reply(200, &[("Content-Type", "text/html")], "words of its own"), "the LLM sent no stream; check OPENAI_BASE_URL"),
+        (true, reply(200, &[], ""), "the LLM sent no stream; check OPENAI_BASE_URL"),
         (true, begun(Step::Close), "the LLM's stream broke off"),
         (true, begun(Step::Silence), "the LLM's stream was silent for 1 s"),
     ];

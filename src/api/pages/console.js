@@ -427,7 +427,7 @@ async function sample() {
     $("minutes-note").textContent = `No numbers: ${e.name === "TypeError" ? "the server cannot be reached" : e.message}.`;
     return showState();
   }
-  $("minutes-note").textContent = "Measured from when this page was opened; without this page's own looks and the probes.";
+  $("minutes-note").textContent = "Counted since this page was opened. Its own requests and health probes are left out.";
   const last = looks.at(-1);
   if (last && look.time <= last.time) return;
   if (last && look.up >= last.up) {
