@@ -379,6 +379,8 @@ fn upstream_url(given: &Given) -> Result<UpstreamUrl, StartError> {
     let clean = !host.is_empty()
         && host.starts_with('[') == host.contains(']')
         && !host.starts_with(':')
+        // A password with a slash in it.
+        && !path.contains('@')
         && !path.trim_end_matches('/').ends_with("/chat/completions")
         && port_ok
         && rest.bytes().all(|b| (0x21..0x7f).contains(&b) && !b"?#\"<>\\^`{|}".contains(&b));

@@ -159,7 +159,7 @@ impl Upstream {
         // Of one that is there twice, the first.
         let fields = headers.keys().filter_map(|name| {
             let value = headers.get(name)?.to_str().ok();
-            let value = value.filter(|value| !self.has_secret(value))?;
+            let value = value.filter(|value| !self.has_secret(value) && !self.has_secret(name.as_str()))?;
             let wanted = match name.as_str() {
                 "x-request-id" => is_sane_id(value),
                 "openai-processing-ms" => value.len() <= 64,

@@ -17,10 +17,15 @@ const GLANCE: Duration = Duration::from_millis(500);
 /// A key's name and its word for the request.
 type Name = (Arc<str>, String);
 
-/// The requests with an `Idempotency-Key` that are running now: their paths and bodies.
+/// The requests with an `Idempotency-Key` that are running now.
 #[derive(Default)]
 pub struct Idempotency {
-    running: Mutex<HashMap<Name, (String, Vec<u8>)>>,
+    running: Mutex<HashMap<Name, Arc<Running>>>,
+}
+
+struct Running {
+    path: String,
+    body: Vec<u8>,
     ended: Condvar,
 }
 
@@ -40,8 +45,9 @@ pub struct First {
 
 impl Drop for First {
     fn drop(&mut self) {
-        lock(&self.idempotency.running).remove(&self.name);
-        self.idempotency.ended.notify_all();
+        if let Some(running) = lock(&self.idempotency.running).remove(&self.name) {
+            running.ended.notify_all();
+        }
     }
 }
 
@@ -61,10 +67,14 @@ impl Idempotency {
         }
         let (name, path) = ((Arc::clone(request.key), given.to_string()), request.head.path());
         let until = Instant::now() + api.config.upstream_timeout;
-        let mut running = lock(&self.running);
-        while let Some((other_path, other_body)) = running.get(&name) {
-            if (&**other_path, &**other_body) != (path, request.body) {
-                return Err(another());
+        let (mut running, mut compared) = (lock(&self.running), None);
+        while let Some(other) = running.get(&name).cloned() {
+            // Once: others wait meanwhile, and it may be large.
+            let is_new = !compared.is_some_and(|known| Arc::ptr_eq(&known, &other));
+            if is_new && (&*other.path, &*other.body) != (path, request.body) {
+                drop(running);
+                // That one may itself be refused, for the sake of the one that ours repeats.
+                return answered(api, request, given)?.map_or_else(|| Err(another()), |again| Ok(Some(again)));
             }
             if is_gone() {
                 return Err(ApiError::client_gone());
@@ -73,23 +83,29 @@ impl Idempotency {
                 let text = "requests with this Idempotency-Key have been running for too long; try again";
                 return Err(ApiError::new(Code::OVERLOADED, text));
             }
-            running = wait_within(&self.ended, running, GLANCE);
+            running = wait_within(&other.ended, running, GLANCE);
+            compared = Some(other);
         }
-        running.insert(name.clone(), (path.to_string(), request.body.to_vec()));
+        let own = Running { path: path.to_string(), body: request.body.to_vec(), ended: Condvar::new() };
+        running.insert(name.clone(), Arc::new(own));
         drop(running);
         let first = First { idempotency: Arc::clone(self), name };
-        let place = api.make()?;
-        match api.store.remembered(request.key, given)? {
-            None => {
-                let (key, path) = (given.to_string(), path.to_string());
-                let unique = Unique { key, path, request: request.body.to_vec(), response: None };
-                Ok(Some(Part::First(first, unique)))
-            }
-            Some(remembered) if remembered.path == path && remembered.request == request.body => {
-                Ok(Some(Part::Again(Box::new(remembered), place)))
-            }
-            Some(_) => Err(another()),
+        if let Some(again) = answered(api, request, given)? {
+            return Ok(Some(again));
         }
+        let unique = Unique { key: given.to_string(), path: path.to_string(), request: request.body.to_vec(), response: None };
+        Ok(Some(Part::First(first, unique)))
+    }
+}
+
+/// What this request was answered before under its `Idempotency-Key`, if that is known there. Errs where it came with another.
+fn answered(api: &Api, request: &Request, given: &str) -> Result<Option<Part>, ApiError> {
+    let place = api.make()?;
+    let is_same = |noted: &Remembered| noted.path == request.head.path() && noted.request == request.body;
+    match api.store.remembered(request.key, given)? {
+        None => Ok(None),
+        Some(noted) if is_same(&noted) => Ok(Some(Part::Again(Box::new(noted), place))),
+        Some(_) => Err(another()),
     }
 }
 

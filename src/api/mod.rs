@@ -44,6 +44,8 @@ pub use exit::Parting;
 const IDEMPOTENCY_KEY: &str = "idempotency-key";
 /// So many answers are put together out of the history at once: each takes several times its bytes.
 const MOST_MAKING: usize = 8;
+/// So many of them may be searches, each of which may take a second: pages and repetitions do not wait behind those.
+const MOST_SEARCHING: usize = 4;
 /// So long the others wait.
 const MAKING_PATIENCE: Duration = Duration::from_secs(10);
 /// Where so many requests are in flight, and the LLM answers within `QUICK`, the CPU is what all wait for. A worker that is
@@ -70,6 +72,7 @@ pub struct Api {
     idempotency: Arc<Idempotency>,
     /// For pages of history and repetitions that are put together.
     making: Arc<Places>,
+    searching: Arc<Places>,
     /// For the bytes of large answers on their way to slow clients.
     leaving: Arc<Places>,
     draining: AtomicBool,
@@ -137,6 +140,7 @@ impl Api {
             rate_limit: RateLimit::new(config.rate_limit_per_minute),
             idempotency: Arc::default(),
             making: Places::new(MOST_MAKING),
+            searching: Places::new(MOST_SEARCHING),
             leaving: Places::new(MOST_LEAVING),
             config,
             store,
@@ -216,7 +220,11 @@ impl Api {
 
     /// A place for an answer that is put together out of the history. Errs with 503 where there is none for long.
     fn make(&self) -> Result<Taken, ApiError> {
-        let place = self.making.take(1, MAKING_PATIENCE);
+        self.place_among(&self.making)
+    }
+
+    fn place_among(&self, places: &Arc<Places>) -> Result<Taken, ApiError> {
+        let place = places.take(1, MAKING_PATIENCE);
         place.ok_or_else(|| ApiError::new(Code::OVERLOADED, "too much is being read from the history; try again"))
     }
 

@@ -135,7 +135,8 @@ impl<'a> Maker<'a> {
             return Some(Map::new());
         }
         let required: BTreeSet<&'a str> = parts.iter().flat_map(required).collect();
-        let names = known.iter().flat_map(|known| known.keys().map(String::as_str)).chain(required.iter().copied());
+        let offered = if self.is_frugal() { &[][..] } else { &known };
+        let names = offered.iter().flat_map(|known| known.keys().map(String::as_str)).chain(required.iter().copied());
         let mut object = Map::new();
         for name in names {
             let is_required = required.contains(name);

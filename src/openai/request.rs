@@ -204,7 +204,7 @@ object!(Sent<'de> { role, content, tool_calls } wishes {});
 pub fn model_in_path(name: &str) -> Option<String> {
     let name = percent_decode_str(name).decode_utf8().ok()?;
     // What servers may take for a part of another path.
-    let odd = |c: char| c.is_control() || "\\?#%".contains(c);
+    let odd = |c: char| c.is_control() || "\\?#%;".contains(c);
     let sane = (1..=200).contains(&name.len()) && !name.contains(odd);
     (sane && name.split('/').all(|step| !matches!(step, "" | "." | ".."))).then(|| name.into_owned())
 }

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::cmp::Reverse;
+use std::collections::BTreeSet;
 
 use crate::exchange::Pair;
 
@@ -9,6 +10,9 @@ use crate::exchange::Pair;
 const MOST_WORDS: usize = 32;
 /// And so many of its bytes, since FTS5 may see several words where we see one.
 const MOST_QUERY: usize = 512;
+/// So many words that punctuation divides must have their parts side by side. For each, FTS5 looks into all pairs that have
+/// its parts.
+const MOST_PHRASES: usize = 4;
 
 /// A text as it is searched and indexed: with a full stop for each emoji and other symbol, without the points of Arabic and
 /// Hebrew, which most texts lack. FTS5 takes symbols for letters that are newer than its table of them, of 2010, and `thanks🤖`
@@ -41,6 +45,11 @@ fn is_point(c: char) -> bool {
     )
 }
 
+/// What is within a word to the index.
+fn is_letter(c: char) -> bool {
+    c.is_alphanumeric() || is_mark(c)
+}
+
 /// The words of a query, each once, as far as they count: a search costs words times text.
 pub fn wanted(text: &str) -> Vec<&str> {
     let (mut count, mut start, mut inside) = (0, 0, false);
@@ -63,12 +72,17 @@ pub fn wanted(text: &str) -> Vec<&str> {
 }
 
 /// Any words as an FTS5 query: in quotes, all of them needed, but for those that are no word to FTS5; it splits them
-/// further itself. `None` where there are no words (<https://sqlite.org/fts5.html#full_text_query_syntax>).
+/// further itself, and what it splits is a phrase. `None` where there are no words (<https://sqlite.org/fts5.html#full_text_query_syntax>).
 pub fn match_expression(words: &[&str]) -> Option<String> {
     if words.is_empty() {
         return None;
     }
-    let words: Vec<String> = words.iter().map(|w| format!("\"{}\"", w.replace('"', "\"\""))).collect();
+    let (mut phrases, mut terms) = (0, Vec::new());
+    for word in words {
+        phrases += usize::from(parts(word).nth(1).is_some());
+        if phrases > MOST_PHRASES { terms.extend(parts(word)) } else { terms.push(*word) }
+    }
+    let words: Vec<String> = terms.iter().map(|w| format!("\"{}\"", w.replace('"', "\"\""))).collect();
     Some(format!("{{question answer}} : ({})", words.join(" ")))
 }
 
@@ -80,13 +94,14 @@ pub fn among_own(key: &str, query: &str) -> String {
 
 /// Sorts the pairs that were found by how well they match, the best first; of equal ones the newest.
 pub fn rank(found: &mut [Pair], words: &[&str]) {
-    let words: Vec<String> = words.iter().flat_map(|words| parts(words)).map(str::to_lowercase).collect();
+    // Each once: it costs a look through all texts.
+    let words: BTreeSet<String> = words.iter().flat_map(|words| parts(words)).map(str::to_lowercase).collect();
     found.sort_by_cached_key(|pair| Reverse((score(pair, &words), pair.id)));
 }
 
 /// How well a pair matches, in thousandths: the occurrences of the words against the length of the text,
 /// as BM25 weighs them. FTS5's own bm25() counts the matches in the whole history first.
-fn score(pair: &Pair, words: &[String]) -> u64 {
+fn score(pair: &Pair, words: &BTreeSet<String>) -> u64 {
     let text = plain(&format!("{} {}", pair.question, pair.answer)).to_lowercase();
     let length = text.len() as f64 / 500.0;
     let weights = words.iter().map(|word| {
@@ -98,14 +113,12 @@ fn score(pair: &Pair, words: &[String]) -> u64 {
 
 /// What the index takes for words.
 fn parts(text: &str) -> impl Iterator<Item = &str> {
-    text.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty())
+    text.split(|c: char| !is_letter(c)).filter(|word| !word.is_empty())
 }
 
 /// How often a word stands in a text as a whole, as the index has it: not within another one.
 fn occurrences(text: &str, word: &str) -> usize {
-    let is_whole = |(at, _): &(usize, &str)| {
-        !text[..*at].ends_with(char::is_alphanumeric) && !text[at + word.len()..].starts_with(char::is_alphanumeric)
-    };
+    let is_whole = |(at, _): &(usize, &str)| !text[..*at].ends_with(is_letter) && !text[at + word.len()..].starts_with(is_letter);
     text.match_indices(word).filter(is_whole).count()
 }
 
@@ -119,6 +132,10 @@ mod tests {
         let found = query("\"x\" OR -z\0don't & or 🦀");
         assert_eq!(found.as_deref(), Some(r#"{question answer} : ("""x""" "OR" "-z" "don't")"#));
         assert_eq!(query(" \"'*🦀"), None);
+        assert_eq!(
+            query("a-1 b-1 c-1 d-1 e, f-1 -"),
+            Some(r#"{question answer} : ("a-1" "b-1" "c-1" "d-1" "e," "f" "1")"#.to_string())
+        );
         assert_eq!(among_own("a", "x"), r#"key : "61" AND x"#);
     }
 
@@ -147,6 +164,8 @@ mod tests {
         assert_eq!(ranked("cat", &["a cat", "a cat", "a cat"]), [3, 2, 1]);
         assert_eq!(ranked("CAT", &["Cat, cat", "one cat!"]), [1, 2]);
         assert_eq!(ranked("شكرا", &["شكراً شكراً", "شكرا 12"]), [1, 2]);
+        assert_eq!(ranked("हिन्दी", &["हिन्दी हिन्दी", "हिन्दी ह"]), [1, 2]);
+        assert_eq!(ranked("a-a-a-b", &["b b", "a a"]), [2, 1], "each of the words counts once");
     }
 
     #[test]

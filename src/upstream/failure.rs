@@ -5,7 +5,7 @@ use std::io::{ErrorKind, Read};
 use std::time::{Duration, SystemTime};
 
 use ureq::Body;
-use ureq::http::{HeaderMap, Response, header};
+use ureq::http::{HeaderMap, Response};
 
 use super::Upstream;
 use super::watch::Ended;
@@ -56,15 +56,18 @@ fn insecure(why: &str) -> (Code, String, bool) {
     (Code::UPSTREAM_UNAVAILABLE, format!("no secure connection to the LLM: {why}; {todo}"), !is_disbelieved)
 }
 
-/// The `Retry-After` as it came, where it can stand in our answer.
-fn retry_after(headers: &HeaderMap) -> Option<&str> {
-    let value = headers.get(header::RETRY_AFTER)?.to_str().ok()?;
+const RETRY_AFTER: &str = "Retry-After";
+/// What OpenAI's own clients look at first.
+const RETRY_AFTER_MS: &str = "retry-after-ms";
+
+/// A wait that is asked for, as it came, where it can stand in our answer.
+fn asked<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    let value = headers.get(name)?.to_str().ok()?;
     (1..=64).contains(&value.len()).then_some(value)
 }
 
-/// What OpenAI's own clients look at first.
 fn wait_in_ms(headers: &HeaderMap) -> Option<Duration> {
-    let ms: f64 = headers.get("retry-after-ms")?.to_str().ok()?.trim().parse().ok()?;
+    let ms: f64 = asked(headers, RETRY_AFTER_MS)?.trim().parse().ok()?;
     lasting(ms / 1000.0)
 }
 
@@ -142,14 +145,16 @@ impl Upstream {
         };
         let words = if status < 400 { "" } else { words.as_str() };
         let mut error = self.failed_saying(code, &format!("the LLM {what} ({status})"), words);
-        let retry_after = retry_after(response.headers());
-        if let (429 | 503, Some(clean)) = (code.status(), retry_after.filter(|value| !self.has_secret(value))) {
-            error = error.with_header("Retry-After", clean);
+        let headers = response.headers();
+        for name in [RETRY_AFTER, RETRY_AFTER_MS] {
+            if let (429 | 503, Some(clean)) = (code.status(), asked(headers, name).filter(|value| !self.has_secret(value))) {
+                error = error.with_header(name, clean);
+            }
         }
         error.headers.extend(fields.into_iter().filter(|(name, _)| name.starts_with("x-ratelimit-")));
         // OpenAI's word for an account without money, which no waiting fills.
         let quota = status == 429 && body.windows(18).any(|w| w == b"insufficient_quota");
-        let wait = wait_in_ms(response.headers()).or(retry_after.and_then(wait_of));
+        let wait = wait_in_ms(headers).or(asked(headers, RETRY_AFTER).and_then(wait_of));
         if code == Code::UPSTREAM_REJECTED {
             error.param = param.map(|param| self.redact(&param).into());
         }

@@ -342,6 +342,7 @@ fn a_bad_secret_is_refused_without_being_shown() {
     for url in [
         "http://user:hunter2@host name/v1",
         "http://user:hunter2@host:port/v1",
+        "http://user:12/hunter2@host/v1",
         "http://host/v1?key=hunter2",
         "host/v1?key=hunter2",
         "http:/u:p@host?key=hunter2",

@@ -130,6 +130,29 @@ fn who_comes_for_a_page_while_many_are_made_waits() {
     }
 }
 
+/// Also those of other keys, each of which may take seconds.
+#[test]
+fn a_page_does_not_wait_behind_searches() {
+    let mut proxy = Proxy::start();
+    let words: Vec<String> = (0..16).map(|number| format!("word{number}")).collect();
+    let text = words.join(" ").repeat(99_999 / (words.join(" ").len() + 1));
+    for _ in 0..15 {
+        proxy.answer(&text);
+    }
+    let search = get(&format!("/api/history?limit=1&q={}", words.join("+")));
+    // Where nobody waits for the index any more.
+    proxy.call(&search);
+    let mut searching: Vec<_> = (0..12).map(|_| proxy.connect()).collect();
+    searching.iter_mut().for_each(|connection| connection.send(&search));
+    assert_eq!(proxy.connect().exchange(&get("/api/history?limit=1").method("HEAD")).status, 200);
+    for mut connection in searching {
+        assert_eq!(connection.read_response().status, 200);
+    }
+    let log = proxy.whole_log();
+    let line = |method: &str| log.iter().filter(|line| line.contains("/api/history")).position(|line| line.contains(method));
+    assert!(line("HEAD") < Some(4), "of the searches only the one before it was over, or a few more: {log:#?}");
+}
+
 #[test]
 fn before_gives_only_older_pairs() {
     let proxy = Proxy::start();

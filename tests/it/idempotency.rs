@@ -280,6 +280,20 @@ fn another_body_under_the_same_key_is_422() {
     }
 }
 
+/// It runs until the history has said so.
+#[test]
+fn a_request_that_is_refused_for_its_body_does_not_stand_in_for_the_first() {
+    let proxy = Proxy::start();
+    let [right, wrong] = ["right", "wrong"].map(|word| keyed(&ask(&word.repeat(20_000)), "k"));
+    let first = expect_200(proxy.call(&right));
+    std::thread::scope(|scope| {
+        let refused = scope.spawn(|| (0..200).for_each(|_| expect_422(&proxy.call(&wrong))));
+        while !refused.is_finished() {
+            assert_eq!(expect_200(proxy.call(&right)), first);
+        }
+    });
+}
+
 #[test]
 fn another_body_is_422_at_once_while_the_first_runs() {
     let gate = Gate::new();

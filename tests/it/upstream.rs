@@ -253,11 +253,12 @@ fn a_wait_in_milliseconds_comes_first() {
 #[test]
 fn a_retry_after_beyond_the_time_left_is_not_waited_for() {
     for after in ["3600", "99999999999999999999"] {
-        let upstream = FakeUpstream::always(reply(429, &[("Retry-After", after)], ""));
+        let upstream = FakeUpstream::always(reply(429, &[("Retry-After", after), ("retry-after-ms", "3600000")], ""));
         let proxy = Proxy::facing(&upstream).set("UPSTREAM_RETRIES", "3").start();
         let response = proxy.ask("What is it?");
         response.expect_error(429, "upstream_rate_limited");
         assert_eq!(response.header("Retry-After"), Some(after));
+        assert_eq!(response.header("retry-after-ms"), Some("3600000"), "which some ask alone");
         assert_eq!(upstream.calls(), 1, "an early retry would only be refused again");
     }
 }

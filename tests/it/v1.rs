@@ -899,6 +899,7 @@ fn paths_and_methods_are_exact_here_as_elsewhere() {
         "/v1/models/",
         "/v1/models/..",
         "/v1/models/a/../b",
+        "/v1/models/..;/admin",
         "/v1/embeddings",
     ] {
         proxy.get(target).expect_error(404, "not_found");
