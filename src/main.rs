@@ -33,7 +33,8 @@ fn main() -> ExitCode {
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("ai-proxy: {}", e.message);
+            // `eprintln!` panics where stderr takes nothing.
+            let _ = writeln!(std::io::stderr(), "ai-proxy: {}", e.message);
             ExitCode::from(e.exit)
         }
     }

@@ -109,8 +109,11 @@ impl<W: 'static> Pool<W> {
             if let Some((_, thread)) = idle_or_new {
                 break thread;
             }
-            // Where there is no thread at all, nobody would come for what is in the queue.
-            if state.queue.len() < self.queue_size && state.threads > 0 {
+            let left = until.saturating_duration_since(Instant::now());
+            // Where there is no thread at all, nobody would come for what is in the queue. One that could not be started may be in a
+            // moment, and those that are there may be at work for long.
+            let is_all = state.threads >= self.size || left.is_zero();
+            if state.queue.len() < self.queue_size && state.threads > 0 && is_all {
                 let is_vain = is_vain(&task);
                 state.queue.push_back((job(task), is_vain));
                 return Ok(());
@@ -119,10 +122,11 @@ impl<W: 'static> Pool<W> {
             if !vain.is_empty() {
                 drop(state);
                 self.be_done_with(vain);
+                // There may be room for others that wait, too.
+                self.freed.notify_all();
                 state = lock(&self.state);
                 continue;
             }
-            let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(task);
             }

@@ -36,6 +36,8 @@ const READER_PATIENCE: Duration = Duration::from_secs(1);
 const LAST_WORDS: Duration = Duration::from_secs(3);
 /// How long the accept loop waits when descriptors or threads ran out.
 const EXHAUSTED: Duration = Duration::from_millis(50);
+/// And is told so often.
+const A_MINUTE: Duration = Duration::from_secs(60);
 
 /// Serves until SIGTERM or SIGINT, then drains. Errs with one line where it cannot start.
 pub fn serve(mut config: Config) -> Result<(), StartError> {
@@ -251,13 +253,17 @@ impl Staff {
 }
 
 fn accept(listener: &Listener, staff: &Arc<Staff>, stop: &Stop) {
+    let mut told: Option<Instant> = None;
     while !stop.asked.load(Ordering::SeqCst) {
         match listener.accept(&stop.signals) {
             // A panic there is logged by the hook and costs this connection only, as one in a job does.
             Ok(Some(connection)) => drop(catch_unwind(AssertUnwindSafe(|| staff.welcome(connection)))),
             Ok(None) => {}
             Err(e) => {
-                log::warn!("a client cannot be accepted: {e}");
+                if told.is_none_or(|at| at.elapsed() >= A_MINUTE) {
+                    log::warn!("clients cannot be accepted: {e}");
+                    told = Some(Instant::now());
+                }
                 thread::sleep(EXHAUSTED);
             }
         }

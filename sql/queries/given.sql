@@ -1,2 +1,2 @@
 -- Notes the last id that was given.
-UPDATE indexed SET last_id = ?1
+UPDATE indexed SET last_id = max(last_id, ?1)

@@ -1,7 +1,7 @@
 //! `.env`: what it sets, and what is wrong with it, in words that repeat no secret. Knows the settings' names, not their rules.
 
 use std::collections::HashMap;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read};
 
 use super::SETTINGS;
 use crate::error::StartError;
@@ -12,43 +12,45 @@ pub(super) fn read() -> Result<HashMap<String, String>, StartError> {
         Err(e) if e.kind() == ErrorKind::NotFound => String::new(),
         read => read.map_err(|e| StartError::usage(format!(".env cannot be read: {e}")))?,
     };
-    no_unset_variable(&file)?;
-    let lines: Result<HashMap<_, _>, _> = dotenvy::from_read_iter(file.as_bytes()).collect();
-    lines.map_err(|e| StartError::usage(trouble(&e, &file)))
-}
-
-/// Which of our settings a line of `.env` sets.
-fn setting_in(line: &str) -> Option<&'static str> {
-    let name = name_in(line);
-    SETTINGS.iter().find(|setting| Some(setting.0) == name).map(|setting| setting.0)
-}
-
-fn name_in(line: &str) -> Option<&str> {
-    line.split_once('=').map(|(name, _)| name.trim().trim_start_matches("export ").trim())
-}
-
-/// Errs where one of our settings in `.env` names a variable that is not set, or whose name is read in part: nothing would be
-/// put in its place, and half a secret is one that others may guess.
-fn no_unset_variable(text: &str) -> Result<(), StartError> {
-    let mut known: Vec<&str> = Vec::new();
-    for (line, at) in text.lines().zip(1..) {
-        let is_set = |name: &&str| known.contains(name) || !name.is_empty() && std::env::var_os(name).is_some();
-        match (variables(line).iter().all(is_set), setting_in(line)) {
-            (true, _) => known.extend(name_in(line)),
-            (false, Some(setting)) => {
-                let rule = "it names a variable that is not set, or one with a _ in its name without braces (${A_NAME}); a $ of \
-                            its own stands in single quotes, or in double quotes behind a \\";
-                return Err(StartError::usage(format!(".env: line {at} ({setting}): {rule}")));
-            }
+    let mut known: Vec<String> = Vec::new();
+    for (line, at) in file.lines().zip(1..) {
+        let bad = |rule: &str| StartError::usage(format!(".env: line {at}{}: {rule}", setting_in(line)));
+        // Each for itself: dotenvy takes what follows a quote that is open for a part of the value, also where that quote is in
+        // a comment, and so loses settings without a word.
+        let mut alone = dotenvy::from_read_iter(line.as_bytes().chain(&b"\n"[..]));
+        let Some(set) = alone.next() else { continue };
+        let (name, _) = set.map_err(|_| bad(FORM))?;
+        let is_set = |name: &&str| known.iter().any(|known| known == name) || !name.is_empty() && std::env::var(name).is_ok();
+        if variables(line).iter().all(is_set) {
+            known.push(name);
+        } else if SETTINGS.iter().any(|setting| setting.0 == name) {
+            // Nothing would be put in its place, and half a secret is one that others may guess.
+            return Err(bad(UNSET));
+        } else {
             // Half a value, too, where one of ours names it.
-            (false, None) => {}
+            known.retain(|known| *known != name);
         }
     }
-    Ok(())
+    let all: Result<HashMap<_, _>, _> = dotenvy::from_read_iter(file.as_bytes()).collect();
+    all.map_err(|_| StartError::usage(format!(".env: {FORM}")))
 }
 
-/// The names behind each `$` in a line of `.env` that another value takes the place of: not in single quotes, behind a
-/// backslash or in a comment.
+const FORM: &str = "cannot be read; a line is NAME=VALUE with all its quotes closed, those of a comment, too; a value with blanks, \
+                    #, $, \\ or \" stands in single quotes, one with an apostrophe or a \\ at its end in double quotes, with a \\ \
+                    before each $, \" and \\";
+
+const UNSET: &str = "it names a variable that is not set, or one without braces (${NAME}) before a _, a blank, a \\ or a quote; a $ \
+                     of its own stands in single quotes, or in double quotes behind a \\";
+
+/// Which of our settings a line sets, in brackets; nothing where it is none.
+fn setting_in(line: &str) -> String {
+    let name = line.split('=').next().and_then(|before| before.split_whitespace().last());
+    let setting = SETTINGS.iter().find(|setting| Some(setting.0) == name);
+    setting.map_or(String::new(), |setting| format!(" ({})", setting.0))
+}
+
+/// The names behind each `$` in a line that another value takes the place of: not in single quotes, behind a backslash or in a
+/// comment.
 fn variables(line: &str) -> Vec<&str> {
     let (mut single, mut double, mut before) = (false, false, '\0');
     let mut names = Vec::new();
@@ -65,8 +67,8 @@ fn variables(line: &str) -> Vec<&str> {
                     Some(rest) => rest.split('}').next().unwrap_or_default(),
                     None => {
                         let (name, rest) = rest.split_at(rest.find(|c: char| !c.is_alphanumeric()).unwrap_or(rest.len()));
-                        // To dotenvy a name without braces ends there; nobody means that.
-                        if rest.starts_with('_') { "" } else { name }
+                        // To dotenvy a name without braces ends there, and what follows means only itself; nobody means that.
+                        if rest.starts_with(['_', '\\', '\'', '"', ' ', '\t']) { "" } else { name }
                     }
                 });
             }
@@ -75,18 +77,4 @@ fn variables(line: &str) -> Vec<&str> {
         before = if is_escaped { '\0' } else { c };
     }
     names
-}
-
-/// What is wrong with `.env`, whose text this is, without repeating any of it, since secrets stand there.
-fn trouble(e: &dotenvy::Error, text: &str) -> String {
-    let dotenvy::Error::LineParse(line, _) = e else { return ".env cannot be read; each line is NAME=VALUE".to_string() };
-    let end = line.lines().next().unwrap_or_default();
-    // Of a line with a name there is only the value.
-    let found = text.lines().zip(1..).find(|(line, _)| !end.is_empty() && line.trim_end().ends_with(end));
-    let which = found
-        .map_or(String::new(), |(line, at)| setting_in(line).map_or(format!(" {at}"), |setting| format!(" {at} ({setting})")));
-    format!(
-        ".env: line{which} cannot be read; a line is NAME=VALUE, and a value with blanks, #, $, \\ or \" stands in single quotes, \
-         one with an apostrophe in double quotes, with a \\ before each $, \" and \\"
-    )
 }

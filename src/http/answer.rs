@@ -18,6 +18,9 @@ use crate::error::{ApiError, Code, Header};
 use crate::kernel;
 use crate::lock::{lock, wait_while};
 
+/// A body of more bytes is not copied behind its head, since the client may be slow to take it.
+const COPIED: usize = 64 * 1024;
+
 /// What became of a connection's answers.
 #[derive(Default)]
 pub struct Answers {
@@ -190,8 +193,7 @@ impl Responder {
     /// Sends the answer, under this id. Returns how many bytes of body went out; errs when the client did not take it, or
     /// not all of it `until` then.
     pub fn send(mut self, reply: &Reply, id: &str, until: Option<Instant>) -> io::Result<u64> {
-        // One write for most; what is large is not copied, since the client may be slow to take it.
-        const COPIED: usize = 64 * 1024;
+        // One write for most.
         let body: &[u8] = if self.head_only { b"" } else { &reply.body };
         let mut bytes = self.head(reply.status, reply.content_type, id, &reply.headers, Some(reply.body.len()));
         if body.len() <= COPIED {
@@ -216,7 +218,7 @@ impl Responder {
     }
 
     fn head(&self, status: u16, content_type: &str, id: &str, headers: &[Header], length: Option<usize>) -> Vec<u8> {
-        let mut head = Vec::with_capacity(256 + length.unwrap_or(1024));
+        let mut head = Vec::with_capacity(256 + length.unwrap_or(1024).min(COPIED));
         let reason = tiny_http::StatusCode(status);
         let reason = reason.default_reason_phrase();
         // httpdate panics at a clock before that.

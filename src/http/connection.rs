@@ -110,7 +110,7 @@ impl Connection {
         while is_quiet && !is_over {
             match self.receive(stay.unwrap_or(config::KEEP_ALIVE)) {
                 Ok(Some(1..)) => parsed = self.parse(),
-                Ok(None) => return Turn::Quiet,
+                Ok(None) if at_once => return Turn::Quiet,
                 _ => is_over = true,
             }
             // An empty line alone begins no request.
@@ -216,8 +216,9 @@ impl Connection {
             match rustix::net::recv(&self.stream, spare_capacity(&mut self.unparsed), flags) {
                 Ok((_, received)) => return Ok(Some(received)),
                 Err(rustix::io::Errno::AGAIN) => return Ok(None),
-                // Who is stopped and goes on (SIGSTOP, a debugger, a freezer) waits anew, but not for ever.
-                Err(rustix::io::Errno::INTR) if began.elapsed() >= patience => return Ok(None),
+                // Who is stopped and goes on (SIGSTOP, a debugger, a freezer) waits anew, but not for ever; what came
+                // meanwhile is there.
+                Err(rustix::io::Errno::INTR) if began.elapsed() >= patience => flags = RecvFlags::DONTWAIT,
                 Err(rustix::io::Errno::INTR) => {}
                 Err(e) => return Err(e.into()),
             }
@@ -319,7 +320,7 @@ impl Connection {
             _ => return Err(ApiError::client_gone()),
         };
         let allowed = config::BODY_TIME + Duration::from_secs((received / config::BODY_RATE) as u64);
-        if began.elapsed() > allowed {
+        if read < missing && began.elapsed() > allowed {
             return timeout(format!("the body was not complete within {} s, for what came of it", allowed.as_secs()));
         }
         Ok(read)

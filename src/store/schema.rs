@@ -53,6 +53,9 @@ pub fn keep_journal(connection: &Connection) -> rusqlite::Result<()> {
 /// Makes the migrations that are not made yet, each in a transaction.
 pub fn migrate(connection: &mut Connection) -> rusqlite::Result<()> {
     let made = version(connection)?;
+    if (1..MIGRATIONS.len() as i64).contains(&made) {
+        log::info!("history: migrating from version {made} to {}, which may take a while", MIGRATIONS.len());
+    }
     for (number, migration) in (1..).zip(MIGRATIONS).skip(made as usize) {
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         // Another process may have made it meanwhile.
@@ -120,6 +123,9 @@ pub fn advice(trouble: &Trouble) -> String {
         Some(DatabaseBusy | DatabaseLocked) => "another process holds its lock; end that process",
         Some(SystemIoFailure) if SHARING.contains(&extended) => {
             "its file system cannot lock or share memory, as that of a network may not; set DATABASE_PATH to a local disk"
+        }
+        Some(SystemIoFailure) if extended == ffi::SQLITE_IOERR_GETTEMPPATH => {
+            "there is no folder for temporary files that can be written; set SQLITE_TMPDIR"
         }
         Some(DiskFull | SystemIoFailure) => "the disk is full or failing; make room",
         _ if extended == ffi::SQLITE_ERROR || matches!(e, SqlInputError { .. } | QueryReturnedNoRows) => FOREIGN,

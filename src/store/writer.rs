@@ -46,7 +46,7 @@ fn tell(then: Then, result: Result<Pair, ApiError>) {
 
 /// The one connection that writes.
 pub struct Writer {
-    /// The database, its journal and the index of that, which all who use it share.
+    /// The database; its journal and the index of that, which all who use it share, when it is open.
     path: PathBuf,
     journal: PathBuf,
     journal_index: PathBuf,
@@ -95,14 +95,9 @@ pub struct Writer {
 impl Writer {
     /// A writer that keeps everything and has not opened its database yet.
     pub fn new(path: PathBuf, sync: Durability, state: Arc<State>, metrics: Arc<Metrics>) -> Writer {
-        let beside = |ending: &str| {
-            let mut path = path.clone().into_os_string();
-            path.push(ending);
-            PathBuf::from(path)
-        };
         Writer {
-            journal: beside("-wal"),
-            journal_index: beside("-shm"),
+            journal: PathBuf::new(),
+            journal_index: PathBuf::new(),
             path,
             sync,
             max_rows: 0,

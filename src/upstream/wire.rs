@@ -105,8 +105,10 @@ impl Wire {
             self.be_patient(silence)?;
         }
         let began = Instant::now();
+        let mut is_over = false;
         loop {
             let flags = match silence {
+                Some(_) if is_over => RecvFlags::DONTWAIT,
                 Some(_) => RecvFlags::empty(),
                 None => {
                     if !looks {
@@ -131,11 +133,9 @@ impl Wire {
                 }
                 Err(Errno::AGAIN) if silence.is_some() => self.watch.ended_by(Ended::TimedOut)?,
                 Err(Errno::AGAIN) if !looks => {}
-                // Who is stopped and goes on (SIGSTOP, a debugger, a freezer) waits anew, but not for ever.
-                Err(Errno::INTR) if silence.is_some_and(|silence| began.elapsed() >= silence) => {
-                    self.watch.ended_by(Ended::TimedOut)?
-                }
-                Err(Errno::INTR) => {}
+                // Who is stopped and goes on (SIGSTOP, a debugger, a freezer) waits anew, but not for ever; what came
+                // meanwhile is there.
+                Err(Errno::INTR) => is_over = silence.is_some_and(|silence| began.elapsed() >= silence),
                 // ureq takes a reset for the end of a body that ends with its connection.
                 Err(e) if silence.is_some() => return Err(io::Error::other(io::Error::from(e))),
                 Err(e) => return Err(e.into()),

@@ -274,17 +274,20 @@ fn a_variable_in_the_env_file_that_is_not_set_is_refused() {
         "alice:hun$HOME_ter2",
         "alice:hun$HO_ME",
         "alice:hun$HALF",
+        "alice:$HOME\\${NOPE}ter2",
+        "alice:$HOME'hun$ter2'",
+        "alice:${GREW}hun",
     ] {
-        let env = format!("# costs $5\nHOME=/x\nHO_ME=/x\nHALF=$ter2\nAPI_KEYS={value}\n");
+        let env = format!("# costs $5\nHOME=/x\nHO_ME=/x\nHALF=$ter2\nGREW=a\nGREW=a$ter2\nAPI_KEYS={value}\n");
         let ended = Setup::new().file(".env", &env).run(&[]);
         let line = ended.expect_refusal(2);
-        assert!(line.contains("line 5 (API_KEYS)") && line.contains("single quotes"), "{line}");
+        assert!(line.contains("line 7 (API_KEYS)") && line.contains("single quotes"), "{line}");
         assert!(!line.contains("hun") && !line.contains("ter2"), "{line}");
     }
-    let exported = Setup::new().file(".env", "export API_KEYS=alice:hun$ter2\n").run(&[]);
-    assert!(exported.expect_refusal(2).contains("line 1 (API_KEYS)"), "{exported:?}");
-    let torn = Setup::new().file(".env", "SYSTEM_PROMPT='Don't be evil'\n").run(&[]);
-    assert!(torn.expect_refusal(2).contains("one with an apostrophe in double quotes"), "{torn:?}");
+    for blank in [" ", "\t"] {
+        let exported = Setup::new().file(".env", &format!("export{blank}API_KEYS=alice:hun$ter2\n")).run(&[]);
+        assert!(exported.expect_refusal(2).contains("line 1 (API_KEYS)"), "{exported:?}");
+    }
     for (value, secret) in [
         ("\"alice:hun'\\$\\\"\\\\ter2\"", "hun'$\"\\ter2"),
         ("'alice:hun$ter2'", "hun$ter2"),
@@ -297,6 +300,27 @@ fn a_variable_in_the_env_file_that_is_not_set_is_refused() {
         let proxy = Setup::new().file(".env", &env).start();
         assert_eq!(proxy.call(&post("/api/ask", &json!({"question": "q"})).key(secret)).status, 200, "{value}");
     }
+}
+
+/// dotenvy takes the lines behind them for a part of the value: without a word the keys would be none, and be told to the LLM.
+#[test]
+fn quotes_that_are_open_at_the_end_of_a_line_in_the_env_file_are_refused() {
+    for line in [
+        "SYSTEM_PROMPT='Don't be evil'",
+        "SYSTEM_PROMPT='No paths like C:\\tmp\\'",
+        "SYSTEM_PROMPT=\"Be kind.",
+        "HISTORY_LIMIT=7  # don't change",
+        "OTHER=7  # don't change",
+    ] {
+        let env = format!("\n{line}\nAPI_KEYS=alice:hunter2\nSYSTEM_PROMPT='It isn\\'\nWORKERS=2  # that's it\n");
+        let ended = Setup::new().file(".env", &env).run(&[]);
+        let told = ended.expect_refusal(2);
+        assert!(told.contains(".env: line 2") && told.contains("all its quotes closed"), "{line}: {told}");
+        assert!(!told.contains("hunter2"), "{told}");
+    }
+    let env = "# don't\r\n  # can't\nAPI_KEYS=alice:hunter2 # isn't\nSYSTEM_PROMPT=\"Don't \\\"\\\\\" # won't\n\nHISTORY_LIMIT=7  # ok\n \n";
+    let proxy = Setup::new().file(".env", env).start();
+    assert_eq!(proxy.call(&post("/api/ask", &json!({"question": "q"}))).status, 401);
 }
 
 /// So a secret is changed without a moment in which neither is taken.
@@ -484,7 +508,7 @@ fn an_env_file_that_cannot_be_read_is_refused_without_showing_it() {
     let ended = Setup::new().file(".env", "OPENAI_API_KEY='hunter2\nnot a setting hunter2\n").run(&[]);
     let line = ended.expect_refusal(2);
     assert!(line.contains(".env") && !line.contains("hunter2"), "{line}");
-    for (secret, which) in [("PORT=0\nAPI_KEYS=alice:hunter2 x\n", "line 2 (API_KEYS)"), ("hunter2= x y\n", "line 1 cannot")] {
+    for (secret, which) in [("PORT=0\nAPI_KEYS=alice:hunter2 x\n", "line 2 (API_KEYS)"), ("hunter2= x y\n", "line 1: cannot")] {
         let ended = Setup::new().file(".env", secret).run(&[]);
         let line = ended.expect_refusal(2);
         assert!(line.contains(which) && !line.contains("hunter2"), "{line}");

@@ -525,6 +525,26 @@ fn an_index_of_the_journal_deleted_while_it_runs_takes_no_pair_along() {
     proxy.expect_intact();
 }
 
+/// They stand beside the file, not beside the link.
+#[test]
+fn a_journal_deleted_behind_a_link_takes_no_pair_along() {
+    let setup = Setup::new();
+    fs::create_dir(setup.folder().join("real")).expect("a folder");
+    std::os::unix::fs::symlink("real/pairs.db", setup.folder().join("history.db")).expect("a link");
+    let mut proxy = setup.start();
+    let mut told = Told::default();
+    let mut tell = |proxy: &Proxy, questions: [&str; 3]| questions.iter().for_each(|question| told.note(&ask(proxy, question)));
+    tell(&proxy, ["1?", "2?", "3?"]);
+    for name in ["pairs.db-wal", "pairs.db-shm"] {
+        fs::remove_file(proxy.setup().folder().join("real").join(name)).expect("it is there");
+    }
+    tell(&proxy, ["4?", "5?", "6?"]);
+    proxy.kill();
+    let proxy = proxy.setup().start();
+    told.expect_kept(&proxy);
+    assert_eq!(proxy.count_rows(), 6);
+}
+
 /// What the journal has is the other database's.
 #[test]
 fn a_database_that_another_one_takes_the_place_of_leaves_nothing_behind_in_it() {

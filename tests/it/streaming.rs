@@ -563,6 +563,27 @@ fn an_upstream_that_falls_silent_is_given_up_although_the_server_is_stopped_now_
     upstream.wait_until_left(1);
 }
 
+/// As a container that was paused: all that was waited for is there.
+#[test]
+fn what_came_while_the_server_was_stopped_is_not_silence() {
+    let gate = Gate::new();
+    let rest = vec![Step::Wait(gate.clone()), event(&delta(" and whole")), event(&finish("stop")), event("[DONE]"), end()];
+    let upstream = FakeUpstream::always([vec![stream_head(), event(&delta("Half"))], rest].concat());
+    let proxy = Proxy::facing(&upstream).set("UPSTREAM_IDLE_SECS", "1").start();
+    let mut stream = proxy.stream("What is it?");
+    stream.expect_event(&delta("Half"));
+    // Its worker waits for more; and nothing comes before all is still.
+    std::thread::sleep(Duration::from_millis(100));
+    proxy.signal(Signal::STOP);
+    std::thread::sleep(Duration::from_millis(100));
+    gate.open();
+    // Longer than the LLM may be silent.
+    std::thread::sleep(Duration::from_millis(1500));
+    proxy.signal(Signal::CONT);
+    stream.expect_event(&delta(" and whole"));
+    assert_eq!(stream.events().last().map(String::as_str), Some("[DONE]"));
+}
+
 #[test]
 fn an_upstream_that_falls_silent_is_given_up_although_heartbeats_are_sent() {
     let upstream = FakeUpstream::always(vec![stream_head(), event(&delta("Half")), Step::Silence]);

@@ -54,6 +54,9 @@ impl Writer {
     /// Under a load that never pauses: one bite of the index after each batch where a search waits for it. Else
     /// one for each `MOST_UNINDEXED` rows (or bytes) not indexed, so that they stay bounded.
     pub fn catch_up(&mut self) {
+        if self.is_closed {
+            return;
+        }
         let behind = ((self.last_id - self.indexed) / MOST_UNINDEXED).max(self.unindexed_bytes / MOST_UNINDEXED_BYTES);
         for _ in 0..behind.min(MOST_BITES).max(i64::from(!self.searches.is_empty())) {
             if !self.index() {

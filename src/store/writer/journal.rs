@@ -15,7 +15,7 @@ use crate::store::reader;
 const CHECKPOINT_PAGES: usize = 1000;
 /// Passive: it waits for nobody and nobody for it (<https://sqlite.org/pragma.html#pragma_wal_checkpoint>).
 const CHECKPOINT: &str = "PRAGMA wal_checkpoint(PASSIVE)";
-/// Bytes of a page.
+/// Bytes of a page, unless somebody made the database with others.
 const PAGE: usize = 4096;
 /// With so many pages the writer does not wait for that any more.
 pub(super) const MOST_PAGES: usize = 4 * CHECKPOINT_PAGES;
@@ -79,10 +79,12 @@ impl Writer {
         let (Ok(()), Some(open)) = (self.ready(), &self.open) else { return true };
         // Who reads an old state, such as a backup, keeps the rest of it back.
         let unmoved = move_journal(&open.connection).ok().flatten();
-        let unmoved = unmoved.map_or_else(|| kernel::size(&self.journal), |pages| pages * PAGE as u64);
         self.pages = 0;
-        let free = open.connection.query_row("PRAGMA freelist_count", [], |row| row.get::<_, i64>(0));
-        let free = free.unwrap_or(0) as u64 * PAGE as u64;
+        let sizes = "SELECT page_size, freelist_count FROM pragma_page_size, pragma_freelist_count";
+        let sizes = open.connection.query_row(sizes, [], |row| Ok((row.get(0)?, row.get(1)?)));
+        let (page, free): (i64, i64) = sizes.unwrap_or((PAGE as i64, 0));
+        let unmoved = unmoved.map_or_else(|| kernel::size(&self.journal), |pages| pages * page as u64);
+        let free = (free * page) as u64;
         (self.room)(&self.path).is_none_or(|room| room.left + free >= wanted.saturating_add(unmoved))
     }
 

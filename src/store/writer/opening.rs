@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -90,6 +91,9 @@ impl Writer {
             return Err(Trouble::Sql(disk_full()));
         }
         let mut connection = connect(&self.path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE)?;
+        // They stand beside the file itself, which may be behind a link.
+        let beside = |ending| PathBuf::from(format!("{}{ending}", connection.path().unwrap_or_default()));
+        (self.journal, self.journal_index) = (beside("-wal"), beside("-shm"));
         schema::check(&connection)?;
         schema::keep_journal(&connection)?;
         // Migrations need not wait for the disk: one that a power cut takes back is made again.
@@ -186,6 +190,22 @@ mod tests {
         writer.look_again();
         append(&mut writer, 1, 2);
         assert_eq!(told::<i64>(&mut writer, "PRAGMA user_version"), schema::MIGRATIONS.len() as i64);
+        remove(writer);
+    }
+
+    #[test]
+    fn an_id_that_a_restored_backup_has_given_is_not_given_again() {
+        let mut writer = writer("restored-ids");
+        append(&mut writer, 1, 2);
+        // Its newest rows were deleted before.
+        change(&mut writer, "UPDATE indexed SET last_id = 30");
+        append(&mut writer, 1, 2);
+        assert_eq!(writer.last_id, 31);
+        change(&mut writer, "DELETE FROM history; UPDATE indexed SET last_id = 40");
+        while writer.index() {}
+        writer.close();
+        let mut writer = reopened(writer.path.clone());
+        assert_eq!(told::<i64>(&mut writer, "SELECT last_id FROM indexed"), 40);
         remove(writer);
     }
 
