@@ -12,27 +12,54 @@ pub(super) fn read() -> Result<HashMap<String, String>, StartError> {
         Err(e) if e.kind() == ErrorKind::NotFound => String::new(),
         read => read.map_err(|e| StartError::usage(format!(".env cannot be read: {e}")))?,
     };
-    let mut known: Vec<String> = Vec::new();
+    let (mut known, mut settings, mut open) = (Vec::new(), 0, String::new());
     for (line, at) in file.lines().zip(1..) {
-        let bad = |rule: &str| StartError::usage(format!(".env: line {at}{}: {rule}", setting_in(line)));
-        // Each for itself: dotenvy takes what follows a quote that is open for a part of the value, also where that quote is in
-        // a comment, and so loses settings without a word.
-        let mut alone = dotenvy::from_read_iter(line.as_bytes().chain(&b"\n"[..]));
-        let Some(set) = alone.next() else { continue };
-        let (name, _) = set.map_err(|_| bad(FORM))?;
+        let setting = setting_in(line);
+        let place = setting.map_or(format!(" line {at}"), |setting| format!(" line {at} ({setting})"));
+        settings += usize::from(setting.is_some());
+        let name = match dotenvy::from_read_iter(line.as_bytes().chain(&b"\n"[..])).next() {
+            Some(Ok((name, _))) => name,
+            None => continue,
+            // Only values that are not for us may have several lines.
+            Some(Err(_)) if setting.is_none() => {
+                open = if open.is_empty() { place } else { open };
+                continue;
+            }
+            Some(Err(_)) => return Err(bad(&place, FORM)),
+        };
         let is_set = |name: &&str| known.iter().any(|known| known == name) || !name.is_empty() && std::env::var(name).is_ok();
         if variables(line).iter().all(is_set) {
             known.push(name);
-        } else if SETTINGS.iter().any(|setting| setting.0 == name) {
+        } else if setting.is_some() {
             // Nothing would be put in its place, and half a secret is one that others may guess.
-            return Err(bad(UNSET));
+            return Err(bad(&place, UNSET));
         } else {
             // Half a value, too, where one of ours names it.
             known.retain(|known| *known != name);
         }
     }
-    let all: Result<HashMap<_, _>, _> = dotenvy::from_read_iter(file.as_bytes()).collect();
-    all.map_err(|_| StartError::usage(format!(".env: {FORM}")))
+    // dotenvy takes what follows a quote that is open for a part of the value, also where that quote is in a comment: of ours
+    // nothing may get lost so.
+    let all: Result<Vec<_>, _> = dotenvy::from_read_iter(file.as_bytes()).collect();
+    let is_whole = |all: &Vec<(String, String)>| all.iter().filter(|(name, _)| setting_of(name).is_some()).count() == settings;
+    Ok(all.ok().filter(is_whole).ok_or_else(|| bad(&open, FORM))?.into_iter().collect())
+}
+
+fn bad(place: &str, rule: &str) -> StartError {
+    StartError::usage(format!(".env:{place}: {rule}"))
+}
+
+fn setting_of(name: &str) -> Option<&'static str> {
+    SETTINGS.iter().find(|setting| setting.0 == name).map(|setting| setting.0)
+}
+
+/// Which of our settings a line is to set.
+fn setting_in(line: &str) -> Option<&'static str> {
+    let (before, _) = line.split_once('=')?;
+    match before.split_whitespace().collect::<Vec<_>>()[..] {
+        [name] | ["export", name] => setting_of(name),
+        _ => None,
+    }
 }
 
 const FORM: &str = "cannot be read; a line is NAME=VALUE with all its quotes closed, those of a comment, too; a value with blanks, \
@@ -41,13 +68,6 @@ const FORM: &str = "cannot be read; a line is NAME=VALUE with all its quotes clo
 
 const UNSET: &str = "it names a variable that is not set, or one without braces (${NAME}) before a _, a blank, a \\ or a quote; a $ \
                      of its own stands in single quotes, or in double quotes behind a \\";
-
-/// Which of our settings a line sets, in brackets; nothing where it is none.
-fn setting_in(line: &str) -> String {
-    let name = line.split('=').next().and_then(|before| before.split_whitespace().last());
-    let setting = SETTINGS.iter().find(|setting| Some(setting.0) == name);
-    setting.map_or(String::new(), |setting| format!(" ({})", setting.0))
-}
 
 /// The names behind each `$` in a line that another value takes the place of: not in single quotes, behind a backslash or in a
 /// comment.

@@ -312,13 +312,13 @@ fn quotes_that_are_open_at_the_end_of_a_line_in_the_env_file_are_refused() {
         "HISTORY_LIMIT=7  # don't change",
         "OTHER=7  # don't change",
     ] {
-        let env = format!("\n{line}\nAPI_KEYS=alice:hunter2\nSYSTEM_PROMPT='It isn\\'\nWORKERS=2  # that's it\n");
+        let env = format!("\n{line}\nAPI_KEYS=alice:hunter2\nMORE=2  # that's it\n");
         let ended = Setup::new().file(".env", &env).run(&[]);
         let told = ended.expect_refusal(2);
         assert!(told.contains(".env: line 2") && told.contains("all its quotes closed"), "{line}: {told}");
         assert!(!told.contains("hunter2"), "{told}");
     }
-    let env = "# don't\r\n  # can't\nAPI_KEYS=alice:hunter2 # isn't\nSYSTEM_PROMPT=\"Don't \\\"\\\\\" # won't\n\nHISTORY_LIMIT=7  # ok\n \n";
+    let env = "# don't\r\n  # can't\nTHEIRS='one\ntwo = 2 $5\nthree'\nAPI_KEYS=alice:hunter2 # isn't\nSYSTEM_PROMPT=\"Don't \\\"\\\\\" # won't\n\nHISTORY_LIMIT=7  # ok\n \n";
     let proxy = Setup::new().file(".env", env).start();
     assert_eq!(proxy.call(&post("/api/ask", &json!({"question": "q"}))).status, 401);
 }
