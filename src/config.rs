@@ -392,9 +392,12 @@ fn upstream_url(given: &Given) -> Result<UpstreamUrl, StartError> {
 
 /// Whether the upstream is where this server listens: each question would be asked again and again.
 fn is_own_address(upstream: &UpstreamUrl, host: IpAddr, port: u16) -> bool {
-    let authority = upstream.base.strip_prefix("http://").and_then(|rest| rest.split('/').next()).unwrap_or_default();
-    let address = authority.replace("localhost", "127.0.0.1").parse::<SocketAddr>();
-    address.is_ok_and(|at| at.port() == port && (at.ip() == host || host.is_unspecified() && at.ip().is_loopback()))
+    let Some(rest) = upstream.base.strip_prefix("http://") else { return false };
+    let authority = rest.split('/').next().unwrap_or_default().replace("localhost", "127.0.0.1");
+    let Some(at) = authority.parse::<SocketAddr>().or_else(|_| format!("{authority}:80").parse()).ok() else { return false };
+    let is_any = |ip: IpAddr| ip.is_unspecified() || ip.is_loopback();
+    let is_same = host.is_ipv4() == at.is_ipv4() && host.is_unspecified() && is_any(at.ip());
+    at.port() == port && (at.ip() == host || is_same || at.ip().is_unspecified() && is_any(host))
 }
 
 /// The URL without `user:password@` and a query, which may be a key.

@@ -4,6 +4,8 @@
 
 mod instance;
 
+use std::collections::HashSet;
+
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
@@ -197,6 +199,7 @@ fn demanded_tool(tools: &Value, choice: &Value, called: &[String]) -> Option<(St
         _ if allowed["mode"] == "required" => list(&allowed["tools"]),
         _ => vec![name(choice)?],
     };
+    let called: HashSet<&String> = called.iter().collect();
     let name = candidates.iter().find(|name| !called.contains(name)).or(candidates.last())?;
     let tool = tools.as_array()?.iter().find(|tool| tool["function"]["name"] == **name)?;
     Some((name.clone(), instance(&tool["function"]["parameters"])))

@@ -64,6 +64,8 @@ struct State<W> {
     queue: VecDeque<(Job<W>, IsVain)>,
     next_sweep: Instant,
     threads: usize,
+    /// Since then no thread can be started.
+    scarce: Option<Instant>,
     /// Who waits a moment for a thread that is about to be free.
     waiting: usize,
     /// For threads' names and idle threads' ids.
@@ -87,8 +89,15 @@ impl<W: 'static> Pool<W> {
         patience: Duration,
         make: impl Fn() -> W + Send + Sync + 'static,
     ) -> Arc<Pool<W>> {
-        let state =
-            State { idle: Vec::new(), queue: VecDeque::new(), next_sweep: Instant::now(), threads: 0, waiting: 0, numbers: 0 };
+        let state = State {
+            idle: Vec::new(),
+            queue: VecDeque::new(),
+            next_sweep: Instant::now(),
+            threads: 0,
+            scarce: None,
+            waiting: 0,
+            numbers: 0,
+        };
         let (state, freed) = (Mutex::new(state), Condvar::new());
         Arc::new(Pool { state, freed, name, size, queue_size, patience, make: Box::new(make) })
     }
@@ -112,7 +121,8 @@ impl<W: 'static> Pool<W> {
             let left = until.saturating_duration_since(Instant::now());
             // Where there is no thread at all, nobody would come for what is in the queue. One that could not be started may be in a
             // moment, and those that are there may be at work for long.
-            let is_all = state.threads >= self.size || left.is_zero();
+            let is_lasting = state.scarce.is_some_and(|since| since.elapsed() >= MOMENT);
+            let is_all = state.threads >= self.size || is_lasting || left.is_zero();
             if state.queue.len() < self.queue_size && state.threads > 0 && is_all {
                 let is_vain = is_vain(&task);
                 state.queue.push_back((job(task), is_vain));
@@ -170,7 +180,15 @@ impl<W: 'static> Pool<W> {
         let thread = thread::Builder::new().name(format!("{}-{id}", self.name)).stack_size(STACK);
         let own = Arc::clone(self);
         let started = thread.spawn(move || own.work(id, coming));
-        started.map_err(|e| log::warn!("no thread for a {}: {e}", self.name)).ok()?;
+        if let Err(e) = started {
+            // Once, until one can be started again.
+            if state.scarce.is_none() {
+                log::warn!("no thread for a {}: {e}", self.name);
+                state.scarce = Some(Instant::now());
+            }
+            return None;
+        }
+        state.scarce = None;
         state.threads += 1;
         Some((id, way))
     }

@@ -181,7 +181,7 @@ fn pump(events: &mut Events, end: &ClientEnd, draft: &mut Draft) -> Result<Vec<u
     }
     let what = match draft.first_event {
         Some(_) => "the LLM's stream ended before its answer was complete",
-        None => "the LLM sent no stream; check OPENAI_BASE_URL",
+        None => "the LLM's stream ended without any event; if it always does, check OPENAI_BASE_URL",
     };
     Err(events.upstream().failed(broken_by(draft), what).into())
 }

@@ -173,6 +173,13 @@ impl Store {
         stored.unwrap_or_else(|_| Err(unavailable()))
     }
 
+    /// Whether anything is known of a request that this key sent with this `Idempotency-Key`.
+    pub fn is_noted(&self, key: &str, idempotency_key: &str) -> Result<bool, ApiError> {
+        self.read(|connection| {
+            connection.prepare_cached(include_str!("../sql/queries/noted.sql"))?.exists([key, idempotency_key])
+        })
+    }
+
     /// What answered the request that this key sent with this `Idempotency-Key` within the last day.
     pub fn remembered(&self, key: &str, idempotency_key: &str) -> Result<Option<Remembered>, ApiError> {
         self.read(|connection| {

@@ -158,14 +158,15 @@ impl Upstream {
     fn passed_on(&self, headers: &HeaderMap) -> Vec<Header> {
         // Of one that is there twice, the first.
         let fields = headers.keys().filter_map(|name| {
-            let value = headers.get(name)?.to_str().ok();
-            let value = value.filter(|value| !self.has_secret(value) && !self.has_secret(name.as_str()))?;
+            let value = headers.get(name)?.to_str().ok().filter(|value| !self.has_secret(value))?;
+            // Names come in small letters.
+            let has_secret = self.secrets.iter().any(|secret| name.as_str().contains(&secret.to_ascii_lowercase()));
             let wanted = match name.as_str() {
                 "x-request-id" => is_sane_id(value),
                 "openai-processing-ms" => value.len() <= 64,
                 name => name.starts_with("x-ratelimit-") && value.len() <= 64,
             };
-            wanted.then(|| (name.as_str().to_string().into(), value.to_string()))
+            (wanted && !has_secret).then(|| (name.as_str().to_string().into(), value.to_string()))
         });
         fields.collect()
     }

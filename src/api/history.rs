@@ -23,8 +23,7 @@ pub fn history(api: &Api, request: &Request) -> Result<Reply, ApiError> {
         // Before the place is taken: others need not wait for this.
         api.store.await_index();
     }
-    let _search = if is_page { None } else { Some(api.place_among(&api.searching)?) };
-    let _place = api.make()?;
+    let _places = api.make(key, !is_page)?;
     let (items, next_before) = if is_page {
         let (items, is_more) = api.store.page(key, wanted.before, wanted.limit)?;
         let next = items.last().filter(|_| is_more).map(|last| last.id);

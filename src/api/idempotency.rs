@@ -2,6 +2,7 @@
 //! are the history's.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -21,11 +22,12 @@ type Name = (Arc<str>, String);
 #[derive(Default)]
 pub struct Idempotency {
     running: Mutex<HashMap<Name, Arc<Running>>>,
+    /// Tells requests apart, whose bodies may be large: others wait while it is done.
+    digests: RandomState,
 }
 
 struct Running {
-    path: String,
-    body: Vec<u8>,
+    digest: u64,
     ended: Condvar,
 }
 
@@ -33,8 +35,8 @@ struct Running {
 pub enum Part {
     /// Ask; others with the same key wait until the first is dropped. The history is to note the second beside the answer.
     First(First, Unique),
-    /// Repeat what was answered, and then leave the place among what is put together.
-    Again(Box<Remembered>, Taken),
+    /// Repeat what was answered, and then leave the places among what is put together.
+    Again(Box<Remembered>, Vec<Taken>),
 }
 
 /// The turn of the first of some equal requests.
@@ -67,11 +69,10 @@ impl Idempotency {
         }
         let (name, path) = ((Arc::clone(request.key), given.to_string()), request.head.path());
         let until = Instant::now() + api.config.upstream_timeout;
-        let (mut running, mut compared) = (lock(&self.running), None);
+        let digest = self.digests.hash_one((path, request.body));
+        let mut running = lock(&self.running);
         while let Some(other) = running.get(&name).cloned() {
-            // Once: others wait meanwhile, and it may be large.
-            let is_new = !compared.is_some_and(|known| Arc::ptr_eq(&known, &other));
-            if is_new && (&*other.path, &*other.body) != (path, request.body) {
+            if other.digest != digest {
                 drop(running);
                 // That one may itself be refused, for the sake of the one that ours repeats.
                 return answered(api, request, given)?.map_or_else(|| Err(another()), |again| Ok(Some(again)));
@@ -84,10 +85,8 @@ impl Idempotency {
                 return Err(ApiError::new(Code::OVERLOADED, text));
             }
             running = wait_within(&other.ended, running, GLANCE);
-            compared = Some(other);
         }
-        let own = Running { path: path.to_string(), body: request.body.to_vec(), ended: Condvar::new() };
-        running.insert(name.clone(), Arc::new(own));
+        running.insert(name.clone(), Arc::new(Running { digest, ended: Condvar::new() }));
         drop(running);
         let first = First { idempotency: Arc::clone(self), name };
         if let Some(again) = answered(api, request, given)? {
@@ -100,11 +99,15 @@ impl Idempotency {
 
 /// What this request was answered before under its `Idempotency-Key`, if that is known there. Errs where it came with another.
 fn answered(api: &Api, request: &Request, given: &str) -> Result<Option<Part>, ApiError> {
-    let place = api.make()?;
+    // Most are the first of their kind, and need no place.
+    if !api.store.is_noted(request.key, given)? {
+        return Ok(None);
+    }
+    let places = api.make(request.key, false)?;
     let is_same = |noted: &Remembered| noted.path == request.head.path() && noted.request == request.body;
     match api.store.remembered(request.key, given)? {
         None => Ok(None),
-        Some(noted) if is_same(&noted) => Ok(Some(Part::Again(Box::new(noted), place))),
+        Some(noted) if is_same(&noted) => Ok(Some(Part::Again(Box::new(noted), places))),
         Some(_) => Err(another()),
     }
 }

@@ -15,6 +15,7 @@ mod route;
 mod streaming;
 mod system;
 
+use std::collections::HashMap;
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -42,7 +43,8 @@ use route::Endpoint;
 pub use exit::Parting;
 
 const IDEMPOTENCY_KEY: &str = "idempotency-key";
-/// So many answers are put together out of the history at once: each takes several times its bytes.
+/// So many answers are put together out of the history at once: each takes several times its bytes. Half of them for one key,
+/// where there are several.
 const MOST_MAKING: usize = 8;
 /// So many of them may be searches, each of which may take a second: pages and repetitions do not wait behind those.
 const MOST_SEARCHING: usize = 4;
@@ -72,6 +74,7 @@ pub struct Api {
     idempotency: Arc<Idempotency>,
     /// For pages of history and repetitions that are put together.
     making: Arc<Places>,
+    making_of: HashMap<Arc<str>, Arc<Places>>,
     searching: Arc<Places>,
     /// For the bytes of large answers on their way to slow clients.
     leaving: Arc<Places>,
@@ -135,11 +138,13 @@ impl Api {
         connections: Arc<Connections>,
         metrics: Arc<Metrics>,
     ) -> Result<Api, StartError> {
+        let own_places = if config.api_keys.len() > 1 { MOST_MAKING / 2 } else { MOST_MAKING };
         Ok(Api {
             pulse: Pulse::start(config.stream_heartbeat)?,
             rate_limit: RateLimit::new(config.rate_limit_per_minute),
             idempotency: Arc::default(),
             making: Places::new(MOST_MAKING),
+            making_of: config.api_keys.iter().map(|key| (Arc::clone(&key.name), Places::new(own_places))).collect(),
             searching: Places::new(MOST_SEARCHING),
             leaving: Places::new(MOST_LEAVING),
             config,
@@ -218,14 +223,15 @@ impl Api {
         }
     }
 
-    /// A place for an answer that is put together out of the history. Errs with 503 where there is none for long.
-    fn make(&self) -> Result<Taken, ApiError> {
-        self.place_among(&self.making)
-    }
-
-    fn place_among(&self, places: &Arc<Places>) -> Result<Taken, ApiError> {
-        let place = places.take(1, MAKING_PATIENCE);
-        place.ok_or_else(|| ApiError::new(Code::OVERLOADED, "too much is being read from the history; try again"))
+    /// A place for an answer to this key that is put together out of the history. Errs with 503 where there is none for long.
+    fn make(&self, key: &str, is_search: bool) -> Result<Vec<Taken>, ApiError> {
+        let until = Instant::now() + MAKING_PATIENCE;
+        // Those of the key come first, so that the others who wait are not many of one key.
+        let places = self.making_of.get(key).into_iter().chain(is_search.then_some(&self.searching)).chain([&self.making]);
+        let taken = places.map(|places| places.take(1, until.saturating_duration_since(Instant::now())));
+        taken
+            .collect::<Option<Vec<_>>>()
+            .ok_or_else(|| ApiError::new(Code::OVERLOADED, "too much is being read from the history; try again"))
     }
 
     /// Sends an answer that costs nothing to repeat; 503 where too much is on its way to slow clients already.

@@ -39,7 +39,7 @@ impl Drop for Taken {
     fn drop(&mut self) {
         *lock(&self.places.taken) -= self.count;
         // One that frees much may let in several.
-        self.places.freed.notify_all();
+        if self.count == 1 { self.places.freed.notify_one() } else { self.places.freed.notify_all() }
     }
 }
 

@@ -40,7 +40,7 @@ pub(super) fn read() -> Result<HashMap<String, String>, StartError> {
     }
     // dotenvy takes what follows a quote that is open for a part of the value, also where that quote is in a comment: of ours
     // nothing may get lost so.
-    let all: Result<Vec<_>, _> = dotenvy::from_read_iter(file.as_bytes()).collect();
+    let all: Result<Vec<_>, _> = dotenvy::from_read_iter(file.as_bytes().chain(&b"\n"[..])).collect();
     let is_whole = |all: &Vec<(String, String)>| all.iter().filter(|(name, _)| setting_of(name).is_some()).count() == settings;
     Ok(all.ok().filter(is_whole).ok_or_else(|| bad(&open, FORM))?.into_iter().collect())
 }
@@ -72,6 +72,7 @@ const UNSET: &str = "it names a variable that is not set, or one without braces 
 /// The names behind each `$` in a line that another value takes the place of: not in single quotes, behind a backslash or in a
 /// comment.
 fn variables(line: &str) -> Vec<&str> {
+    let line = line.trim_end();
     let (mut single, mut double, mut before) = (false, false, '\0');
     let mut names = Vec::new();
     for (at, c) in line.char_indices() {

@@ -314,16 +314,15 @@ impl Connection {
         if self.unparsed.capacity() - self.unparsed.len() < missing.min(PIECE) {
             self.unparsed.reserve_exact(missing.min(self.unparsed.len().max(PIECE)));
         }
-        let read = match self.receive(config::CLIENT_STALL) {
-            Ok(Some(read @ 1..)) => read,
-            Ok(None) => return timeout(format!("nothing of the body came for {} s", config::CLIENT_STALL.as_secs())),
-            _ => return Err(ApiError::client_gone()),
-        };
         let allowed = config::BODY_TIME + Duration::from_secs((received / config::BODY_RATE) as u64);
-        if read < missing && began.elapsed() > allowed {
+        if began.elapsed() > allowed {
             return timeout(format!("the body was not complete within {} s, for what came of it", allowed.as_secs()));
         }
-        Ok(read)
+        match self.receive(config::CLIENT_STALL) {
+            Ok(Some(read @ 1..)) => Ok(read),
+            Ok(None) => timeout(format!("nothing of the body came for {} s", config::CLIENT_STALL.as_secs())),
+            _ => Err(ApiError::client_gone()),
+        }
     }
 }
 

@@ -14,6 +14,7 @@ pub const MIGRATIONS: &[&str] = &[
     include_str!("../../sql/migrations/0003_deletemerge.sql"),
     include_str!("../../sql/migrations/0004_ids.sql"),
     include_str!("../../sql/migrations/0005_words.sql"),
+    include_str!("../../sql/migrations/0006_notes.sql"),
 ];
 
 fn version(connection: &Connection) -> rusqlite::Result<i64> {

@@ -4,6 +4,8 @@ use std::borrow::Cow;
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
 
+use unicode_properties::{GeneralCategory, GeneralCategoryGroup, UnicodeGeneralCategory};
+
 use crate::exchange::Pair;
 
 /// So many words of a query count.
@@ -25,17 +27,6 @@ pub fn plain(text: &str) -> Cow<'_, str> {
     text.chars().filter(|c| !is_point(*c)).map(|c| if is_symbol(c) { '.' } else { c }).collect()
 }
 
-/// A sign of a vowel or the like, which is within a word to the index and no letter to us: what stands between U+0300 and
-/// U+2000, but for the punctuation there, of Armenian and Hebrew, Arabic, Indic, Tibetan, Ethiopic and Ogham.
-fn is_mark(c: char) -> bool {
-    let is_punctuation = matches!(
-        c,
-        '\u{589}' | '\u{58a}' | '\u{5be}' | '\u{5c0}' | '\u{5c3}' | '\u{60c}' | '\u{61b}' | '\u{61f}' | '\u{6d4}' | '\u{964}'
-            | '\u{965}' | '\u{f0b}'..='\u{f14}' | '\u{1361}'..='\u{1368}' | '\u{1680}'
-    );
-    ('\u{300}'..'\u{2000}').contains(&c) && !is_punctuation
-}
-
 /// Hebrew points, the Arabic letter mark, tatweel, and Arabic points.
 fn is_point(c: char) -> bool {
     matches!(
@@ -45,9 +36,11 @@ fn is_point(c: char) -> bool {
     )
 }
 
-/// What is within a word to the index.
+/// What words are made of to the index; see the last of its migrations.
 fn is_letter(c: char) -> bool {
-    c.is_alphanumeric() || is_mark(c)
+    use GeneralCategory::{NonspacingMark, SpacingMark};
+    use GeneralCategoryGroup::{Letter, Number};
+    matches!(c.general_category_group(), Letter | Number) || matches!(c.general_category(), NonspacingMark | SpacingMark)
 }
 
 /// The words of a query, each once, as far as they count: a search costs words times text.
@@ -55,10 +48,10 @@ pub fn wanted(text: &str) -> Vec<&str> {
     let (mut count, mut start, mut inside) = (0, 0, false);
     // What punctuation divides counts in parts, since FTS5 looks for each. Half a word would find nothing.
     let too_much = text.char_indices().any(|(at, c)| {
-        if c.is_alphanumeric() && !inside {
+        if is_letter(c) && !inside {
             (count, start) = (count + 1, at);
         }
-        inside = c.is_alphanumeric() || inside && is_mark(c);
+        inside = is_letter(c);
         count > MOST_WORDS || inside && at >= MOST_QUERY
     });
     let text = if too_much { &text[..start] } else { text };
@@ -151,6 +144,7 @@ mod tests {
         assert_eq!(occurrences("cat concatenate cats: cat, (cat)", "cat"), 3);
         assert_eq!(occurrences("кот кота кот", "кот"), 2);
         assert_eq!(parts("(Rust)? don't").collect::<Vec<_>>(), ["Rust", "don", "t"]);
+        assert_eq!(parts("ק״ג a។b c·d e฿f हिन्दी").collect::<Vec<_>>(), ["ק", "ג", "a", "b", "c", "d", "e", "f", "हिन्दी"]);
     }
 
     #[test]

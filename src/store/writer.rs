@@ -59,7 +59,7 @@ pub struct Writer {
     /// `None` after a failure: what comes next opens the database anew.
     open: Option<Open>,
     last_write: Instant,
-    last_order: Instant,
+    last_append: Instant,
     pub is_clerk_asleep: bool,
     is_closed: bool,
     /// About how many pages the journal has grown by since it was last moved over.
@@ -106,7 +106,7 @@ impl Writer {
             metrics,
             open: None,
             last_write: Instant::now(),
-            last_order: Instant::now(),
+            last_append: Instant::now(),
             is_clerk_asleep: false,
             is_closed: false,
             pages: 0,
@@ -149,8 +149,8 @@ impl Writer {
         if batch.is_empty() && other.is_none() {
             return false;
         }
-        self.last_order = Instant::now();
         if !batch.is_empty() {
+            self.last_append = Instant::now();
             self.append(batch);
         }
         match other {
@@ -174,7 +174,7 @@ impl Writer {
         if self.is_closed {
             return None;
         }
-        let is_quiet = self.last_order.elapsed() >= QUIET;
+        let is_quiet = self.last_append.elapsed() >= QUIET;
         let forgets = self.forget_remembered();
         let more = match is_quiet || !self.searches.is_empty() {
             true => {
@@ -414,6 +414,23 @@ mod tests {
         writer.probe(done);
         assert!(writer.open.is_some(), "a try that fails has the database opened anew");
         drop(other);
+        remove(writer);
+    }
+
+    /// Anybody may ask that, as often as they like.
+    #[test]
+    fn who_asks_whether_a_write_works_does_not_keep_the_house_from_its_quiet() {
+        let mut writer = writer("quiet");
+        append(&mut writer, 3, 2);
+        change(&mut writer, "UPDATE history SET created_at = '2000-01-01T00:00:00.000Z'");
+        writer.max_days = 1;
+        thread::sleep(QUIET);
+        let (orders, inbox) = crossbeam_channel::unbounded();
+        let (done, answer) = channel();
+        assert!(orders.send(Order::Probe(done)).is_ok() && writer.work(&inbox));
+        assert_eq!(answer.recv(), Ok(true));
+        writer.housekeep();
+        assert_eq!(told::<i64>(&mut writer, "SELECT count(*) FROM history"), 0);
         remove(writer);
     }
 

@@ -295,8 +295,9 @@ fn a_variable_in_the_env_file_that_is_not_set_is_refused() {
         ("alice:${WORD}2", "hunter2"),
         ("alice:${A_WORD}2", "hunter2"),
         ("alice:hunter2 # $5", "hunter2"),
+        ("alice:$SECOND ", "hunter2"),
     ] {
-        let env = format!("WORD=hunter\nA_WORD=hunter\nOTHER=$nothing\nAPI_KEYS={value}\n");
+        let env = format!("WORD=hunter\nA_WORD=hunter\nSECOND=hunter2\nOTHER=$nothing\nAPI_KEYS={value}\nPORT=0 ");
         let proxy = Setup::new().file(".env", &env).start();
         assert_eq!(proxy.call(&post("/api/ask", &json!({"question": "q"})).key(secret)).status, 200, "{value}");
     }
@@ -388,11 +389,14 @@ fn a_server_that_would_ask_itself_does_not_start() {
         ("127.0.0.1", "http://localhost:8123"),
         ("0.0.0.0", "http://u:p@127.0.0.1:8123/v1"),
         ("::", "http://[::1]:8123/v1"),
+        ("127.0.0.1", "http://0.0.0.0:8123/v1"),
     ] {
         let ended = upstream(url).set("HOST", host).set("AUTH", "off").run(&[]);
         let line = ended.expect_refusal(2);
         assert!(line.contains("OPENAI_BASE_URL") && line.contains("not of this server itself"), "{line}");
     }
+    let port_80 = upstream("http://localhost/v1").set("PORT", "80").run(&[]);
+    assert!(port_80.expect_refusal(2).contains("not of this server itself"), "{port_80:?}");
     for url in ["http://127.0.0.1:8124/v1", "http://127.0.0.2:8123/v1", "https://127.0.0.1:8123/v1"] {
         // Another mistake is found only behind that one.
         let ended = upstream(url).set("LOG_LEVEL", "loud").run(&[]);
@@ -400,6 +404,18 @@ fn a_server_that_would_ask_itself_does_not_start() {
     }
     let mocked = upstream("http://127.0.0.1:8123/v1").set("MOCK_MODE", "true").set("LOG_LEVEL", "loud").run(&[]);
     assert!(mocked.expect_refusal(2).contains("LOG_LEVEL"), "a mock asks nobody");
+}
+
+/// As where a disk is full: who started it goes by the code.
+#[test]
+fn the_exit_code_is_the_same_where_stderr_takes_nothing() {
+    for (name, value, code) in [("PORT", "abc", 2), ("DATABASE_PATH", "/proc/nowhere/x.db", 1)] {
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("it is there");
+        let mut program = std::process::Command::new(env!("CARGO_BIN_EXE_ai-proxy"));
+        let ended =
+            program.env_clear().env("PORT", "0").env(name, value).stderr(full).stdout(std::process::Stdio::null()).status();
+        assert_eq!(ended.expect("it ends").code(), Some(code), "{name}");
+    }
 }
 
 #[test]

@@ -153,6 +153,30 @@ fn a_page_does_not_wait_behind_searches() {
     assert!(line("HEAD") < Some(4), "of the searches only the one before it was over, or a few more: {log:#?}");
 }
 
+/// Nor what needs none of what its pages need.
+#[test]
+fn one_keys_pages_keep_no_other_waiting() {
+    let mut proxy = Proxy::with(&[("API_KEYS", "alice:secret1,bob:secret2"), ("HISTORY_LIMIT", "1000")]).start();
+    let text = "x".repeat(99_999);
+    for _ in 0..15 {
+        let asked = post("/api/ask", &json!({"question": text})).key("secret2");
+        assert_eq!(proxy.call(&asked).status, 200);
+    }
+    let mut reading: Vec<_> = (0..40).map(|_| proxy.connect()).collect();
+    reading.iter_mut().for_each(|connection| connection.send(&get("/api/history").key("secret2")));
+    let first = post("/api/ask", &json!({"question": "q"})).key("secret2").header("Idempotency-Key", "k");
+    assert_eq!(proxy.call(&first).status, 200);
+    assert_eq!(proxy.call(&get("/api/history").key("secret1")).status, 200);
+    for mut connection in reading {
+        assert_eq!(connection.read_response().status, 200);
+    }
+    let log: Vec<String> = proxy.whole_log().into_iter().skip_while(|line| !line.contains("/api/history")).collect();
+    for line in ["method=POST", "key=alice"] {
+        let place = log.iter().position(|other| other.contains(line));
+        assert!(place < Some(20), "{line} is at {place:?} of {}", log.len());
+    }
+}
+
 #[test]
 fn before_gives_only_older_pairs() {
     let proxy = Proxy::start();

@@ -64,7 +64,7 @@ fn no_key_is_found_in_logs_answers_or_the_database() {
         ("a redirect", reply(302, &[("Location", &format!("http://127.0.0.1:1/?key={UPSTREAM_KEY}"))], "")),
         ("no JSON", reply(200, &[("Content-Type", "text/html")], &echo)),
         ("header fields", reply_json_with(429, &[("Retry-After", UPSTREAM_KEY), ("X-Request-Id", UPSTREAM_KEY)])),
-        ("a field's name", reply_json_with(429, &[(&format!("x-ratelimit-{UPSTREAM_KEY}"), "1")])),
+        ("a field's name", reply_json_with(429, &[(&format!("x-ratelimit-{}", UPSTREAM_KEY.to_uppercase()), "1")])),
         ("more header fields", reply_json_with(400, &[("x-ratelimit-key", UPSTREAM_KEY), ("WWW-Authenticate", UPSTREAM_KEY)])),
     ];
     let (names, scripts): (Vec<&str>, Vec<Vec<Step>>) = scripts.into_iter().unzip();

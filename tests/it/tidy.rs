@@ -24,7 +24,7 @@ const HOUSE: &[Room] = &[
     room("relay", 3, &["log"]),
     room("http", 2, &["log", "tiny_http", "rustix", "httpdate", "memchr"]),
     room("upstream", 2, &["log", "ureq", "rustix", "httpdate"]),
-    room("store", 2, &["log", "rusqlite", "crossbeam_channel", "oneshot"]),
+    room("store", 2, &["log", "rusqlite", "unicode_properties", "crossbeam_channel", "oneshot"]),
     room("pool", 1, &["log", "oneshot"]),
     room("logging", 1, &["log", "simplelog", "rustix"]),
     room("sse", 1, PURE),

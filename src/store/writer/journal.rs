@@ -7,7 +7,7 @@ use rusqlite::{Connection, ffi};
 
 use super::Writer;
 use crate::kernel;
-use crate::lock::share;
+use crate::lock::{own, share};
 use crate::store::reader;
 
 /// The journal is moved over beside the writing when it has grown by about so many pages of 4 KiB: a question
@@ -17,6 +17,8 @@ const CHECKPOINT_PAGES: usize = 1000;
 const CHECKPOINT: &str = "PRAGMA wal_checkpoint(PASSIVE)";
 /// Bytes of a page, unless somebody made the database with others.
 const PAGE: usize = 4096;
+/// A journal of more bytes is to begin anew.
+pub(super) const LARGE: u64 = 64 << 20;
 /// With so many pages the writer does not wait for that any more.
 pub(super) const MOST_PAGES: usize = 4 * CHECKPOINT_PAGES;
 /// Bytes of room that new pairs leave alone, or a sixteenth of a small disk: deleting takes some, too.
@@ -51,7 +53,10 @@ impl Writer {
     pub(super) fn grew(&mut self, rows: usize, bytes: usize) {
         self.pages += 3 + rows / 8 + 2 * bytes / PAGE;
         if self.checkpoint.take_if(|running| running.is_finished()).is_some() {
-            // What came meanwhile is little, and the journal begins anew only when all of it is moved.
+            // What came meanwhile is little, and the journal begins anew only when all of it is moved, and nobody reads it at
+            // that moment: those who read one after the other are held up where it is large.
+            let state = Arc::clone(&self.state);
+            let _alone = (kernel::size(&self.journal) > LARGE).then(|| own(&state.reading));
             self.open.iter().for_each(|open| drop(move_journal(&open.connection)));
         } else if self.pages >= CHECKPOINT_PAGES && self.checkpoint.is_none() {
             self.pages = 0;

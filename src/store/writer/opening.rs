@@ -1,5 +1,6 @@
 //! Opens the database, sees whether it is still the one at its path, and closes it; what is known of its rows. Knows no pairs.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
@@ -9,7 +10,7 @@ use std::sync::atomic::Ordering;
 
 use rusqlite::{Connection, OpenFlags, ffi};
 
-use super::journal::{MOST_PAGES, disk_full, log_unmoved};
+use super::journal::{LARGE, MOST_PAGES, disk_full, log_unmoved};
 use super::{Writer, index};
 use crate::config::Durability;
 use crate::kernel;
@@ -92,13 +93,14 @@ impl Writer {
         }
         let mut connection = connect(&self.path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE)?;
         // They stand beside the file itself, which may be behind a link.
-        let beside = |ending| PathBuf::from(format!("{}{ending}", connection.path().unwrap_or_default()));
+        let file = fs::canonicalize(&self.path).unwrap_or_else(|_| self.path.clone());
+        let beside = |ending: &str| PathBuf::from([file.as_os_str(), ending.as_ref()].join(OsStr::new("")));
         (self.journal, self.journal_index) = (beside("-wal"), beside("-shm"));
         schema::check(&connection)?;
         schema::keep_journal(&connection)?;
         // Migrations need not wait for the disk: one that a power cut takes back is made again.
         connection.execute_batch(&format!(
-            "PRAGMA synchronous = NORMAL; PRAGMA cache_size = -1024; PRAGMA journal_size_limit = 67108864;
+            "PRAGMA synchronous = NORMAL; PRAGMA cache_size = -1024; PRAGMA journal_size_limit = {LARGE};
              PRAGMA wal_autocheckpoint = {MOST_PAGES};"
         ))?;
         schema::migrate(&mut connection)?;
@@ -201,8 +203,9 @@ mod tests {
         change(&mut writer, "UPDATE indexed SET last_id = 30");
         append(&mut writer, 1, 2);
         assert_eq!(writer.last_id, 31);
-        change(&mut writer, "DELETE FROM history; UPDATE indexed SET last_id = 40");
+        change(&mut writer, "UPDATE indexed SET last_id = 40");
         while writer.index() {}
+        assert_eq!(told::<i64>(&mut writer, "SELECT last_id FROM indexed"), 40);
         writer.close();
         let mut writer = reopened(writer.path.clone());
         assert_eq!(told::<i64>(&mut writer, "SELECT last_id FROM indexed"), 40);
@@ -226,6 +229,20 @@ mod tests {
         change(&mut writer, "INSERT INTO history VALUES (9, '', '', '', '', '', NULL, NULL, NULL, NULL, 0)");
         append(&mut writer, 1, 2);
         assert_eq!(writer.last_id, 10);
+        remove(writer);
+    }
+
+    #[test]
+    fn what_was_noted_before_is_taken_over() {
+        let path = path("notes");
+        let before = Connection::open(&path).expect("a file");
+        before.execute_batch(&format!("{}; PRAGMA user_version = 2", schema::MIGRATIONS[..2].join(";"))).expect("migrations");
+        before.execute_batch("INSERT INTO idempotency VALUES ('k', 'i', '/', x'01', x'02', 3, 4)").expect("a note");
+        drop(before);
+        let mut writer = reopened(path);
+        let note = "SELECT concat_ws(' ', key_name, idempotency_key, path, hex(request), hex(response), history_id, created_at)
+                    FROM idempotency";
+        assert_eq!(told::<String>(&mut writer, note), "k i / 01 02 3 4");
         remove(writer);
     }
 

@@ -10,8 +10,10 @@ use crate::store::schema::{Trouble, advice};
 
 /// Retention takes so many in a quiet moment: their words are in the index, and a new pair waits about a millisecond.
 const RETAIN_ROWS: u64 = 50;
-/// So many requests with an `Idempotency-Key` are forgotten at a time, so that a new pair never waits long.
+/// So many requests with an `Idempotency-Key`, and so many bytes of them, are forgotten at a time, so that a new pair never
+/// waits long.
 const FORGET_REQUESTS: usize = 100;
+const FORGET_BYTES: usize = 4 << 20;
 
 /// What retention says has to go.
 pub(super) struct Surplus {
@@ -115,9 +117,10 @@ impl Writer {
             return false;
         }
         let forgotten = self.transact("cleared of old requests", |connection, _| {
-            connection.execute(include_str!("../../../sql/queries/forget_remembered.sql"), [FORGET_REQUESTS as i64])
+            let forget = include_str!("../../../sql/queries/forget_remembered.sql");
+            connection.execute(forget, [FORGET_REQUESTS as i64, FORGET_BYTES as i64])
         });
-        let more = forgotten == Some(FORGET_REQUESTS);
+        let more = forgotten.is_some_and(|forgotten| forgotten > 0);
         if !more {
             self.next_forgetting = Instant::now() + RETENTION_TICK;
         }
@@ -157,7 +160,7 @@ mod tests {
     fn what_was_noted_of_a_request_goes_with_its_pair() {
         let mut writer = writer("noted");
         append(&mut writer, 4, 2);
-        let note = "INSERT INTO idempotency SELECT 'k', id, '/', x'', NULL, id, unixepoch() + id FROM history";
+        let note = "INSERT INTO idempotency SELECT 'k', id, '/', id, unixepoch() + id, x'', NULL FROM history";
         let date = "UPDATE history SET created_at = strftime('%Y-%m-%dT%H:%M:%fZ', unixepoch() + id, 'unixepoch')";
         change(&mut writer, &format!("{note}; {date}"));
         let set_back = "UPDATE history SET created_at = '2100-01-01T00:00:00.000Z'";
@@ -169,10 +172,30 @@ mod tests {
         ] {
             change(&mut writer, sql);
             writer.next_forgetting = Instant::now();
-            assert!(!writer.forget_remembered());
+            while writer.forget_remembered() {}
             let ids = "SELECT group_concat(history_id) FROM (SELECT history_id FROM idempotency ORDER BY history_id)";
             assert_eq!(told::<String>(&mut writer, ids), left, "{sql}");
         }
+        remove(writer);
+    }
+
+    /// Those who ask wait meanwhile.
+    #[test]
+    fn of_what_was_noted_no_more_goes_at_a_time_than_can_go_soon() {
+        let mut writer = writer("large-notes");
+        append(&mut writer, 10, 2);
+        let note = "INSERT INTO idempotency SELECT 'k', id, '/', id, 0, zeroblob(1 << 20), NULL FROM history";
+        change(&mut writer, note);
+        let mut left = Vec::new();
+        writer.next_forgetting = Instant::now();
+        while writer.forget_remembered() {
+            left.push(told::<i64>(&mut writer, "SELECT count(*) FROM idempotency"));
+        }
+        assert_eq!(left, [6, 2, 0]);
+        change(&mut writer, &note.replace("1 << 20", "1 << 23"));
+        writer.next_forgetting = Instant::now();
+        assert!(writer.forget_remembered());
+        assert_eq!(told::<i64>(&mut writer, "SELECT count(*) FROM idempotency"), 9, "one at least");
         remove(writer);
     }
 
@@ -181,7 +204,7 @@ mod tests {
     fn what_is_too_old_goes_at_once_however_much_it_is() {
         let mut writer = writer("old");
         append(&mut writer, 120, 2);
-        let note = "INSERT INTO idempotency SELECT 'k', id, '/', x'', NULL, id, 0 FROM history";
+        let note = "INSERT INTO idempotency SELECT 'k', id, '/', id, 0, x'', NULL FROM history";
         let date = "UPDATE history SET created_at = '2000-01-01T00:00:00.000Z'";
         change(&mut writer, &format!("{note}; {date}"));
         writer.max_days = 1;
