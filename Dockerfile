@@ -5,7 +5,7 @@
 #
 # Inside, the server listens on 0.0.0.0, so it refuses to start without API_KEYS; AUTH=off says out loud that
 # everybody may ask. A folder mounted at /data must be writable for user 10001; a named volume is by itself.
-# SHUTDOWN_GRACE_SECS is 25 by default and `docker stop` waits 10 seconds: stop with `docker stop -t 30`.
+# SHUTDOWN_GRACE_SECS is 25 by default and `docker stop` waits 10 seconds: stop with `docker stop -t 35`.
 
 FROM rust:1.95-slim AS build
 WORKDIR /build

@@ -87,6 +87,9 @@ pub struct Metrics {
 /// What is not counted but is so at the moment: its name, what it is, and how much.
 pub type Gauge = (&'static str, &'static str, f64);
 
+/// What a route is answered with most.
+const COMMON: [u16; 4] = [200, 429, 502, 503];
+
 impl Metrics {
     /// Zeros for these routes and models.
     pub fn new(routes: &[&'static str], models: &[String]) -> Metrics {
@@ -100,7 +103,8 @@ impl Metrics {
         ];
         let models = models.iter().map(String::as_str).filter(|model| *model != OTHER).chain([OTHER]);
         Metrics {
-            requests: Mutex::default(),
+            // From the start, since who looks for an increase sees none in what was not there (Prometheus, "Instrumentation").
+            requests: Mutex::new(routes.iter().flat_map(|route| COMMON.map(|status| ((*route, status), 0))).collect()),
             durations: routes.iter().map(|route| (*route, Histogram::new(SECONDS))).collect(),
             tokens: models.map(|model| (model.to_string(), Default::default())).collect(),
             upstream_errors: upstream.iter().map(|code| (code.name(), Counter::default())).collect(),

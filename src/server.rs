@@ -66,7 +66,9 @@ pub fn serve(mut config: Config) -> Result<(), StartError> {
     };
     log::info!("listening on http://{}", listener.local);
     log::info!("mode: {mode}");
-    log::info!("history: {}", config.database_path.display());
+    let kept = [(config.history_max_rows, "pairs"), (config.history_max_days, "days")].into_iter().filter(|(most, _)| *most > 0);
+    let kept: String = kept.map(|(most, what)| format!(", at most {most} {what}")).collect();
+    log::info!("history: {}{kept}", config.database_path.display());
     // One that is being changed is there twice.
     let keys: BTreeSet<&str> = config.api_keys.iter().map(|key| &*key.name).collect();
     let keys: Vec<&str> = keys.into_iter().collect();

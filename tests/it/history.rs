@@ -691,6 +691,7 @@ fn nothing_older_than_history_max_days_is_kept() {
     assert_eq!(aged.expect("the row is there"), 1);
     drop(database);
     let proxy = proxy.setup().set("HISTORY_MAX_DAYS", "30").start();
+    proxy.wait_for_line(|line| line.ends_with("history.db, at most 30 days"));
     eventually("the ancient pair is gone", || proxy.count_rows() == 1);
     assert_eq!(questions(&page(&proxy, "")), ["recent"]);
     assert_eq!(questions(&page(&proxy, "?q=ancient")).len(), 0);

@@ -109,6 +109,7 @@ fn the_metrics_count_what_happened() {
     for line in [
         r#"requests_total{route="ask",status="200"} 1"#,
         r#"requests_total{route="ask",status="400"} 1"#,
+        r#"requests_total{route="ask",status="503"} 0"#,
         r#"requests_total{route="models",status="502"} 1"#,
         r#"requests_total{route="streaming",status="200"} 1"#,
         r#"requests_total{route="none",status="404"} 1"#,

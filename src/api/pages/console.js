@@ -12,7 +12,7 @@ function make(name, className, text) {
 }
 
 const seconds = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(ms < 10000 ? 2 : 1)} s`);
-const plain = (n) => (n >= 100 || Number.isInteger(n) ? Math.round(n).toLocaleString("en") : n.toPrecision(2));
+const plain = (n) => (n >= 99.5 || Number.isInteger(n) ? Math.round(n).toLocaleString("en") : n.toPrecision(2));
 
 // --- Key ------------------------------------------------------------------------------------------------------------
 
@@ -92,6 +92,7 @@ function showProblem(problem) {
 // --- Asking -----------------------------------------------------------------------------------------------------------
 
 let running = null;
+let latest = null;
 
 /** The request's body as the form says; throws a Problem that names the field. */
 function questionFromForm() {
@@ -172,8 +173,12 @@ function showFacts(run) {
 
 function setRunning(run) {
   running = run;
-  for (const id of ["stream", "whole"]) $(id).disabled = Boolean(run);
+  latest = run ?? latest;
+  const asked = ["stream", "whole"].includes(document.activeElement.id);
   $("stop").hidden = !run;
+  // A button that is disabled loses the focus.
+  if (run && asked) $("stop").focus();
+  for (const id of ["stream", "whole"]) $(id).disabled = Boolean(run);
   $("answer").setAttribute("aria-busy", String(Boolean(run)));
 }
 
@@ -213,7 +218,8 @@ async function ask(streaming) {
   } catch (e) {
     const stopped = run.abort.signal.aborted;
     outcome = stopped ? "Stopped." : "";
-    if (!stopped) showProblem(e);
+    const broken = new Problem("The connection broke off", "What had arrived may be in the history.");
+    if (!stopped) showProblem(e.name === "TypeError" ? broken : e);
     if (!run.text.length) $("result").hidden = !stopped;
   }
   clearInterval(ticking);
@@ -224,10 +230,10 @@ async function ask(streaming) {
   $("outcome").textContent = outcome;
   // A stream cut short is stored when the server has noticed, which may take a second.
   if (outcome) await new Promise((resolve) => setTimeout(resolve, 1200));
-  const newest = (await loadHistory())?.[0];
-  if (!run.id && newest?.question === body.question && newest.answer === run.text.data) {
-    Object.assign(run, { usage: newest.usage, model: newest.model, id: newest.id });
-  }
+  const kept = run.id ? null : await keptPair(body.question, run.text.data);
+  if (kept) Object.assign(run, { usage: kept.usage, model: kept.model, id: kept.id });
+  loadHistory();
+  if (latest !== run) return;
   showFacts(run);
   const words = [run.id && `Number ${run.id} in the history`, run.model, run.reason && `finish reason ${run.reason}`];
   $("outcome").textContent = [outcome, words.filter(Boolean).join(" · ")].filter(Boolean).join(" ");
@@ -241,7 +247,8 @@ $("form").addEventListener("submit", (e) => {
 $("whole").addEventListener("click", () => ask(false));
 $("stop").addEventListener("click", () => running?.abort.abort());
 addEventListener("keydown", (e) => {
-  if (e.key === "Escape") running?.abort.abort();
+  // There it clears the field, or ends an input method's choice.
+  if (e.key === "Escape" && !e.isComposing && e.target !== $("search")) running?.abort.abort();
 });
 $("form").addEventListener("keydown", (e) => {
   if (e.key !== "Enter" || !(e.ctrlKey || e.metaKey)) return;
@@ -255,7 +262,17 @@ const PAGE = 15;
 let looking = 0;
 let before = null;
 
-/** Shows the newest pairs or the best matches, or adds older ones. Returns what it found where it looked for the newest. */
+/** The pair of a stream that has ended, which is among the newest; null where it is not. Calls of tools follow its text. */
+async function keptPair(question, answer) {
+  try {
+    const { items } = await (await call(`api/history?limit=${PAGE}`)).json();
+    return items.find((pair) => pair.question === question && pair.answer.startsWith(answer)) ?? null;
+  } catch {
+    return null;
+  }
+}
+
+/** Shows the newest pairs or the best matches, or adds older ones. */
 async function loadHistory(older = false) {
   const turn = ++looking;
   const words = $("search").value.trim();
@@ -266,15 +283,15 @@ async function loadHistory(older = false) {
   try {
     page = await (await call(`api/history?${query}`)).json();
   } catch (e) {
-    if (turn !== looking) return null;
-    $("pairs").replaceChildren();
-    $("older").hidden = true;
+    if (turn !== looking) return;
+    if (!older) $("pairs").replaceChildren();
+    $("older").hidden = !older;
     $("history-note").textContent = e.code === "unauthorized"
       ? key.value ? "The server does not accept this key." : "Enter your key at the top to see its history."
       : `${e.title ?? "This page failed"}. ${e.message}`;
-    return null;
+    return;
   }
-  if (turn !== looking) return null;
+  if (turn !== looking) return;
   before = page.next_before;
   const open = new Set(Array.from($("pairs").querySelectorAll("details[open]"), (details) => details.dataset.id));
   if (!older) $("pairs").replaceChildren();
@@ -284,7 +301,6 @@ async function loadHistory(older = false) {
   $("history-note").textContent = words
     ? found ? `${found === PAGE ? "The best" : found} ${found === 1 ? "match" : "matches"}, best first` : "Nothing found."
     : $("pairs").children.length ? "" : "Nothing has been asked yet.";
-  return words || older ? null : page.items;
 }
 
 function row(pair, open) {
@@ -414,17 +430,19 @@ const points = [];
 async function sample() {
   clearTimeout(sample.next);
   if (document.hidden) return;
+  // The clock was put back.
+  if (looks.at(-1)?.time > Date.now()) looks.length = points.length = 0;
   // Two looks in quick succession would make a peak of one request.
   const soon = EVERY / 2 - (Date.now() - (looks.at(-1)?.time ?? 0));
   sample.next = setTimeout(sample, soon > 0 ? soon : EVERY);
   if (soon > 0) return;
   let look;
   try {
-    const response = await fetch("metrics", { cache: "no-store" });
+    const response = await fetch("metrics", { cache: "no-store", signal: AbortSignal.timeout(EVERY) });
     if (!response.ok) throw new Error(`/metrics answered ${response.status}`);
     look = digest(parseMetrics(await response.text()));
   } catch (e) {
-    $("minutes-note").textContent = `No numbers: ${e.name === "TypeError" ? "the server cannot be reached" : e.message}.`;
+    $("minutes-note").textContent = `No numbers: ${["TypeError", "TimeoutError"].includes(e.name) ? "the server cannot be reached" : e.message}.`;
     return showState();
   }
   $("minutes-note").textContent = "Counted since this page was opened. Its own requests and health probes are left out.";
@@ -579,14 +597,17 @@ async function showState() {
   if (document.hidden) return;
   let [words, good] = ["cannot be reached", false];
   try {
-    const state = await (await fetch("readyz", { cache: "no-store" })).json();
+    const state = await (await fetch("readyz", { cache: "no-store", signal: AbortSignal.timeout(EVERY) })).json();
     const mode = state.mode === "mock" ? "mock mode: answers are made up" : "";
-    words = [state.status, mode, `version ${state.version}`].filter(Boolean).join(" · ");
+    const history = state.history === "ok" ? "" : `history ${state.history}`;
+    words = [state.status, history, mode, `version ${state.version}`].filter(Boolean).join(" · ");
     good = state.status === "ready";
   } catch { /* said by the words above */ }
   const place = $("state");
   if (place.textContent !== words) place.textContent = words;
+  const isBack = good && place.className === "bad";
   place.className = good ? "good" : "bad";
+  if (isBack) loadHistory();
 }
 
 showState();
