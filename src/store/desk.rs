@@ -108,9 +108,43 @@ impl Desk {
 mod tests {
     use std::time::Duration;
 
+    use oneshot::RecvTimeoutError;
+
+    use super::super::Arrival;
     use super::*;
     use crate::config::Durability;
+    use crate::exchange::Pair;
     use crate::metrics::Metrics;
+
+    /// The clerk never comes to keep house then.
+    #[test]
+    fn no_search_waits_for_ever_while_pairs_come_without_a_pause() {
+        fn come_on_and_on(desk: &Arc<Desk>, is_over: &Arc<AtomicBool>) {
+            let (next, over) = (Arc::clone(desk), Arc::clone(is_over));
+            // There before the writer looks again.
+            let then = move |_| {
+                if !over.load(Ordering::Relaxed) {
+                    come_on_and_on(&next, &over)
+                }
+            };
+            desk.leave(Order::Append(Box::new(Arrival::new(Pair::default(), None, then))));
+        }
+        let path = std::env::temp_dir().join(format!("ai-proxy-{}-search.db", std::process::id()));
+        let mut writer = Writer::new(path.clone(), Durability::Normal, Arc::default(), Arc::new(Metrics::new(&[], &[])));
+        assert_eq!(writer.prove(), Ok(()));
+        let desk = Desk::open(writer).expect("a thread");
+        let is_over = Arc::new(AtomicBool::new(false));
+        come_on_and_on(&desk, &is_over);
+        let (done, indexed) = oneshot::channel();
+        desk.order(Order::Index(done), false);
+        let told = indexed.recv_timeout(Duration::from_secs(20));
+        is_over.store(true, Ordering::Relaxed);
+        assert_eq!(told, Err(RecvTimeoutError::Disconnected), "its words are indexed");
+        let (done, closed) = oneshot::channel();
+        desk.order(Order::Close(done), false);
+        assert_eq!(closed.recv(), Ok(()));
+        std::fs::remove_file(path).expect("it is there");
+    }
 
     /// Who may write and finds the clerk at it has nobody else to do it, and the clerk rests for a minute.
     #[test]

@@ -139,11 +139,43 @@ pub fn advice(trouble: &Trouble) -> String {
 mod tests {
     use super::*;
 
-    /// SQLite says so of the journal's index where the disk is full, and where it cannot be shared otherwise.
+    /// Of the journal's index SQLite says one thing where the disk is full, and another where it cannot be shared otherwise.
     #[test]
-    fn a_full_disk_is_not_taken_for_one_that_cannot_share() {
-        let told = |code| advice(&Trouble::Sql(rusqlite::Error::SqliteFailure(ffi::Error::new(code), None)));
-        assert!(told(ffi::SQLITE_IOERR_SHMSIZE).starts_with("the disk is full"));
-        assert!(told(ffi::SQLITE_IOERR_SHMMAP).starts_with("its file system cannot"));
+    fn each_trouble_says_what_to_do_about_it() {
+        for (code, advised) in [
+            (ffi::SQLITE_IOERR_SHMSIZE, "the disk is full"),
+            (ffi::SQLITE_FULL, "the disk is full"),
+            (ffi::SQLITE_IOERR_SHMMAP, "its file system cannot"),
+            (ffi::SQLITE_IOERR_GETTEMPPATH, "there is no folder for temporary files"),
+            (ffi::SQLITE_BUSY, "another process holds its lock"),
+            (ffi::SQLITE_CORRUPT, "it is damaged"),
+            (ffi::SQLITE_NOTADB, "it is no SQLite database"),
+            (ffi::SQLITE_READONLY, "it cannot be opened or written"),
+        ] {
+            let told = advice(&Trouble::Sql(rusqlite::Error::SqliteFailure(ffi::Error::new(code), None)));
+            assert!(told.starts_with(advised), "{told}");
+        }
+    }
+
+    /// As where two servers start at once.
+    #[test]
+    fn what_another_process_migrates_meanwhile_is_not_migrated_again() {
+        let path = std::env::temp_dir().join(format!("ai-proxy-{}-migrated.db", std::process::id()));
+        let open = || {
+            let connection = Connection::open(&path).expect("a file");
+            connection.busy_timeout(10 * DATABASE_BUSY).expect("a time");
+            connection
+        };
+        let (one, mut other) = (open(), open());
+        one.execute_batch("BEGIN IMMEDIATE").expect("the lock is free");
+        thread::scope(|scope| {
+            let migrating = scope.spawn(|| migrate(&mut other));
+            // Until it has seen how old it is, and waits for the lock.
+            thread::sleep(Duration::from_millis(50));
+            let all = MIGRATIONS.join(";");
+            one.execute_batch(&format!("{all}; PRAGMA user_version = {}; COMMIT", MIGRATIONS.len())).expect("it is migrated");
+            assert_eq!(migrating.join().expect("no panic"), Ok(()));
+        });
+        std::fs::remove_file(path).expect("it is there");
     }
 }

@@ -201,9 +201,14 @@ mod tests {
         assert!(early.1.recv().is_err());
         assert_eq!(writer.searches.len(), 1, "who gave up is forgotten");
         assert_eq!(late.1.recv_timeout(Duration::ZERO), Err(RecvTimeoutError::Timeout));
+        let wait = channel();
+        writer.housekeep();
+        assert_eq!(late.1.recv_timeout(Duration::ZERO), Err(RecvTimeoutError::Disconnected), "as soon as it is indexed");
+        append(&mut writer, 1, 2);
+        writer.searches.push((4, wait.0));
         writer.state.failing.store(true, Ordering::Relaxed);
         writer.let_searches_go();
-        assert_eq!(late.1.recv_timeout(Duration::ZERO), Err(RecvTimeoutError::Disconnected));
+        assert_eq!(wait.1.recv_timeout(Duration::ZERO), Err(RecvTimeoutError::Disconnected));
         remove(writer);
     }
 }
