@@ -5,7 +5,7 @@ use crate::support::client::{Response, get, post, streaming};
 use crate::support::gate::Gate;
 use crate::support::hostile::{Chance, within};
 use crate::support::proxy::{Proxy, Setup};
-use crate::support::upstream::{FakeUpstream, Step, answer};
+use crate::support::upstream::{FakeUpstream, Step, answer, delta, event, stream_head};
 use crate::support::{PATIENCE, eventually};
 use rustix::process::{Resource, Rlimit, getrlimit, getuid, prlimit};
 use serde_json::{Value, json};
@@ -132,6 +132,7 @@ fn a_disk_that_is_full_shows_in_readyz_before_anybody_asks() {
     limit_files(&proxy, None);
     heals(&proxy, Duration::from_secs(5));
     assert_eq!(proxy.get("/readyz").status, 200);
+    proxy.wait_for_line(|line| line.contains("history can be written again"));
 }
 
 #[test]
@@ -262,7 +263,7 @@ fn a_start_on_a_locked_database_waits_a_little_and_says_what_to_do() {
     let started = Instant::now();
     let ended = proxy.setup().run(&[]);
     let line = ended.expect_refusal(1);
-    assert!(line.contains("history.db") && line.contains("lock"), "{line}");
+    assert!(line.contains("history.db") && line.contains("another process holds its lock"), "{line}");
     assert!(started.elapsed() < Duration::from_secs(15), "{:?}", started.elapsed());
     other.execute_batch("ROLLBACK").expect("the lock is given back");
     assert_eq!(proxy.setup().start().history().len(), 1);
@@ -559,6 +560,33 @@ fn a_database_that_another_one_takes_the_place_of_leaves_nothing_behind_in_it() 
     let questions: Vec<Value> = proxy.history().iter().map(|pair| pair["question"].clone()).collect();
     assert_eq!(questions, ["After?", "Before?"]);
     proxy.expect_intact();
+}
+
+/// Nobody else would know of its tokens.
+#[test]
+fn a_stream_that_is_cut_short_and_cannot_be_kept_is_told_in_the_log() {
+    let gate = Gate::new();
+    let upstream = FakeUpstream::always(vec![stream_head(), event(&delta("Half")), Step::Wait(gate.clone()), Step::Close]);
+    let proxy = Proxy::facing(&upstream).start();
+    let mut stream = proxy.stream("Well?");
+    stream.expect_event(&delta("Half"));
+    proxy.database().execute_batch("ALTER TABLE history RENAME TO mine").expect("somebody does so");
+    gate.open();
+    assert!(stream.events().last().is_some_and(|event| event.contains("upstream_error")));
+    proxy.wait_for_line(|line| line.contains("a stream that was cut short is not in the history"));
+}
+
+/// Its clients are sent to the log.
+#[test]
+fn why_the_history_cannot_be_read_is_one_line_of_the_log() {
+    let mut proxy = Proxy::start();
+    proxy.answer("Before?");
+    proxy.database().execute_batch("ALTER TABLE history RENAME TO mine").expect("somebody does so");
+    let error = proxy.get("/api/history").expect_error(503, "history_unavailable");
+    assert!(error["message"].as_str().is_some_and(|text| text.contains("log says why")), "{error}");
+    let log = proxy.whole_log();
+    let why = log.iter().find(|line| line.contains("history cannot be read: "));
+    assert!(why.is_some_and(|line| line.ends_with("(no such table: history)")), "{log:#?}");
 }
 
 #[test]

@@ -53,6 +53,20 @@ fn migrating_a_current_database_changes_nothing() {
     assert_eq!(schema(&again), before);
 }
 
+/// It may take minutes, in which nothing else is heard of the server.
+#[test]
+fn a_migration_is_told_before_it_begins() {
+    let setup = Setup::new();
+    let first = include_str!("../../sql/migrations/0001_history.sql");
+    let old = rusqlite::Connection::open(setup.folder().join("history.db")).expect("a file");
+    old.execute_batch(&format!("{first}; PRAGMA user_version = 1")).expect("as it was");
+    drop(old);
+    let mut proxy = setup.start();
+    assert!(proxy.whole_log()[0].contains("migrating from version 1 to"), "{:#?}", proxy.log());
+    proxy.setup().start().expect_no_line(|line| line.contains("migrating"));
+    Proxy::start().expect_no_line(|line| line.contains("migrating"));
+}
+
 #[test]
 fn two_hundred_concurrent_asks_are_two_hundred_rows() {
     let upstream = FakeUpstream::answering(|request| answer(&format!("Re: {}", request.question())));
