@@ -269,6 +269,32 @@ fn a_start_on_a_locked_database_waits_a_little_and_says_what_to_do() {
     assert_eq!(proxy.setup().start().history().len(), 1);
 }
 
+/// Where its worker is wanted elsewhere, a reader has the connection meanwhile.
+#[test]
+fn what_is_pipelined_behind_an_answer_that_waits_for_its_commit_is_answered_after_it() {
+    let gate = Gate::new();
+    let upstream = FakeUpstream::always([vec![Step::Wait(gate.clone())], answer("Yes")].concat());
+    let proxy = Proxy::facing(&upstream).set("WORKERS", "1").start();
+    let question = post("/api/ask", &json!({"question": "Well?"}));
+    let [mut first, mut second] = [proxy.connect(), proxy.connect()];
+    first.send_bytes([question.bytes(), get("/livez").bytes()].concat());
+    upstream.wait_for_calls(1);
+    // Who is alone with its question writes itself.
+    second.send(&question);
+    eventually("it waits for the worker", || proxy.get("/readyz").json()["queue_length"] == 1);
+    let lock = proxy.database();
+    lock.execute_batch("BEGIN IMMEDIATE").expect("the lock is free");
+    gate.open();
+    upstream.wait_for_calls(2);
+    // So that the reader has come to the second request.
+    std::thread::sleep(Duration::from_millis(50));
+    lock.execute_batch("ROLLBACK").expect("the lock is given back");
+    let answered = first.read_response();
+    assert_eq!(answered.json()["answer"], "Yes", "{answered:?}");
+    assert_eq!(first.read_response().json()["status"], "alive");
+    assert_eq!(second.read_response().status, 200);
+}
+
 // Forbidden
 
 #[test]
