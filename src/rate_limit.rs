@@ -72,4 +72,17 @@ mod tests {
         assert!(!at(0) && !at(10), "and no more");
         assert!((0..60).all(|_| at(3600)) && !at(3600), "nor does it ever hold more than a minute's");
     }
+
+    #[test]
+    fn whoever_comes_when_it_was_told_to_is_let_in() {
+        for (per_minute, wait) in [(3, "20"), (40, "2"), (60, "1"), (600, "1")] {
+            let (limit, key, began) = (RateLimit::new(per_minute), Arc::from("k"), Instant::now());
+            let take = |seconds| limit.take(&key, began + Duration::from_secs(seconds));
+            assert!((0..per_minute).all(|_| take(0).is_ok()));
+            let headers = take(0).expect_err("it is empty").headers;
+            let told = |name: &str| headers.iter().find(|header| header.0 == name).map(|header| &*header.1);
+            assert_eq!((told("Retry-After"), told("x-ratelimit-reset-requests")), (Some(wait), Some("60000ms")));
+            assert!(take(wait.parse().expect("a number")).is_ok());
+        }
+    }
 }
