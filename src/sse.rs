@@ -183,6 +183,16 @@ mod tests {
         }
     }
 
+    /// Some servers send a comment each second, for as long as they think.
+    #[test]
+    fn comments_and_data_have_no_limit_of_all_together() {
+        let (mut splitter, mut events) = (Splitter::new(100, 50), Vec::new());
+        for _ in 0..100 {
+            assert_eq!(splitter.push(b": working\n\ndata: aaaaaaaa\n\n", &mut events), Ok(()));
+        }
+        assert_eq!(events.len(), 100);
+    }
+
     proptest! {
         #[test]
         fn any_bytes_give_the_same_events_however_they_are_cut(

@@ -238,6 +238,22 @@ mod tests {
     }
 
     #[test]
+    fn a_silence_is_broken_when_it_is_that_long_and_then_begins_anew() {
+        const SILENCE: Duration = Duration::from_secs(60);
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
+        let mut client = TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
+        let (server, _) = listener.accept().expect("accepted");
+        let end = ClientEnd::new(Responder::on(server), String::new(), Vec::new(), None);
+        assert!(end.beat(SILENCE) && end.is_unanswered(), "it is not that long yet");
+        lock(&end.state).last_sent -= SILENCE;
+        assert!(end.beat(SILENCE) && end.beat(SILENCE));
+        drop(end);
+        let mut heard = String::new();
+        client.read_to_string(&mut heard).expect("text");
+        assert_eq!(heard.matches(": keep-alive").count(), 1, "{heard}");
+    }
+
+    #[test]
     fn a_client_without_room_gets_no_heartbeat_and_holds_nobody_up() {
         let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
         let client = TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
