@@ -214,6 +214,34 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_model_in_a_path_leads_to_no_other_path() {
+        let long = "n".repeat(200);
+        for name in ["gpt-4o", "vendor/model-1.5:free", "a..b", "@cf/m", &long] {
+            assert_eq!(model_in_path(name).as_deref(), Some(name));
+        }
+        assert_eq!(model_in_path("caf%C3%A9%2f1").as_deref(), Some("café/1"));
+        for name in [
+            "",
+            "..",
+            "a/./b",
+            "a//b",
+            "a/",
+            "..;/b",
+            "a;b",
+            "a%3Bb",
+            "a\\b",
+            "a%3fb",
+            "a%23b",
+            "a%25b",
+            "a%0a",
+            "%ff",
+            &(long + "n"),
+        ] {
+            assert_eq!(model_in_path(name), None, "{name}");
+        }
+    }
+
+    #[test]
     fn what_is_not_utf8_is_no_chat_request_also_in_a_name() {
         let body = b"{\"messages\":[{\"role\":\"user\",\"content\":\"a\"}],\"\xff\":1}";
         assert_eq!(Chat::from_body(body, "m", 10).expect_err("refused").code, crate::error::Code::INVALID_JSON);
