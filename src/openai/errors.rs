@@ -179,6 +179,7 @@ mod tests {
             (br#"{"error":"b"}"#, "b"),
             (br#"[{"error":{"message":"l"}}]"#, "l"),
             (br#"{"detail":"c"}"#, "c"),
+            (br#"{"msg":"d"}"#, "d"),
             (b"bad gateway\n", "bad gateway"),
             (br#"{"error":{"code":7}}"#, r#"{"code":7}"#),
             (br#"{"error":{"message":"a","code":400,"metadata":{"raw":"{\"error\":{\"message\":\"b\"}}","provider_name":"P"}}}"#, "a: P: b"),

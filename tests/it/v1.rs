@@ -96,7 +96,7 @@ fn a_missing_model_is_openai_model_and_all_else_stays_as_it_is() {
     let upstream = FakeUpstream::always(answer("Yes"));
     let proxy = Proxy::facing(&upstream).set("OPENAI_MODEL", "the-default").start();
     let rest = r#""messages":[ {"role":"user","content":"caf\u00e9"} ],"seed":1.50"#;
-    for body in [format!("{{{rest}}}"), format!(r#"{{"model":null,{rest}}}"#), format!(r#"{{{rest},"model":""}}"#)] {
+    for body in [format!("{{{rest}}}"), format!(r#"{{"model":null,{rest}}}"#), format!(r#"{{{rest},"model":" "}}"#)] {
         assert_eq!(proxy.call(&post_bytes(CHAT, body.clone())).status, 200, "{body}");
         let sent = upstream.requests().pop().unwrap();
         assert_eq!(sent.json()["model"], "the-default", "{body}");
@@ -364,10 +364,25 @@ fn header_fields_of_the_upstream_that_are_odd_are_not_passed_on() {
     }
 }
 
+/// Some set many and long cookies.
+#[test]
+fn a_large_head_of_the_upstream_is_read_over() {
+    let cookies = ["a", "b", "c"].map(|name| ("Set-Cookie", format!("{name}={}", "x".repeat(15_000))));
+    let fields: Vec<(&str, &str)> = cookies.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    let upstream = FakeUpstream::always(reply(200, &fields, &completion("Yes").to_string()));
+    let response = Proxy::facing(&upstream).start().call(&chat(json!({})));
+    assert_eq!((response.status, response.header("Set-Cookie")), (200, None), "{response:?}");
+}
+
 #[test]
 fn the_headers_of_a_refusal_are_passed_on_too() {
-    let theirs =
-        [("Retry-After", "7"), ("x-ratelimit-limit-requests", "60"), ("x-ratelimit-remaining-requests", "0"), ("X-Secret", "s")];
+    let theirs = [
+        ("Retry-After", "7"),
+        ("x-ratelimit-limit-requests", "60"),
+        ("x-ratelimit-remaining-requests", "0"),
+        ("X-Secret", "s"),
+        ("X-Request-Id", "req_up"),
+    ];
     let upstream = FakeUpstream::always(reply(429, &theirs, r#"{"error":{"message":"slow down"}}"#));
     let proxy = Proxy::facing(&upstream).start();
     for request in [chat(json!({})), chat_stream()] {
@@ -1016,21 +1031,27 @@ fn the_fallback_gets_the_same_body_but_for_the_model() {
 
 #[test]
 fn a_fallback_whose_answer_names_no_model_is_named_all_the_same() {
-    let mut unnamed = completion("Yes");
-    unnamed.as_object_mut().unwrap().remove("model");
-    let nameless: Value = json!({"choices": [{"index": 0, "delta": {"content": "Yes"}, "finish_reason": "stop"}]});
-    let upstream = FakeUpstream::answering(move |request| match request.json()["model"] == "good" {
-        false => refusal(500, "down"),
-        true if request.is_streaming() => stream_of(&[&nameless.to_string()]),
-        true => reply_json(200, &unnamed),
-    });
-    let proxy = Proxy::facing(&upstream).set("OPENAI_FALLBACK_MODELS", "good").start();
-    for request in all_ways("bad") {
-        assert_eq!(proxy.call(&request).status, 200);
+    for no_name in [None, Some(Value::Null), Some(json!(""))] {
+        let mut unnamed = completion("Yes");
+        let mut nameless = json!({"choices": [{"index": 0, "delta": {"content": "Yes"}, "finish_reason": "stop"}]});
+        for told in [&mut unnamed, &mut nameless] {
+            let told = told.as_object_mut().unwrap();
+            told.remove("model");
+            told.extend(no_name.iter().map(|name| ("model".to_owned(), name.clone())));
+        }
+        let upstream = FakeUpstream::answering(move |request| match request.json()["model"] == "good" {
+            false => refusal(500, "down"),
+            true if request.is_streaming() => stream_of(&[&nameless.to_string()]),
+            true => reply_json(200, &unnamed),
+        });
+        let proxy = Proxy::facing(&upstream).set("OPENAI_FALLBACK_MODELS", "good").start();
+        for request in all_ways("bad") {
+            assert_eq!(proxy.call(&request).status, 200);
+        }
+        proxy.newest_of(4);
+        let models: Vec<Value> = proxy.history().iter().map(|pair| pair["model"].clone()).collect();
+        assert_eq!(models, vec![json!("good"); 4]);
     }
-    proxy.newest_of(4);
-    let models: Vec<Value> = proxy.history().iter().map(|pair| pair["model"].clone()).collect();
-    assert_eq!(models, vec![json!("good"); 4]);
 }
 
 #[test]
@@ -1094,22 +1115,32 @@ fn a_fallback_is_tried_where_the_upstream_closes_without_a_word() {
 
 #[test]
 fn a_stream_that_has_begun_is_not_taken_over_by_another_model() {
-    let upstream = FakeUpstream::answering(|request| match request.json()["model"] == "good" {
-        true => streamed(&["Yes"]),
-        false => vec![stream_head(), event(&delta("Half")), Step::Close],
-    });
-    let proxy = Proxy::facing(&upstream).set("OPENAI_FALLBACK_MODELS", "good").start();
-    let mut stream = proxy.connect().stream(&chat(json!({"model": "bad", "stream": true})));
-    stream.expect_event(&delta("Half"));
-    stream.expect_failure("upstream_error");
-    assert_eq!(upstream.calls(), 1);
+    let passing = json!({"error": {"code": 503, "message": "No provider available"}}).to_string();
+    for broken_off in [Step::Close, event(&passing)] {
+        // Its event has gone out before it breaks off.
+        let gate = Gate::new();
+        let half = [stream_head(), event(&delta("Half")), Step::Wait(gate.clone()), broken_off];
+        let upstream = FakeUpstream::answering(move |request| match request.json()["model"] == "good" {
+            true => streamed(&["Yes"]),
+            false => half.to_vec(),
+        });
+        let proxy = Proxy::facing(&upstream).set("OPENAI_FALLBACK_MODELS", "good").start();
+        let mut stream = proxy.connect().stream(&chat(json!({"model": "bad", "stream": true})));
+        stream.expect_event(&delta("Half"));
+        gate.open();
+        stream.expect_failure("upstream_error");
+        assert_eq!(upstream.calls(), 1);
+    }
 }
 
 #[test]
 fn an_error_of_a_retryable_kind_inside_a_200_is_worth_a_fallback_too() {
-    let codes = [json!(503), json!(404), json!("503"), json!("server_error"), json!("rate_limit_exceeded"), Value::Null];
-    for (streams_it, code) in [true, false].iter().flat_map(|way| codes.iter().map(|code| (*way, code))) {
-        let error = json!({"error": {"code": code, "message": "No provider available", "type": "overloaded_error"}});
+    let codes =
+        [json!(503), json!(404), json!("503"), json!("server_error"), json!("rate_limit_exceeded")].map(|code| (code, ""));
+    let types = ["server_error", "rate_limit_error", "overloaded_error"].map(|kind| (Value::Null, kind));
+    let told = [&codes[..], &types].concat();
+    for (streams_it, (code, kind)) in [true, false].iter().flat_map(|way| told.iter().map(|told| (*way, told))) {
+        let error = json!({"error": {"code": code, "message": "No provider available", "type": kind}});
         let first_event = error.to_string();
         let upstream = FakeUpstream::answering(move |request| match request.json()["model"] == "good" {
             true => either(request, "Yes"),
