@@ -68,6 +68,8 @@ fn the_upstream_is_sent_what_openai_expects() {
     assert_eq!((sent.method.as_str(), sent.target.as_str()), ("POST", "/v1/chat/completions"));
     assert_eq!(sent.header("Authorization"), Some(format!("Bearer {UPSTREAM_KEY}").as_str()));
     assert_eq!(sent.header("Content-Type").map(|kind| kind.starts_with("application/json")), Some(true));
+    assert_eq!(sent.header("Accept-Encoding"), Some("identity"), "nothing is unpacked here");
+    assert!(sent.header("User-Agent").is_some_and(|agent| agent.starts_with("ai-proxy/")));
     let body = sent.json();
     assert_eq!(body["model"], "gpt-4o-mini");
     assert_eq!(body["messages"], json!([{"role": "user", "content": "Is it so?"}]));

@@ -69,6 +69,7 @@ fn every_status_of_the_upstream_has_its_mapping() {
         (520, 502, "upstream_error"),
         (503, 503, "upstream_unavailable"),
         (529, 503, "upstream_unavailable"),
+        (408, 503, "upstream_timeout"),
     ];
     for path in ["/api/ask", "/api/streaming"] {
         for (theirs, ours, code) in mappings {
@@ -300,6 +301,10 @@ fn an_upstream_that_does_not_speak_tls_is_503_upstream_unavailable() {
 fn a_connection_that_ends_before_the_answer_is_503_upstream_unavailable() {
     expect_both(vec![Step::Reset], 503, "upstream_unavailable");
     expect_both(vec![Step::Close], 503, "upstream_unavailable");
+    // As one does that speaks TLS only.
+    let upstream = FakeUpstream::always(vec![Step::Close]);
+    let error = Proxy::facing(&upstream).start().ask("What is it?").expect_error(503, "upstream_unavailable");
+    assert!(error["message"].as_str().is_some_and(|text| text.contains("http or https")), "{error}");
 }
 
 #[test]
