@@ -30,7 +30,13 @@ fn complete(proxy: &Proxy) -> Vec<String> {
 
 #[test]
 fn the_headers_are_those_of_the_contract() {
-    let upstream = FakeUpstream::always(streamed(&["Yes"]));
+    let Some((Step::Send(begun), rest)) = streamed(&["Yes"]).split_first().map(|(head, rest)| (head.clone(), rest.to_vec()))
+    else {
+        panic!("a head comes first")
+    };
+    let begun =
+        String::from_utf8_lossy(&begun).replacen("\r\n", "\r\nX-Request-Id: req_up\r\nx-ratelimit-limit-requests: 60\r\n", 1);
+    let upstream = FakeUpstream::always([vec![send(begun)], rest].concat());
     let proxy = Proxy::facing(&upstream).start();
     let stream = proxy.stream("What is it?");
     let head = &stream.head;
@@ -39,6 +45,8 @@ fn the_headers_are_those_of_the_contract() {
     assert_eq!(head.header("X-Accel-Buffering"), Some("no"));
     assert_eq!(head.header("Transfer-Encoding"), Some("chunked"));
     assert_eq!(head.header("Content-Length"), None);
+    assert_eq!(head.header("x-ratelimit-limit-requests"), None, "the upstream's own are for /v1");
+    assert_ne!(head.header("X-Request-Id"), Some("req_up"));
 }
 
 #[test]
@@ -111,6 +119,22 @@ fn usage_inside_the_last_chunk_is_kept_and_the_chunk_passed_on() {
     let proxy = Proxy::facing(&upstream).start();
     assert_eq!(complete(&proxy), [delta("Yes"), last]);
     assert_eq!(proxy.newest_of(1)["usage"]["total_tokens"], 3);
+}
+
+/// Some servers name the model in some chunks only, or count before the last one.
+#[test]
+fn what_later_chunks_leave_open_is_kept_as_it_was_said() {
+    let mut told: Value = serde_json::from_str(&delta("Yes")).unwrap();
+    told["model"] = json!("model-told");
+    told["usage"] = json!({"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3});
+    let mut open: Value = serde_json::from_str(&finish("stop")).unwrap();
+    open["model"] = json!("");
+    let steps = vec![stream_head(), event(&told.to_string()), event(&open.to_string()), event("[DONE]"), end()];
+    let upstream = FakeUpstream::always(steps);
+    let proxy = Proxy::facing(&upstream).start();
+    complete(&proxy);
+    let pair = proxy.newest_of(1);
+    assert_eq!((&pair["model"], &pair["usage"]["total_tokens"]), (&json!("model-told"), &json!(3)));
 }
 
 #[test]
