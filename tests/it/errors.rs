@@ -109,7 +109,7 @@ fn a_missing_or_wrong_key_is_401_on_every_endpoint_that_needs_one() {
 #[test]
 fn every_configured_key_is_taken_with_and_without_bearer() {
     let proxy = Proxy::with(&[("API_KEYS", "alice:secret1,bob:secret:2,bare3")]).start();
-    for value in ["Bearer secret1", "Bearer secret:2", "Bearer bare3", "secret1", "bare3", "bearer secret1"] {
+    for value in ["Bearer secret1", "Bearer secret:2", "Bearer bare3", "Bearer  secret1", "secret1", "bare3", "bearer secret1"] {
         for path in LLM_PATHS {
             let response = proxy.call(&post(path, &question()).header("Authorization", value));
             assert_eq!(response.status, 200, "{value}: {response:?}");
@@ -175,7 +175,7 @@ fn a_wrong_method_is_405_and_names_the_right_ones() {
         assert_eq!(allow, allowed, "{response:?}");
     };
     for path in LLM_PATHS {
-        for method in ["GET", "PUT", "DELETE", "PATCH", "OPTIONS", "BREW"] {
+        for method in ["GET", "PUT", "DELETE", "PATCH", "OPTIONS", "BREW", "post"] {
             expect(get(path).method(method), &["POST"]);
         }
     }
@@ -248,6 +248,28 @@ fn a_compressed_body_is_415_and_says_so() {
             assert!(response.json()["error"]["message"].as_str().is_some_and(|text| text.contains("Content-Encoding")));
         }
     });
+    let proxy = Proxy::start();
+    for none in ["identity", ""] {
+        let response = proxy.call(&post("/api/ask", &question()).header("Content-Encoding", none));
+        assert_eq!(response.status, 200, "{none:?}: {response:?}");
+    }
+}
+
+#[test]
+fn who_is_refused_asks_again_on_the_same_connection() {
+    let proxy = Proxy::with(&[("API_KEYS", "alice:secret1")]).start();
+    let asking = post("/api/ask", &question()).key("secret1");
+    for (refused, status) in [
+        (post("/api/ask", &json!({})).key("secret1"), 422),
+        (asking.clone().key("wrong"), 401),
+        (asking.clone().header("Content-Type", "text/plain"), 415),
+        (post("/nowhere", &question()), 404),
+        (get("/api/ask"), 405),
+    ] {
+        let mut connection = proxy.connect();
+        assert_eq!(connection.exchange(&refused).status, status);
+        assert_eq!(connection.exchange(&asking).status, 200, "after a {status}");
+    }
 }
 
 /// Without a type the browser of a page of another origin would not ask whether it may.
@@ -278,7 +300,9 @@ fn a_byte_order_mark_before_the_body_is_ignored() {
 fn a_content_type_that_is_not_json_is_415() {
     with_unasked_upstream(&[], |proxy| {
         for path in LLM_PATHS {
-            for kind in ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "application/jsonx", "x"] {
+            for kind in
+                ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "application/jsonx", "text/json", "x"]
+            {
                 let request = post(path, &question()).header("Content-Type", kind);
                 proxy.call(&request).expect_error(415, "unsupported_media_type");
             }
@@ -518,6 +542,7 @@ fn where_pairs_cannot_be_kept_although_the_file_can_be_written_the_llm_is_asked_
     for _ in 0..4 {
         proxy.ask("Well?").expect_error(503, "history_unavailable");
     }
+    proxy.call(&streaming("Well?")).expect_error(503, "history_unavailable");
     assert_eq!((upstream.calls(), proxy.get("/readyz").status), (1, 503));
     proxy.database().execute_batch("DROP TRIGGER no").expect("gone");
     eventually("ready again", || proxy.get("/readyz").status == 200);
