@@ -51,6 +51,8 @@ fn what_is_in_flight_finishes_and_nothing_new_begins() {
         let [mut looking, mut late, mut later] = [open(&proxy), open(&proxy), open(&proxy)];
         proxy.signal(signal);
         wait_until_draining(&mut looking);
+        assert_eq!(looking.exchange(&get("/readyz")).json()["status"], "draining");
+        assert_eq!(looking.exchange(&get("/livez")).status, 200, "it lives");
         let ask = post("/api/ask", &json!({"question": "Too late?"}));
         late.exchange(&ask).expect_error(503, "shutting_down");
         later.exchange(&streaming("Too late?")).expect_error(503, "shutting_down");
