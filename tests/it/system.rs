@@ -5,7 +5,9 @@ use crate::support::eventually;
 use crate::support::gate::Gate;
 use crate::support::proxy::Proxy;
 use crate::support::upstream::{FakeUpstream, Step, answer, delta, end, event, finish, refusal, stream_head, usage};
+use rustix::process::Signal;
 use serde_json::json;
+use std::time::Duration;
 
 #[test]
 fn livez_is_200() {
@@ -167,6 +169,10 @@ fn head_answers_like_get_without_the_body() {
         assert_eq!(connection.exchange(&get(target).method("HEAD").header("Connection", "close")).status, status);
         assert!(connection.is_closed_by_server(), "no body follows");
     }
+    let mut broken = proxy.connect();
+    broken.send_bytes("HEAD /livez HTTP/1.1\r\nno colon\r\n\r\n");
+    assert_eq!(broken.read_head().status, 400);
+    assert!(broken.is_closed_by_server(), "no body follows");
 }
 
 /// One key's answer is not another's, and what was ready need not be.
@@ -247,6 +253,28 @@ fn a_client_that_leaves_in_the_middle_costs_one_connection_only() {
     assert_eq!(proxy.count_rows(), 1, "half a question is none");
 }
 
+/// As one whose container is paused: its clients were not silent.
+#[test]
+fn a_server_that_was_stopped_goes_on_with_what_its_clients_began() {
+    let proxy = Proxy::start();
+    let question = post("/api/ask", &json!({"question": "Well?"})).bytes();
+    let mut idle = proxy.connect();
+    assert_eq!(idle.exchange(&get("/livez")).status, 200);
+    let mut begun = [20, question.len() - 10].map(|length| (proxy.connect(), question.split_at(length)));
+    begun.iter_mut().for_each(|(connection, (beginning, _))| connection.send_bytes(beginning));
+    // All three are waited for.
+    std::thread::sleep(Duration::from_millis(100));
+    proxy.signal(Signal::STOP);
+    std::thread::sleep(Duration::from_millis(100));
+    proxy.signal(Signal::CONT);
+    for (mut connection, (_, rest)) in begun {
+        connection.send_bytes(rest);
+        let response = connection.read_response();
+        assert_eq!(response.status, 200, "{response:?}");
+    }
+    assert_eq!(idle.exchange(&get("/livez")).status, 200);
+}
+
 #[test]
 fn clients_that_come_and_go_are_all_answered() {
     let proxy = Proxy::start();
@@ -284,6 +312,7 @@ fn at_max_connections_the_present_go_on_and_the_next_waits_for_a_place() {
         let ask = post("/api/ask", &json!({"question": "Well?"}));
         assert_eq!(connection.exchange(&ask).status, 200);
     }
+    assert_eq!(second.exchange(&get("/readyz")).json()["connections"], 2, "the third is not let in");
     drop(first);
     assert_eq!(third.read_response().status, 200);
 }
