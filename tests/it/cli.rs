@@ -276,6 +276,8 @@ fn a_variable_in_the_env_file_that_is_not_set_is_refused() {
         "alice:hun$HALF",
         "alice:$HOME\\${NOPE}ter2",
         "alice:$HOME'hun$ter2'",
+        "\"alice:it's${ter2}x\"",
+        "\"alice:hun$HOME ter2\"",
         "alice:${GREW}hun",
     ] {
         let env = format!("# costs $5\nHOME=/x\nHO_ME=/x\nHALF=$ter2\nGREW=a\nGREW=a$ter2\nAPI_KEYS={value}\n");
@@ -294,11 +296,12 @@ fn a_variable_in_the_env_file_that_is_not_set_is_refused() {
         ("alice:hun\\$ter2", "hun$ter2"),
         ("alice:${WORD}2", "hunter2"),
         ("alice:${A_WORD}2", "hunter2"),
+        ("alice:${GIVEN}2", "hunter2"),
         ("alice:hunter2 # $5", "hunter2"),
         ("alice:$SECOND ", "hunter2"),
     ] {
         let env = format!("WORD=hunter\nA_WORD=hunter\nSECOND=hunter2\nOTHER=$nothing\nAPI_KEYS={value}\nPORT=0 ");
-        let proxy = Setup::new().file(".env", &env).start();
+        let proxy = Setup::new().file(".env", &env).set("GIVEN", "hunter").start();
         assert_eq!(proxy.call(&post("/api/ask", &json!({"question": "q"})).key(secret)).status, 200, "{value}");
     }
 }
@@ -486,6 +489,11 @@ fn without_keys_only_a_loopback_address_is_served_unless_auth_is_off() {
         Setup::new().set("HOST", "localhost"),
     ] {
         assert_eq!(setup.start().get("/livez").status, 200);
+    }
+    // Another mistake is found only behind that one.
+    for loopback in ["::1", "[::1]", "127.0.0.2"] {
+        let ended = Setup::new().set("HOST", loopback).set("LOG_LEVEL", "loud").run(&[]);
+        assert!(ended.expect_refusal(2).contains("LOG_LEVEL"), "{loopback}");
     }
 }
 
