@@ -74,11 +74,13 @@ fn the_stream_is_the_same_answer_word_by_word() {
 #[test]
 fn mock_mode_true_never_asks_the_upstream() {
     let upstream = FakeUpstream::always(answer("not asked"));
-    let proxy = Proxy::facing(&upstream).set("MOCK_MODE", "true").start();
-    assert_ne!(proxy.answer("What is it?")["answer"], "not asked");
-    proxy.stream("What is it?").events();
-    assert_eq!(upstream.connections(), 0);
-    assert_eq!(proxy.get("/readyz").json()["mode"], "mock");
+    for so_be_it in ["true", "True", "1", "yes", "on"] {
+        let proxy = Proxy::facing(&upstream).set("MOCK_MODE", so_be_it).start();
+        assert_ne!(proxy.answer("What is it?")["answer"], "not asked");
+        proxy.stream("What is it?").events();
+        assert_eq!(upstream.connections(), 0);
+        assert_eq!(proxy.get("/readyz").json()["mode"], "mock");
+    }
 }
 
 #[test]
@@ -103,7 +105,18 @@ fn the_delay_is_waited() {
         assert_eq!(proxy.call(&request).status, 200);
         assert!(started.elapsed() >= Duration::from_millis(400));
     }
-    assert!(proxy.history()[1]["latency_ms"].as_u64().is_some_and(|latency| latency >= 400));
+    for pair in proxy.history() {
+        assert!(pair["latency_ms"].as_u64().is_some_and(|latency| latency >= 400), "{pair}");
+    }
+}
+
+/// As a real one that is slow.
+#[test]
+fn a_delay_has_the_time_of_a_call() {
+    let proxy = Setup::new().set("MOCK_DELAY_MS", "600000").set("UPSTREAM_TIMEOUT_SECS", "1").start();
+    for request in [post("/api/ask", &json!({"question": "Well?"})), streaming("Well?")] {
+        proxy.call(&request).expect_error(503, "upstream_timeout");
+    }
 }
 
 #[test]
