@@ -194,7 +194,7 @@ fn a_bad_number_is_422_and_param_names_it() {
         let error = proxy.get(&format!("/api/history?limit={limit}")).expect_error(422, "invalid_request");
         assert_eq!(error["param"], "limit", "{limit}");
     }
-    for before in ["abc", "1.5", "99999999999999999999", "1;drop", "%27"] {
+    for before in ["-1", "abc", "1.5", "99999999999999999999", "1;drop", "%27"] {
         let error = proxy.get(&format!("/api/history?before={before}")).expect_error(422, "invalid_request");
         assert_eq!(error["param"], "before", "{before}");
     }
@@ -441,6 +441,7 @@ fn an_empty_q_is_like_none() {
     ask_all(&proxy, &["one", "two", "three"]);
     assert_eq!(page(&proxy, "?q=&limit=2"), page(&proxy, "?limit=2"));
     assert_eq!(page(&proxy, "?q&limit=2"), page(&proxy, "?limit=2"));
+    assert_eq!(page(&proxy, "?q=+%20%09&limit=2"), page(&proxy, "?limit=2"), "nor are blanks words");
 }
 
 #[test]
