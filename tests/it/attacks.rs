@@ -1185,6 +1185,9 @@ fn running_out_of_descriptors_is_survived() {
         assert!(started.elapsed() < Duration::from_secs(5), "{round}: back after {:?}", started.elapsed());
     }
     proxy.expect_no_line(|line| line.contains("bug:"));
+    let told = proxy.log().iter().filter(|line| line.contains("clients cannot be accepted")).count();
+    // A minute between them.
+    assert!((1..=2).contains(&told), "{told} lines: {:#?}", proxy.log());
 }
 
 #[test]
