@@ -393,11 +393,19 @@ fn upstream_url(given: &Given) -> Result<UpstreamUrl, StartError> {
 /// Whether the upstream is where this server listens: each question would be asked again and again.
 fn is_own_address(upstream: &UpstreamUrl, host: IpAddr, port: u16) -> bool {
     let Some(rest) = upstream.base.strip_prefix("http://") else { return false };
-    let authority = rest.split('/').next().unwrap_or_default().replace("localhost", "127.0.0.1");
-    let Some(at) = authority.parse::<SocketAddr>().or_else(|_| format!("{authority}:80").parse()).ok() else { return false };
-    let is_any = |ip: IpAddr| ip.is_unspecified() || ip.is_loopback();
-    let is_same = host.is_ipv4() == at.is_ipv4() && host.is_unspecified() && is_any(at.ip());
-    at.port() == port && (at.ip() == host || is_same || at.ip().is_unspecified() && is_any(host))
+    let authority = rest.split('/').next().unwrap_or_default();
+    let addresses = ["127.0.0.1", "[::1]"].map(|ip| authority.replace("localhost", ip));
+    let mut addresses = addresses.iter().filter_map(|at| at.parse().or_else(|_| format!("{at}:80").parse::<SocketAddr>()).ok());
+    addresses.any(|at| {
+        let ip = at.ip().to_canonical();
+        let is_same_family = host.is_ipv4() == ip.is_ipv4();
+        let is_here = match host.is_unspecified() {
+            // At :: IPv4 comes in, too.
+            true => (host.is_ipv6() || is_same_family) && (ip.is_loopback() || ip.is_unspecified()),
+            false => ip == host || ip.is_unspecified() && host.is_loopback() && is_same_family,
+        };
+        at.port() == port && is_here
+    })
 }
 
 /// The URL without `user:password@` and a query, which may be a key.

@@ -28,6 +28,9 @@ const STACK: usize = 512 * 1024;
 /// socket's wait may take two ticks of the clock more. Nobody is refused for that.
 const MOMENT: Duration = Duration::from_millis(50);
 
+/// Threads that cannot be started within so long of each other are one lack of them.
+const A_ROW: Duration = Duration::from_secs(1);
+
 /// How often a full queue is looked through for jobs that are vain, and how many of them are looked at.
 const SWEEP: Duration = Duration::from_millis(100);
 const SWEPT: usize = 1000;
@@ -64,8 +67,8 @@ struct State<W> {
     queue: VecDeque<(Job<W>, IsVain)>,
     next_sweep: Instant,
     threads: usize,
-    /// Since then no thread can be started.
-    scarce: Option<Instant>,
+    /// The first and the last time in a row that no thread could be started.
+    scarce: Option<(Instant, Instant)>,
     /// Who waits a moment for a thread that is about to be free.
     waiting: usize,
     /// For threads' names and idle threads' ids.
@@ -121,7 +124,7 @@ impl<W: 'static> Pool<W> {
             let left = until.saturating_duration_since(Instant::now());
             // Where there is no thread at all, nobody would come for what is in the queue. One that could not be started may be in a
             // moment, and those that are there may be at work for long.
-            let is_lasting = state.scarce.is_some_and(|since| since.elapsed() >= MOMENT);
+            let is_lasting = state.scarce.is_some_and(|(first, last)| last - first >= MOMENT);
             let is_all = state.threads >= self.size || is_lasting || left.is_zero();
             if state.queue.len() < self.queue_size && state.threads > 0 && is_all {
                 let is_vain = is_vain(&task);
@@ -181,11 +184,12 @@ impl<W: 'static> Pool<W> {
         let own = Arc::clone(self);
         let started = thread.spawn(move || own.work(id, coming));
         if let Err(e) = started {
-            // Once, until one can be started again.
-            if state.scarce.is_none() {
+            let now = Instant::now();
+            let row = state.scarce.filter(|(_, last)| now - *last < A_ROW);
+            if row.is_none() {
                 log::warn!("no thread for a {}: {e}", self.name);
-                state.scarce = Some(Instant::now());
             }
+            state.scarce = Some((row.map_or(now, |(first, _)| first), now));
             return None;
         }
         state.scarce = None;

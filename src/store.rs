@@ -1,6 +1,6 @@
 //! The door to the history, and the only place that names rusqlite: one connection writes, committing
-//! together what waits together; readers have connections of their own and never block it. Knows pairs
-//! and pages, nothing of HTTP or the LLM.
+//! together what waits together; readers have connections of their own and block it only for a moment where
+//! the journal is large. Knows pairs and pages, nothing of HTTP or the LLM.
 
 mod desk;
 mod schema;

@@ -15,7 +15,7 @@ mod route;
 mod streaming;
 mod system;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -74,7 +74,8 @@ pub struct Api {
     idempotency: Arc<Idempotency>,
     /// For pages of history and repetitions that are put together.
     making: Arc<Places>,
-    making_of: HashMap<Arc<str>, Arc<Places>>,
+    /// A key's share of both: for its searches, and for all.
+    making_of: HashMap<Arc<str>, [Arc<Places>; 2]>,
     searching: Arc<Places>,
     /// For the bytes of large answers on their way to slow clients.
     leaving: Arc<Places>,
@@ -138,13 +139,15 @@ impl Api {
         connections: Arc<Connections>,
         metrics: Arc<Metrics>,
     ) -> Result<Api, StartError> {
-        let own_places = if config.api_keys.len() > 1 { MOST_MAKING / 2 } else { MOST_MAKING };
+        let names: BTreeSet<&Arc<str>> = config.api_keys.iter().map(|key| &key.name).collect();
+        let share = |most: usize| Places::new(if names.len() > 1 { most / 2 } else { most });
+        let shares = |name: &&Arc<str>| (Arc::clone(name), [share(MOST_SEARCHING), share(MOST_MAKING)]);
         Ok(Api {
             pulse: Pulse::start(config.stream_heartbeat)?,
             rate_limit: RateLimit::new(config.rate_limit_per_minute),
             idempotency: Arc::default(),
             making: Places::new(MOST_MAKING),
-            making_of: config.api_keys.iter().map(|key| (Arc::clone(&key.name), Places::new(own_places))).collect(),
+            making_of: names.iter().map(shares).collect(),
             searching: Places::new(MOST_SEARCHING),
             leaving: Places::new(MOST_LEAVING),
             config,
@@ -226,8 +229,10 @@ impl Api {
     /// A place for an answer to this key that is put together out of the history. Errs with 503 where there is none for long.
     fn make(&self, key: &str, is_search: bool) -> Result<Vec<Taken>, ApiError> {
         let until = Instant::now() + MAKING_PATIENCE;
-        // Those of the key come first, so that the others who wait are not many of one key.
-        let places = self.making_of.get(key).into_iter().chain(is_search.then_some(&self.searching)).chain([&self.making]);
+        // Those of the key come first, so that the others who wait are not many of one key; and those for searches, which wait
+        // for each other with nothing that a page needs.
+        let own = self.making_of.get(key).into_iter().flatten().skip(if is_search { 0 } else { 1 });
+        let places = own.chain(is_search.then_some(&self.searching)).chain([&self.making]);
         let taken = places.map(|places| places.take(1, until.saturating_duration_since(Instant::now())));
         taken
             .collect::<Option<Vec<_>>>()

@@ -12,37 +12,39 @@ pub(super) fn read() -> Result<HashMap<String, String>, StartError> {
         Err(e) if e.kind() == ErrorKind::NotFound => String::new(),
         read => read.map_err(|e| StartError::usage(format!(".env cannot be read: {e}")))?,
     };
-    let (mut known, mut settings, mut open) = (Vec::new(), 0, String::new());
+    let mut known: Vec<String> = Vec::new();
+    let (mut entry, mut place) = (String::new(), String::new());
     for (line, at) in file.lines().zip(1..) {
         let setting = setting_in(line);
-        let place = setting.map_or(format!(" line {at}"), |setting| format!(" line {at} ({setting})"));
-        settings += usize::from(setting.is_some());
-        let name = match dotenvy::from_read_iter(line.as_bytes().chain(&b"\n"[..])).next() {
-            Some(Ok((name, _))) => name,
-            None => continue,
-            // Only values that are not for us may have several lines.
-            Some(Err(_)) if setting.is_none() => {
-                open = if open.is_empty() { place } else { open };
-                continue;
-            }
-            Some(Err(_)) => return Err(bad(&place, FORM)),
-        };
-        let is_set = |name: &&str| known.iter().any(|known| known == name) || !name.is_empty() && std::env::var(name).is_ok();
-        if variables(line).iter().all(is_set) {
-            known.push(name);
-        } else if setting.is_some() {
-            // Nothing would be put in its place, and half a secret is one that others may guess.
-            return Err(bad(&place, UNSET));
-        } else {
-            // Half a value, too, where one of ours names it.
-            known.retain(|known| *known != name);
+        if entry.is_empty() {
+            place = setting.map_or(format!(" line {at}"), |setting| format!(" line {at} ({setting})"));
         }
+        entry.push_str(line);
+        entry.push('\n');
+        let name = match dotenvy::from_read_iter(entry.as_bytes()).next() {
+            Some(Ok((name, _))) => Some(name),
+            None => None,
+            // dotenvy takes what follows a quote that is open for a part of the value, also where that quote is in a comment.
+            // Values that are not for us may have several lines, but nothing of ours may get lost in them.
+            Some(Err(_)) if setting.is_some() => return Err(bad(&place, FORM)),
+            Some(Err(_)) => continue,
+        };
+        if let Some(name) = name {
+            let is_set = |name: &&str| known.iter().any(|known| known == name) || !name.is_empty() && std::env::var(name).is_ok();
+            if variables(&entry).iter().all(is_set) {
+                known.push(name);
+            } else if setting_of(&name).is_some() {
+                // Nothing would be put in its place, and half a secret is one that others may guess.
+                return Err(bad(&place, UNSET));
+            } else {
+                // Half a value, too, where one of ours names it.
+                known.retain(|known| *known != name);
+            }
+        }
+        entry.clear();
     }
-    // dotenvy takes what follows a quote that is open for a part of the value, also where that quote is in a comment: of ours
-    // nothing may get lost so.
-    let all: Result<Vec<_>, _> = dotenvy::from_read_iter(file.as_bytes().chain(&b"\n"[..])).collect();
-    let is_whole = |all: &Vec<(String, String)>| all.iter().filter(|(name, _)| setting_of(name).is_some()).count() == settings;
-    Ok(all.ok().filter(is_whole).ok_or_else(|| bad(&open, FORM))?.into_iter().collect())
+    let all: Result<HashMap<_, _>, _> = dotenvy::from_read_iter(file.as_bytes().chain(&b"\n"[..])).collect();
+    all.ok().filter(|_| entry.is_empty()).ok_or_else(|| bad(&place, FORM))
 }
 
 fn bad(place: &str, rule: &str) -> StartError {
@@ -69,13 +71,13 @@ const FORM: &str = "cannot be read; a line is NAME=VALUE with all its quotes clo
 const UNSET: &str = "it names a variable that is not set, or one without braces (${NAME}) before a _, a blank, a \\ or a quote; a $ \
                      of its own stands in single quotes, or in double quotes behind a \\";
 
-/// The names behind each `$` in a line that another value takes the place of: not in single quotes, behind a backslash or in a
+/// The names behind each `$` in an entry that another value takes the place of: not in single quotes, behind a backslash or in a
 /// comment.
-fn variables(line: &str) -> Vec<&str> {
-    let line = line.trim_end();
+fn variables(entry: &str) -> Vec<&str> {
+    let entry = entry.trim_end();
     let (mut single, mut double, mut before) = (false, false, '\0');
     let mut names = Vec::new();
-    for (at, c) in line.char_indices() {
+    for (at, c) in entry.char_indices() {
         let is_escaped = before == '\\' && !single;
         match c {
             _ if is_escaped => {}
@@ -83,7 +85,7 @@ fn variables(line: &str) -> Vec<&str> {
             '"' if !single => double = !double,
             '#' if before.is_whitespace() && !single && !double => break,
             '$' if !single => {
-                let rest = &line[at + 1..];
+                let rest = &entry[at + 1..];
                 names.push(match rest.strip_prefix('{') {
                     Some(rest) => rest.split('}').next().unwrap_or_default(),
                     None => {

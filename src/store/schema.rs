@@ -51,6 +51,16 @@ pub fn keep_journal(connection: &Connection) -> rusqlite::Result<()> {
     }
 }
 
+/// Bytes of what is noted of requests, which a migration copies.
+pub fn noted(connection: &Connection) -> rusqlite::Result<u64> {
+    let is_there = "SELECT count(*) FROM sqlite_schema WHERE name = 'idempotency'";
+    if connection.query_row(is_there, [], |row| row.get::<_, i64>(0))? == 0 {
+        return Ok(0);
+    }
+    let bytes = "SELECT coalesce(sum(octet_length(request) + coalesce(octet_length(response), 0)), 0) FROM idempotency";
+    connection.query_row(bytes, [], |row| row.get::<_, i64>(0)).map(|bytes| bytes as u64)
+}
+
 /// Makes the migrations that are not made yet, each in a transaction.
 pub fn migrate(connection: &mut Connection) -> rusqlite::Result<()> {
     let made = version(connection)?;

@@ -40,6 +40,9 @@ fn is_point(c: char) -> bool {
 fn is_letter(c: char) -> bool {
     use GeneralCategory::{NonspacingMark, SpacingMark};
     use GeneralCategoryGroup::{Letter, Number};
+    if c.is_ascii() {
+        return c.is_ascii_alphanumeric();
+    }
     matches!(c.general_category_group(), Letter | Number) || matches!(c.general_category(), NonspacingMark | SpacingMark)
 }
 

@@ -275,15 +275,16 @@ fn a_variable_in_the_env_file_that_is_not_set_is_refused() {
         "alice:hun$HO_ME",
         "alice:hun$HALF",
         "alice:$HOME\\${NOPE}ter2",
+        "alice:hun${SUFFIX}",
         "alice:$HOME'hun$ter2'",
         "\"alice:it's${ter2}x\"",
         "\"alice:hun$HOME ter2\"",
         "alice:${GREW}hun",
     ] {
-        let env = format!("# costs $5\nHOME=/x\nHO_ME=/x\nHALF=$ter2\nGREW=a\nGREW=a$ter2\nAPI_KEYS={value}\n");
+        let env = format!("T='\nSUFFIX=ter2'\nHOME=/x\nHO_ME=/x\nHALF=$ter2\nGREW=a\nGREW=a$ter2\nAPI_KEYS={value}\n");
         let ended = Setup::new().file(".env", &env).run(&[]);
         let line = ended.expect_refusal(2);
-        assert!(line.contains("line 7 (API_KEYS)") && line.contains("single quotes"), "{line}");
+        assert!(line.contains("line 8 (API_KEYS)") && line.contains("single quotes"), "{line}");
         assert!(!line.contains("hun") && !line.contains("ter2"), "{line}");
     }
     for blank in [" ", "\t"] {
@@ -393,6 +394,8 @@ fn a_server_that_would_ask_itself_does_not_start() {
         ("0.0.0.0", "http://u:p@127.0.0.1:8123/v1"),
         ("::", "http://[::1]:8123/v1"),
         ("127.0.0.1", "http://0.0.0.0:8123/v1"),
+        ("::", "http://127.0.0.1:8123/v1"),
+        ("::1", "http://localhost:8123/v1"),
     ] {
         let ended = upstream(url).set("HOST", host).set("AUTH", "off").run(&[]);
         let line = ended.expect_refusal(2);
@@ -400,7 +403,7 @@ fn a_server_that_would_ask_itself_does_not_start() {
     }
     let port_80 = upstream("http://localhost/v1").set("PORT", "80").run(&[]);
     assert!(port_80.expect_refusal(2).contains("not of this server itself"), "{port_80:?}");
-    for url in ["http://127.0.0.1:8124/v1", "http://127.0.0.2:8123/v1", "https://127.0.0.1:8123/v1"] {
+    for url in ["http://[::1]:8123/v1", "http://127.0.0.1:8124/v1", "http://127.0.0.2:8123/v1", "https://127.0.0.1:8123/v1"] {
         // Another mistake is found only behind that one.
         let ended = upstream(url).set("LOG_LEVEL", "loud").run(&[]);
         assert!(ended.expect_refusal(2).contains("LOG_LEVEL"), "{url}");

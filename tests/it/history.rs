@@ -133,18 +133,24 @@ fn who_comes_for_a_page_while_many_are_made_waits() {
 /// Also those of other keys, each of which may take seconds.
 #[test]
 fn a_page_does_not_wait_behind_searches() {
-    let mut proxy = Proxy::start();
+    for keys in ["", "alice:secret1", "alice:secret1,bob:secret2"] {
+        expect_a_page_before_searches(keys);
+    }
+}
+
+fn expect_a_page_before_searches(keys: &str) {
+    let mut proxy = Proxy::with(&[("API_KEYS", keys)]).start();
     let words: Vec<String> = (0..16).map(|number| format!("word{number}")).collect();
     let text = words.join(" ").repeat(99_999 / (words.join(" ").len() + 1));
     for _ in 0..15 {
-        proxy.answer(&text);
+        assert_eq!(proxy.call(&post("/api/ask", &json!({"question": text})).key("secret1")).status, 200);
     }
-    let search = get(&format!("/api/history?limit=1&q={}", words.join("+")));
+    let search = get(&format!("/api/history?limit=1&q={}", words.join("+"))).key("secret1");
     // Where nobody waits for the index any more.
     proxy.call(&search);
     let mut searching: Vec<_> = (0..12).map(|_| proxy.connect()).collect();
     searching.iter_mut().for_each(|connection| connection.send(&search));
-    assert_eq!(proxy.connect().exchange(&get("/api/history?limit=1").method("HEAD")).status, 200);
+    assert_eq!(proxy.connect().exchange(&get("/api/history?limit=1").key("secret1").method("HEAD")).status, 200);
     for mut connection in searching {
         assert_eq!(connection.read_response().status, 200);
     }

@@ -174,10 +174,12 @@ function showFacts(run) {
 function setRunning(run) {
   running = run;
   latest = run ?? latest;
-  const asked = ["stream", "whole"].includes(document.activeElement.id);
   $("stop").hidden = !run;
   // A button that is disabled loses the focus.
-  if (run && asked) $("stop").focus();
+  if (run && ["stream", "whole"].includes(document.activeElement.id)) {
+    run.asked = document.activeElement;
+    $("stop").focus({ preventScroll: true });
+  }
   for (const id of ["stream", "whole"]) $(id).disabled = Boolean(run);
   $("answer").setAttribute("aria-busy", String(Boolean(run)));
 }
@@ -193,6 +195,7 @@ async function ask(streaming) {
   }
   const run = { began: performance.now(), first: null, last: null, pieces: 0, text: document.createTextNode("") };
   run.abort = new AbortController();
+  run.after = newest;
   $("answer").replaceChildren(run.text);
   $("outcome").textContent = streaming ? "Waiting for the first token…" : "Waiting for the answer…";
   $("result").hidden = false;
@@ -226,11 +229,11 @@ async function ask(streaming) {
   run.ended = performance.now();
   const focused = document.activeElement === $("stop");
   setRunning(null);
-  if (focused) $("question").focus();
+  if (focused) (run.asked ?? $("question")).focus({ preventScroll: true });
   $("outcome").textContent = outcome;
   // A stream cut short is stored when the server has noticed, which may take a second.
   if (outcome) await new Promise((resolve) => setTimeout(resolve, 1200));
-  const kept = run.id ? null : await keptPair(body.question, run.text.data);
+  const kept = run.id ? null : await keptPair(body.question, run.text.data, run.after);
   if (kept) Object.assign(run, { usage: kept.usage, model: kept.model, id: kept.id });
   loadHistory();
   if (latest !== run) return;
@@ -246,6 +249,8 @@ $("form").addEventListener("submit", (e) => {
 });
 $("whole").addEventListener("click", () => ask(false));
 $("stop").addEventListener("click", () => running?.abort.abort());
+// The key that asked may still be held.
+$("stop").addEventListener("keydown", (e) => e.repeat && e.preventDefault());
 addEventListener("keydown", (e) => {
   // There it clears the field, or ends an input method's choice.
   if (e.key === "Escape" && !e.isComposing && e.target !== $("search")) running?.abort.abort();
@@ -261,12 +266,14 @@ $("form").addEventListener("keydown", (e) => {
 const PAGE = 15;
 let looking = 0;
 let before = null;
+/** The highest number seen so far. */
+let newest = 0;
 
-/** The pair of a stream that has ended, which is among the newest; null where it is not. Calls of tools follow its text. */
-async function keptPair(question, answer) {
+/** The pair of a stream that has ended, which came after that number; null where it is not there. Calls of tools follow its text. */
+async function keptPair(question, answer, after) {
   try {
     const { items } = await (await call(`api/history?limit=${PAGE}`)).json();
-    return items.find((pair) => pair.question === question && pair.answer.startsWith(answer)) ?? null;
+    return items.find((pair) => pair.id > after && pair.question === question && pair.answer.startsWith(answer)) ?? null;
   } catch {
     return null;
   }
@@ -293,6 +300,7 @@ async function loadHistory(older = false) {
   }
   if (turn !== looking) return;
   before = page.next_before;
+  newest = Math.max(newest, ...page.items.map((pair) => pair.id));
   const open = new Set(Array.from($("pairs").querySelectorAll("details[open]"), (details) => details.dataset.id));
   if (!older) $("pairs").replaceChildren();
   $("pairs").append(...page.items.map((pair) => row(pair, open.has(String(pair.id)))));

@@ -55,9 +55,13 @@ impl Writer {
         if self.checkpoint.take_if(|running| running.is_finished()).is_some() {
             // What came meanwhile is little, and the journal begins anew only when all of it is moved, and nobody reads it at
             // that moment: those who read one after the other are held up where it is large.
-            let state = Arc::clone(&self.state);
-            let _alone = (kernel::size(&self.journal) > LARGE).then(|| own(&state.reading));
-            self.open.iter().for_each(|open| drop(move_journal(&open.connection)));
+            let left = self.open.as_ref().and_then(|open| move_journal(&open.connection).ok().flatten());
+            // Where somebody else keeps it back, nobody need wait.
+            if kernel::size(&self.journal) > LARGE && left.is_some_and(|pages| pages < CHECKPOINT_PAGES as u64) {
+                let state = Arc::clone(&self.state);
+                let _alone = own(&state.reading);
+                self.open.iter().for_each(|open| drop(move_journal(&open.connection)));
+            }
         } else if self.pages >= CHECKPOINT_PAGES && self.checkpoint.is_none() {
             self.pages = 0;
             let (path, state) = (self.path.clone(), Arc::clone(&self.state));

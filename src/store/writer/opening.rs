@@ -103,6 +103,11 @@ impl Writer {
             "PRAGMA synchronous = NORMAL; PRAGMA cache_size = -1024; PRAGMA journal_size_limit = {LARGE};
              PRAGMA wal_autocheckpoint = {MOST_PAGES};"
         ))?;
+        // It is in the journal before it is in its place, where it would have to fit once more.
+        let copied = if schema::is_old(&connection) { schema::noted(&connection)? } else { 0 };
+        if (self.room)(&self.path).is_some_and(|room| room.left < 2 * copied) {
+            return Err(Trouble::Sql(disk_full()));
+        }
         schema::migrate(&mut connection)?;
         index::teach(&connection)?;
         // A migration may sort what is large; what the index puts by is small, and must not need a folder somewhere else.
