@@ -13,7 +13,7 @@ const RETAIN_ROWS: u64 = 50;
 /// So many requests with an `Idempotency-Key`, and so many bytes of them, are forgotten at a time, so that a new pair never
 /// waits long.
 const FORGET_REQUESTS: usize = 100;
-const FORGET_BYTES: usize = 4 << 20;
+const FORGET_BYTES: i64 = 4 << 20;
 
 /// What retention says has to go.
 pub(super) struct Surplus {
@@ -117,8 +117,18 @@ impl Writer {
             return false;
         }
         let forgotten = self.transact("cleared of old requests", |connection, _| {
-            let forget = include_str!("../../../sql/queries/forget_remembered.sql");
-            connection.execute(forget, [FORGET_REQUESTS as i64, FORGET_BYTES as i64])
+            let mut forgettable = connection.prepare(include_str!("../../../sql/queries/forgettable.sql"))?;
+            let notes = forgettable.query_map([FORGET_REQUESTS as i64], |row| Ok((row.get(0)?, row.get(1)?)))?;
+            let notes: Vec<(i64, i64)> = notes.collect::<rusqlite::Result<_>>()?;
+            let (mut forgotten, mut bytes) = (0, 0);
+            for (note, size) in notes {
+                bytes += size;
+                if forgotten > 0 && bytes > FORGET_BYTES {
+                    break;
+                }
+                forgotten += connection.execute(include_str!("../../../sql/queries/forget_remembered.sql"), [note])?;
+            }
+            Ok(forgotten)
         });
         let more = forgotten.is_some_and(|forgotten| forgotten > 0);
         if !more {
