@@ -117,8 +117,7 @@ impl Listener {
     }
 
     /// Waits for the next client, and for room where as many connections are open as may be. `None`: there was none for a
-    /// moment, or `stop` has something to read. Running out of descriptors is an error
-    /// to wait out.
+    /// moment, or `stop` has something to read. Running out of descriptors is an error to wait out.
     pub fn accept(&self, stop: &UnixStream) -> io::Result<Option<Box<Connection>>> {
         const TICK: Duration = Duration::from_millis(100);
         let is_full = |live: &mut HashMap<_, _>| live.len() >= self.max_connections;

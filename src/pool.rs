@@ -122,8 +122,8 @@ impl<W: 'static> Pool<W> {
                 break thread;
             }
             let left = until.saturating_duration_since(Instant::now());
-            // Where there is no thread at all, nobody would come for what is in the queue. One that could not be started may be in a
-            // moment, and those that are there may be at work for long.
+            // Where there is no thread at all, nobody would come for what is in the queue. One that could not be started may be
+            // in a moment, and those that are there may be at work for long.
             let is_lasting = state.scarce.is_some_and(|(first, last)| last - first >= MOMENT);
             let is_all = state.threads >= self.size || is_lasting || left.is_zero();
             if state.queue.len() < self.queue_size && state.threads > 0 && is_all {

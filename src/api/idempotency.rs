@@ -27,6 +27,7 @@ pub struct Idempotency {
 }
 
 struct Running {
+    /// Of its path and body.
     digest: u64,
     ended: Condvar,
 }

@@ -74,9 +74,10 @@ pub struct Api {
     idempotency: Arc<Idempotency>,
     /// For pages of history and repetitions that are put together.
     making: Arc<Places>,
+    /// Those of them that are searches.
+    searching: Arc<Places>,
     /// A key's share of both: for its searches, and for all.
     making_of: HashMap<Arc<str>, [Arc<Places>; 2]>,
-    searching: Arc<Places>,
     /// For the bytes of large answers on their way to slow clients.
     leaving: Arc<Places>,
     draining: AtomicBool,
@@ -147,8 +148,8 @@ impl Api {
             rate_limit: RateLimit::new(config.rate_limit_per_minute),
             idempotency: Arc::default(),
             making: Places::new(MOST_MAKING),
-            making_of: names.iter().map(shares).collect(),
             searching: Places::new(MOST_SEARCHING),
+            making_of: names.iter().map(shares).collect(),
             leaving: Places::new(MOST_LEAVING),
             config,
             store,

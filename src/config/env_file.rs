@@ -21,24 +21,24 @@ pub(super) fn read() -> Result<HashMap<String, String>, StartError> {
         }
         entry.push_str(line);
         entry.push('\n');
-        let name = match dotenvy::from_read_iter(entry.as_bytes()).next() {
-            Some(Ok((name, _))) => Some(name),
-            None => None,
+        match dotenvy::from_read_iter(entry.as_bytes()).next() {
+            None => {}
             // dotenvy takes what follows a quote that is open for a part of the value, also where that quote is in a comment.
             // Values that are not for us may have several lines, but nothing of ours may get lost in them.
             Some(Err(_)) if setting.is_some() => return Err(bad(&place, FORM)),
             Some(Err(_)) => continue,
-        };
-        if let Some(name) = name {
-            let is_set = |name: &&str| known.iter().any(|known| known == name) || !name.is_empty() && std::env::var(name).is_ok();
-            if variables(&entry).iter().all(is_set) {
-                known.push(name);
-            } else if setting_of(&name).is_some() {
-                // Nothing would be put in its place, and half a secret is one that others may guess.
-                return Err(bad(&place, UNSET));
-            } else {
-                // Half a value, too, where one of ours names it.
-                known.retain(|known| *known != name);
+            Some(Ok((name, _))) => {
+                let is_set =
+                    |name: &&str| known.iter().any(|known| known == name) || !name.is_empty() && std::env::var(name).is_ok();
+                if variables(&entry).iter().all(is_set) {
+                    known.push(name);
+                } else if setting_of(&name).is_some() {
+                    // Nothing would be put in its place, and half a secret is one that others may guess.
+                    return Err(bad(&place, UNSET));
+                } else {
+                    // Half a value, too, where one of ours names it.
+                    known.retain(|known| *known != name);
+                }
             }
         }
         entry.clear();
@@ -71,8 +71,8 @@ const FORM: &str = "cannot be read; a line is NAME=VALUE with all its quotes clo
 const UNSET: &str = "it names a variable that is not set, or one without braces (${NAME}) before a _, a blank, a \\ or a quote; a $ \
                      of its own stands in single quotes, or in double quotes behind a \\";
 
-/// The names behind each `$` in an entry that another value takes the place of: not in single quotes, behind a backslash or in a
-/// comment.
+/// The names behind each `$` in an entry that another value takes the place of: not in single quotes, behind a backslash or
+/// in a comment.
 fn variables(entry: &str) -> Vec<&str> {
     let entry = entry.trim_end();
     let (mut single, mut double, mut before) = (false, false, '\0');

@@ -135,6 +135,7 @@ impl<'a> Maker<'a> {
             return Some(Map::new());
         }
         let required: BTreeSet<&'a str> = parts.iter().flat_map(required).collect();
+        // What is passed over costs nothing, and there may be much of it.
         let offered = if self.is_frugal() { &[][..] } else { &known };
         let names = offered.iter().flat_map(|known| known.keys().map(String::as_str)).chain(required.iter().copied());
         let mut object = Map::new();

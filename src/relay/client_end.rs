@@ -222,34 +222,37 @@ mod tests {
     use std::io::{Read, Write};
     use std::net::{TcpListener, TcpStream};
 
-    #[test]
-    fn what_is_sent_breaks_the_silence_and_needs_no_heartbeat() {
-        const SILENCE: Duration = Duration::from_secs(60);
+    const SILENCE: Duration = Duration::from_secs(60);
+
+    /// What a client hears of what is done at its end.
+    fn heard(act: impl FnOnce(&ClientEnd)) -> String {
         let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
         let mut client = TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
         let (server, _) = listener.accept().expect("accepted");
         let end = ClientEnd::new(Responder::on(server), String::new(), Vec::new(), None);
-        lock(&end.state).last_sent -= SILENCE;
-        assert!(end.send(b"data: 1\n\n").is_ok() && end.beat(SILENCE));
+        act(&end);
         drop(end);
         let mut heard = String::new();
         client.read_to_string(&mut heard).expect("text");
+        heard
+    }
+
+    #[test]
+    fn what_is_sent_breaks_the_silence_and_needs_no_heartbeat() {
+        let heard = heard(|end| {
+            lock(&end.state).last_sent -= SILENCE;
+            assert!(end.send(b"data: 1\n\n").is_ok() && end.beat(SILENCE));
+        });
         assert!(heard.contains("data: 1") && !heard.contains("keep-alive"), "{heard}");
     }
 
     #[test]
     fn a_silence_is_broken_when_it_is_that_long_and_then_begins_anew() {
-        const SILENCE: Duration = Duration::from_secs(60);
-        let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
-        let mut client = TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
-        let (server, _) = listener.accept().expect("accepted");
-        let end = ClientEnd::new(Responder::on(server), String::new(), Vec::new(), None);
-        assert!(end.beat(SILENCE) && end.is_unanswered(), "it is not that long yet");
-        lock(&end.state).last_sent -= SILENCE;
-        assert!(end.beat(SILENCE) && end.beat(SILENCE));
-        drop(end);
-        let mut heard = String::new();
-        client.read_to_string(&mut heard).expect("text");
+        let heard = heard(|end| {
+            assert!(end.beat(SILENCE) && end.is_unanswered(), "it is not that long yet");
+            lock(&end.state).last_sent -= SILENCE;
+            assert!(end.beat(SILENCE) && end.beat(SILENCE));
+        });
         assert_eq!(heard.matches(": keep-alive").count(), 1, "{heard}");
     }
 

@@ -51,13 +51,12 @@ pub fn keep_journal(connection: &Connection) -> rusqlite::Result<()> {
     }
 }
 
-/// Bytes of what is noted of requests, which a migration copies.
-pub fn noted(connection: &Connection) -> rusqlite::Result<u64> {
-    let is_there = "SELECT count(*) FROM sqlite_schema WHERE name = 'idempotency'";
-    if connection.query_row(is_there, [], |row| row.get::<_, i64>(0))? == 0 {
+/// Bytes that the migrations which are not made yet copy of what is noted of requests: number 2 makes its table, 6 another.
+pub fn copied(connection: &Connection) -> rusqlite::Result<u64> {
+    if !(2..6).contains(&version(connection)?) {
         return Ok(0);
     }
-    let bytes = "SELECT coalesce(sum(octet_length(request) + coalesce(octet_length(response), 0)), 0) FROM idempotency";
+    let bytes = include_str!("../../sql/queries/noted_bytes.sql");
     connection.query_row(bytes, [], |row| row.get::<_, i64>(0)).map(|bytes| bytes as u64)
 }
 

@@ -68,7 +68,8 @@ pub fn wanted(text: &str) -> Vec<&str> {
 }
 
 /// Any words as an FTS5 query: in quotes, all of them needed, but for those that are no word to FTS5; it splits them
-/// further itself, and what it splits is a phrase. `None` where there are no words (<https://sqlite.org/fts5.html#full_text_query_syntax>).
+/// further itself, and what it splits is a phrase. `None` where there are no words
+/// (<https://sqlite.org/fts5.html#full_text_query_syntax>).
 pub fn match_expression(words: &[&str]) -> Option<String> {
     if words.is_empty() {
         return None;

@@ -104,7 +104,7 @@ impl Writer {
              PRAGMA wal_autocheckpoint = {MOST_PAGES};"
         ))?;
         // It is in the journal before it is in its place, where it would have to fit once more.
-        let copied = if schema::is_old(&connection) { schema::noted(&connection)? } else { 0 };
+        let copied = schema::copied(&connection)?;
         if (self.room)(&self.path).is_some_and(|room| room.left < 2 * copied) {
             return Err(Trouble::Sql(disk_full()));
         }
