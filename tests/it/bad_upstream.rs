@@ -286,7 +286,7 @@ fn a_stream_of_nothing_or_of_too_much_is_cut_and_costs_little_memory() {
                 response.expect_error(502, "upstream_bad_answer");
             }
             upstream.wait_until_left(1);
-            assert!(started.elapsed() < Duration::from_secs(15), "{what}: {:?}", started.elapsed());
+            assert!(started.elapsed() < Duration::from_secs(45), "{what}: {:?}", started.elapsed());
             let cost = proxy.memory_peak().saturating_sub(before);
             assert!(cost < BOUNDED, "{what}: {} MiB of memory", cost >> 20);
         }
