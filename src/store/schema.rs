@@ -23,11 +23,14 @@ fn version(connection: &Connection) -> rusqlite::Result<i64> {
 
 /// Errs where a newer or another program made the database.
 pub fn check(connection: &Connection) -> Result<(), Trouble> {
-    // In one statement, since another process may migrate it meanwhile.
-    let both = "SELECT user_version, (SELECT count(*) FROM sqlite_schema) FROM pragma_user_version";
+    // In one statement, since another process may migrate it meanwhile. Other programs count from 1, too: what has a version
+    // has a table of ours, what has none has nothing.
+    let both = "SELECT user_version, (SELECT count(*) FROM sqlite_schema WHERE user_version = 0 OR name = 'indexed')
+                FROM pragma_user_version";
     match connection.query_row(both, [], |row| Ok((row.get(0)?, row.get::<_, i64>(1)?)))? {
-        (0, 1..) => Err(Trouble::Foreign),
         (version, _) if version > MIGRATIONS.len() as i64 => Err(Trouble::Newer(version)),
+        (0, 0) => Ok(()),
+        (0, _) | (_, 0) => Err(Trouble::Foreign),
         _ => Ok(()),
     }
 }
