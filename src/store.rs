@@ -87,8 +87,6 @@ pub struct Store {
     desk: Arc<Desk>,
     path: PathBuf,
     state: Arc<State>,
-    /// At most one key is configured, so (nearly) all rows belong to it.
-    one_key: bool,
 }
 
 /// What the writer and those who ask it share.
@@ -137,7 +135,7 @@ impl Store {
         (writer.max_rows, writer.max_days) = (config.history_max_rows, config.history_max_days);
         writer.prove().map_err(failed)?;
         let desk = Desk::open(writer).map_err(|e| failed(format!("no thread for it: {e}")))?;
-        Ok(Store { desk, path, state, one_key: config.api_keys.len() <= 1 })
+        Ok(Store { desk, path, state })
     }
 
     /// Hands a pair over, with what is to be noted of a request that must not be asked twice. When it is
@@ -253,7 +251,7 @@ impl Store {
                 matches.query_row(params![query, before, ranked], |row| Ok(row.get::<_, u32>(0)? < ranked))
             };
             // Where many match, the index picks out the key's own; of few, the rows tell sooner.
-            let query = if self.one_key || is_rare()? { query } else { search::among_own(key, &query) };
+            let query = if is_rare()? { query } else { search::among_own(key, &query) };
             let mut search = connection.prepare_cached(include_str!("../sql/queries/search.sql"))?;
             Ok(bounded(search.query_map(params![query, before, key, ranked], pair)?, ranked)?.0)
         })?;
@@ -397,7 +395,7 @@ mod tests {
         let (state, metrics) = (Arc::new(State::default()), Arc::new(Metrics::new(&[], &[])));
         let mut writer = Writer::new(path.clone(), config::Durability::Normal, Arc::clone(&state), metrics);
         assert_eq!(writer.prove(), Ok(()));
-        let store = Store { desk: Desk::open(writer).expect("a thread"), path: path.clone(), state, one_key: true };
+        let store = Store { desk: Desk::open(writer).expect("a thread"), path: path.clone(), state };
         let keep = || store.keep(Pair { key: "k".into(), ..Pair::default() }, None, false).is_ok();
         let count =
             |connection: &Connection| connection.query_row("SELECT count(*) FROM history", [], |row| row.get::<_, i64>(0));
