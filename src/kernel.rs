@@ -167,11 +167,12 @@ thread_local! {
 /// nothing changes.
 pub fn make_way(makes_way: bool) {
     let policy = if makes_way { libc::SCHED_BATCH } else { libc::SCHED_OTHER };
-    let priority = libc::sched_param { sched_priority: 0 };
+    let priority: libc::c_int = 0;
     // To ask the kernel would be a system call for each question. A new thread has what its parent had, so it is told once.
     if MAKES_WAY.replace(Some(makes_way)) != Some(makes_way) {
+        // Past the C library: musl's function does nothing.
         // SAFETY: 0 is this thread, and the kernel only reads the given place.
-        unsafe { libc::sched_setscheduler(0, policy, &raw const priority) };
+        unsafe { libc::syscall(libc::SYS_sched_setscheduler, 0, policy, &raw const priority) };
     }
 }
 
