@@ -19,7 +19,9 @@ pub struct SmallBuffers {
 }
 
 impl SmallBuffers {
-    const OUTPUT: usize = 4 * 1024;
+    /// Made for what is sent and not kept, so that it may be large: a header field must fit as a whole, and some keys have
+    /// thousands of characters.
+    const OUTPUT: usize = 16 * 1024;
     /// With less room than this it is sent, so that a header field finds enough.
     const ROOM: usize = 2 * 1024;
     const INPUT: usize = 1024;

@@ -143,9 +143,8 @@ impl Wire {
         }
     }
 
-    /// From now on the socket itself waits, for so long. Nothing more is sent, and streams are many and long.
+    /// From now on the socket itself waits, for so long.
     fn be_patient(&mut self, silence: Duration) -> io::Result<()> {
-        self.buffers.output = Vec::new();
         if !std::mem::replace(&mut self.is_patient, true) {
             sockopt::set_socket_timeout(&self.stream, sockopt::Timeout::Recv, Some(silence))?;
             self.stream.set_nonblocking(false)?;
@@ -154,7 +153,8 @@ impl Wire {
     }
 
     fn send(&mut self) -> io::Result<()> {
-        let mut unsent = &self.buffers.output[..std::mem::take(&mut self.buffers.unsent)];
+        let output = std::mem::take(&mut self.buffers.output);
+        let mut unsent = &output[..std::mem::take(&mut self.buffers.unsent)];
         while !unsent.is_empty() && !self.is_cut {
             match rustix::net::send(&self.stream, unsent, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
                 Ok(written) => unsent = &unsent[written..],

@@ -463,6 +463,16 @@ fn an_ipv6_address_of_the_upstream_stands_in_brackets() {
     asked.join().expect("it does not panic").expect("accepted");
 }
 
+/// Tokens of cloud providers have thousands of characters.
+#[test]
+fn a_long_key_is_sent_as_it_is() {
+    let upstream = FakeUpstream::answering(|request| answer_either(request.is_streaming()));
+    let key = "k".repeat(12_000);
+    let proxy = Proxy::facing(&upstream).set("OPENAI_API_KEY", &key).start();
+    on_both(&proxy, |response| assert_eq!(response.status, 200, "{response:?}"));
+    assert!(upstream.requests().iter().all(|request| request.header("Authorization") == Some(&*format!("Bearer {key}"))));
+}
+
 #[test]
 fn the_key_does_not_follow_a_redirect() {
     let elsewhere = FakeUpstream::answering(|request| answer_either(request.is_streaming()));
