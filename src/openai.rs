@@ -13,7 +13,7 @@ use serde::Deserialize;
 
 use crate::json::{Wish, Words, each_element, object, wished};
 
-pub use answer::{Completion, is_model_answer, model_of_list, parse_chunk, parse_completion};
+pub use answer::{Completion, check_models, model_of_list, parse_chunk, parse_completion};
 pub use errors::{NoAnswer, error_told};
 pub use request::{Chat, Sent, model_in_path};
 pub use tool_calls::ToolCalls;

@@ -339,10 +339,7 @@ impl Line {
         let answer = self.attempts(&request, b"")?;
         let headers = self.hear(answer.headers());
         let body = self.body(answer)?;
-        if !openai::is_model_answer(&body) {
-            let text = "the LLM answered with something else than models";
-            return Err(self.upstream.failed(Code::UPSTREAM_BAD_ANSWER, text).into());
-        }
+        openai::check_models(&body).map_err(|no| self.upstream.no_answer(Code::UPSTREAM_BAD_ANSWER, "gave no models", &no))?;
         Ok((body, headers))
     }
 

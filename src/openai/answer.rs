@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::errors::{BROKEN_OFF, NoAnswer, is_error, no_error};
+use super::errors::{BROKEN_OFF, NoAnswer, no_error};
 use super::tool_calls::{Function, ToolCall, ToolCalls};
 use super::{from_json, text_of};
 use crate::config::MAX_ANSWER;
@@ -49,9 +49,10 @@ pub fn parse_completion(body: &[u8]) -> Result<Completion, NoAnswer> {
     })
 }
 
-/// Whether a body is a JSON object without an `error` in it, as every list and model is.
-pub fn is_model_answer(body: &[u8]) -> bool {
-    from_json::<Answer>(body).is_ok_and(|answer| !answer.error.is_some_and(is_error))
+/// Errs where a body is no JSON object, as every list and model is, or an error.
+pub fn check_models(body: &[u8]) -> Result<(), NoAnswer> {
+    let answer: Answer = from_json(body).map_err(|e| NoAnswer::other("it answered with something else than models", e))?;
+    answer.no_error("it answered with an error", body)
 }
 
 /// The model of this name out of the answer to `GET /models`, in its own bytes.

@@ -68,7 +68,7 @@ fn may_pass(error: &Value) -> bool {
 }
 
 /// Whether an `error` field says that there is one: some servers send it always.
-pub(super) fn is_error(error: &RawValue) -> bool {
+fn is_error(error: &RawValue) -> bool {
     let text = error.get();
     let is_empty = |open: char, close: char| {
         let inner = text.strip_prefix(open).and_then(|text| text.strip_suffix(close));

@@ -1371,11 +1371,18 @@ fn failures_at_the_models_are_those_of_the_table() {
 
 #[test]
 fn a_list_of_models_that_is_none_is_502_upstream_bad_answer() {
-    for said in ["<html>Login</html>", "", "[]", r#"{"error":{"message":"no credits","code":402}}"#] {
+    for (said, words) in [
+        ("<html>Login</html>", "something else than models"),
+        ("", "something else than models"),
+        ("[]", "something else than models"),
+        (r#"{"error":{"message":"no credits","code":402}}"#, "no credits"),
+        (r#"{"object":"error","message":"no credits","code":402}"#, "no credits"),
+    ] {
         let upstream = FakeUpstream::always(reply(200, &[("Content-Type", "text/html")], said));
         let proxy = Proxy::facing(&upstream).start();
         for target in ["/v1/models", "/v1/models/gpt-4o"] {
-            proxy.get(target).expect_error(502, "upstream_bad_answer");
+            let error = proxy.get(target).expect_error(502, "upstream_bad_answer");
+            assert!(error["message"].as_str().is_some_and(|message| message.contains(words)), "{error}");
         }
     }
 }
