@@ -231,6 +231,10 @@ impl Line {
         self.begin();
         self.watch.begin(client, self.deadline);
         let result = work(self);
+        // It may be the answer to something else, and the true one still come.
+        if result.as_ref().is_err_and(|e| e.code == Code::UPSTREAM_BAD_ANSWER) {
+            self.close();
+        }
         self.end();
         result.map_err(|e| self.give_up(e))
     }

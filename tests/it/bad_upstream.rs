@@ -749,6 +749,27 @@ fn what_comes_behind_an_answer_is_nobodys_answer() {
     }
 }
 
+/// It may be the answer to something else, and the true one come for the next question.
+#[test]
+fn what_is_no_answer_ends_its_connection() {
+    let html = reply(200, &[], "<html>Login</html>");
+    for (path, said) in [
+        ("/api/ask", html.clone()),
+        ("/api/ask", streamed(&["Streamed"])),
+        ("/api/streaming", html),
+        ("/api/streaming", answer("Not streamed")),
+    ] {
+        let upstream = FakeUpstream::answering(move |request| match request.question().as_str() {
+            "First" => said.clone(),
+            question => answer(question),
+        });
+        let proxy = Proxy::facing(&upstream).set("WORKERS", "1").start();
+        proxy.call(&post(path, &json!({"question": "First"}))).expect_error(502, "upstream_bad_answer");
+        assert_eq!(proxy.answer("Second")["answer"], "Second");
+        assert_eq!(upstream.connections(), 2, "{path}");
+    }
+}
+
 #[test]
 fn an_upstream_that_refuses_before_it_has_read_is_understood() {
     let refusal = json!({"error": {"message": "far too long for me"}}).to_string();
