@@ -419,7 +419,7 @@ impl Line {
                     None => self.upstream.unanswered(&e),
                 },
             };
-            let wait = failure.wait.unwrap_or_else(|| backoff(retries));
+            let wait = failure.wait.filter(|wait| !wait.is_zero()).unwrap_or_else(|| backoff(retries));
             // What asks for more than there is of time is later than any end.
             let then = Instant::now().checked_add(wait);
             let too_late = self.watch.until().is_some_and(|until| then.is_none_or(|then| then >= until));

@@ -251,6 +251,22 @@ fn a_wait_in_milliseconds_comes_first() {
     assert_eq!(upstream.calls(), 2);
 }
 
+/// As OpenAI's own clients have it: who is overrun is not to be asked at once, and clocks differ.
+#[test]
+fn a_retry_after_of_nothing_is_none() {
+    for (name, value) in [("Retry-After", "0"), ("Retry-After", "Thu, 01 Jan 1970 00:00:00 GMT"), ("retry-after-ms", "0")] {
+        let upstream = FakeUpstream::always(reply(429, &[(name, value)], ""));
+        let proxy = Proxy::facing(&upstream).set("UPSTREAM_RETRIES", "2").start();
+        let started = Instant::now();
+        let response = proxy.ask("What is it?");
+        // The shortest of both waits.
+        assert!(started.elapsed() >= Duration::from_millis(125 + 250), "{value}: gave up after {:?}", started.elapsed());
+        response.expect_error(429, "upstream_rate_limited");
+        assert_eq!(response.header(name), Some(value));
+        assert_eq!(upstream.calls(), 3);
+    }
+}
+
 #[test]
 fn a_retry_after_beyond_the_time_left_is_not_waited_for() {
     for after in ["3600", "99999999999999999999"] {
