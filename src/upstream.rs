@@ -421,8 +421,7 @@ impl Line {
             };
             let wait = failure.wait.filter(|wait| !wait.is_zero()).unwrap_or_else(|| backoff(retries));
             // What asks for more than there is of time is later than any end.
-            let then = Instant::now().checked_add(wait);
-            let too_late = self.watch.until().is_some_and(|until| then.is_none_or(|then| then >= until));
+            let too_late = Instant::now().checked_add(wait).is_none_or(|then| then >= self.deadline);
             if !failure.passing || too_late || retries == self.upstream.config.upstream_retries {
                 return Err(failure);
             }
@@ -438,11 +437,9 @@ impl Line {
     /// An answer that refuses the question. Its words are not waited for as an answer is: a retry or another model may help.
     fn refused(&mut self, response: Response<Body>) -> Box<Failure> {
         let fields = self.hear(response.headers());
-        let until = self.watch.until();
-        let patience = Instant::now() + WORDS_PATIENCE;
-        self.watch.bound(Some(until.map_or(patience, |until| until.min(patience))));
+        self.watch.bound(self.deadline.min(Instant::now() + WORDS_PATIENCE));
         let failure = self.upstream.refused(response, fields);
-        self.watch.bound(until);
+        self.watch.bound(self.deadline);
         match self.watch.ended() {
             Some(ended) => self.upstream.ended(ended).into(),
             None => failure,

@@ -76,14 +76,9 @@ impl ClientEnd {
         state.send(bytes)
     }
 
-    /// Sends the last bytes and ends the body. Returns the bytes of body sent in all.
+    /// Sends the last bytes and ends the body of a stream that has begun. Returns the bytes of body sent in all.
     pub(super) fn finish(&self, bytes: &[u8]) -> u64 {
-        let mut state = lock(&self.state);
-        if matches!(state.phase, Phase::Unanswered(_)) {
-            // Where that fails, so does what follows.
-            let _ = state.send(b"");
-        }
-        match std::mem::replace(&mut state.phase, Phase::Over) {
+        match std::mem::replace(&mut lock(&self.state).phase, Phase::Over) {
             Phase::Open(writer) => writer.finish(bytes),
             _ => 0,
         }

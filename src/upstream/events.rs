@@ -119,7 +119,6 @@ impl Events<'_> {
                     return Ok(events.len() > before);
                 }
                 Ok(read) => &buffer[..read],
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => return Err(self.broke_off(&e)),
             };
             // Whatever it calls itself: no line of a stream begins as JSON does.
@@ -166,7 +165,7 @@ impl Events<'_> {
             return self.upstream().failed(Code::UPSTREAM_BAD_ANSWER, "the LLM did not stream").into();
         };
         if self.shape != Shape::Json {
-            self.line.watch.bound(Some(Instant::now() + self.line.upstream.config.upstream_timeout));
+            self.line.watch.bound(Instant::now() + self.line.upstream.config.upstream_timeout);
         }
         let no = match self.line.whole(reader, start.to_vec()).map(|body| openai::parse_completion(&body)) {
             Ok(Ok(_)) => NoAnswer::from("a whole answer where a stream was asked for".to_string()),

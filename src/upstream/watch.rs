@@ -56,9 +56,9 @@ impl Watch {
     }
 
     /// Bounds what is left of the call, which is no stream, by this time instead, and forgets that another time was over.
-    pub fn bound(&self, until: Option<Instant>) {
+    pub fn bound(&self, until: Instant) {
         let mut bounds = lock(&self.0);
-        (bounds.until, bounds.silence) = (until, None);
+        (bounds.until, bounds.silence) = (Some(until), None);
         bounds.ended = bounds.ended.filter(|ended| *ended != Ended::TimedOut);
     }
 
