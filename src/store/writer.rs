@@ -227,6 +227,7 @@ impl Writer {
         let waited = batch.iter().map(|arrival| arrival.since).max().map_or(Duration::ZERO, |newest| newest.elapsed());
         // A moment is left: what they waited for may have been the disk, and a lock that is just taken is soon given back.
         self.patience = DATABASE_BUSY.saturating_sub(waited).max(DATABASE_BUSY / 10);
+        let mut deletes = false;
         let written = self.attempt("written", |connection, last_id| {
             if !has_room {
                 return Err(disk_full());
@@ -254,7 +255,8 @@ impl Writer {
                 }
                 ids.push(id);
             }
-            Ok((ids, surplus.delete_alone(connection, most)?))
+            deletes = !surplus.is_none();
+            Ok((ids, if deletes { surplus.delete(connection, most)? } else { 0 }))
         });
         self.patience = DATABASE_BUSY;
         match written {
@@ -264,7 +266,7 @@ impl Writer {
                 self.metrics.history_batch_size.observe_value(ids.len() as f64);
                 self.metrics.history_commit.observe(began.elapsed());
                 self.rows += ids.len() as u64;
-                self.shrank(&surplus, deleted, most);
+                self.shrank(&surplus, Some(deleted), most);
                 self.unindexed_bytes += bytes as i64;
                 self.last_id = ids.last().copied().unwrap_or(self.last_id);
                 self.wanted_room = 0;
@@ -275,6 +277,12 @@ impl Writer {
                     }
                 });
                 self.grew(rows, bytes);
+            }
+            // What is damaged, such as an old row or the index of words, is to keep nobody from asking.
+            None if deletes => {
+                log::error!("history cannot be pruned, and is written without that");
+                self.shrank(&surplus, None, most);
+                self.append(batch);
             }
             None => {
                 self.wanted_room = wanted_room;

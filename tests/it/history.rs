@@ -5,6 +5,7 @@ use crate::support::eventually;
 use crate::support::proxy::{Proxy, Setup};
 use crate::support::upstream::{FakeUpstream, answer};
 use serde_json::{Value, json};
+use std::fs;
 use std::time::Instant;
 
 /// A proxy whose answers say nothing but what the question says after `->`.
@@ -276,6 +277,26 @@ fn retention_that_fails_at_the_index_keeps_nobody_from_asking() {
     assert!(database.execute("DELETE FROM history_words_data", []).expect("damaged") > 0);
     for number in 3..9 {
         proxy.answer(&format!("whale {number}"));
+        assert_eq!(proxy.get("/readyz").status, 200);
+    }
+    assert_eq!(proxy.count_rows(), 8, "what could not be deleted is there");
+    let complaints = proxy.whole_log().iter().filter(|line| line.contains("cannot be pruned")).count();
+    assert_eq!(complaints, 1, "once a minute: {:#?}", proxy.log());
+}
+
+/// Not even a part of the transaction can be taken back then.
+#[test]
+fn retention_that_fails_at_a_damaged_row_keeps_nobody_from_asking() {
+    let (_upstream, mut proxy) = echoing_with(&[("HISTORY_MAX_ROWS", "2")]);
+    ask_all(&proxy, &[&format!("{} whale {}", "x".repeat(20_000), "y".repeat(20_000)), "2"]);
+    proxy.stop();
+    let mut file = fs::read(proxy.database_path()).expect("the file");
+    let page = file.windows(7).position(|bytes| bytes == b" whale ").expect("it is there") / 4096;
+    file[page * 4096..][..4096].fill(0xff);
+    fs::write(proxy.database_path(), file).expect("damaged");
+    let mut proxy = proxy.setup().start();
+    for number in 3..9 {
+        proxy.answer(&number.to_string());
         assert_eq!(proxy.get("/readyz").status, 200);
     }
     assert_eq!(proxy.count_rows(), 8, "what could not be deleted is there");

@@ -6,7 +6,6 @@ use std::time::Instant;
 use rusqlite::{Connection, params_from_iter};
 
 use super::{RETENTION_TICK, Writer};
-use crate::store::schema::{Trouble, advice};
 
 /// Retention takes so many in a quiet moment: their words are in the index, and a new pair waits about a millisecond.
 const RETAIN_ROWS: u64 = 50;
@@ -29,7 +28,7 @@ impl Surplus {
     }
 
     /// Deletes at most so many of them, the oldest; how many.
-    fn delete(&self, connection: &Connection, most: u64) -> rusqlite::Result<u64> {
+    pub(super) fn delete(&self, connection: &Connection, most: u64) -> rusqlite::Result<u64> {
         let mut ids: Vec<i64> = Vec::new();
         let mut find = |oldest: &str, parameters: &[i64]| {
             let mut oldest = connection.prepare_cached(oldest)?;
@@ -51,18 +50,6 @@ impl Surplus {
             forget_words.execute([id])?;
             deleted += forget.execute([id])? as u64;
         }
-        Ok(deleted)
-    }
-
-    /// The same, and where it fails the transaction that it is a part of can go on: what is damaged, such as the index of
-    /// words, is to keep nobody from asking.
-    pub(super) fn delete_alone(&self, connection: &Connection, most: u64) -> rusqlite::Result<rusqlite::Result<u64>> {
-        if self.is_none() {
-            return Ok(Ok(0));
-        }
-        connection.execute_batch("SAVEPOINT surplus")?;
-        let deleted = self.delete(connection, most);
-        connection.execute_batch(if deleted.is_ok() { "RELEASE surplus" } else { "ROLLBACK TO surplus; RELEASE surplus" })?;
         Ok(deleted)
     }
 }
@@ -90,16 +77,15 @@ impl Writer {
         }
         // Deleting goes through the journal, too: on a disk that is nearly full that is moved over before each bite.
         self.has_room(1 << 20, 4);
-        let deleted = self.transact("pruned", |connection, _| surplus.delete_alone(connection, RETAIN_ROWS));
-        let deleted = self.shrank(&surplus, deleted.unwrap_or(Ok(0)), RETAIN_ROWS);
+        let deleted = self.transact("pruned", |connection, _| surplus.delete(connection, RETAIN_ROWS));
+        let deleted = self.shrank(&surplus, deleted, RETAIN_ROWS);
         self.grew(deleted as usize, 0);
         deleted > 0
     }
 
     /// Notes and says how many rows, of at most `most`, are gone; where that failed, retention rests.
-    pub(super) fn shrank(&mut self, surplus: &Surplus, deleted: rusqlite::Result<u64>, most: u64) -> u64 {
-        let deleted = deleted.unwrap_or_else(|e| {
-            log::error!("history cannot be pruned: {}", advice(&Trouble::Sql(e)));
+    pub(super) fn shrank(&mut self, surplus: &Surplus, deleted: Option<u64>, most: u64) -> u64 {
+        let deleted = deleted.unwrap_or_else(|| {
             self.next_pruning = Instant::now() + RETENTION_TICK;
             0
         });
