@@ -54,13 +54,14 @@ pub fn keep_journal(connection: &Connection) -> rusqlite::Result<()> {
     }
 }
 
-/// Bytes that the migrations which are not made yet copy of what is noted of requests: number 2 makes its table, 6 another.
+/// Bytes that the migrations which are not made yet copy: of the pairs number 4, of what is noted of requests, since number 2 made
+/// its table, number 6.
 pub fn copied(connection: &Connection) -> rusqlite::Result<u64> {
-    if !(2..6).contains(&version(connection)?) {
-        return Ok(0);
-    }
-    let bytes = include_str!("../../sql/queries/noted_bytes.sql");
-    connection.query_row(bytes, [], |row| row.get::<_, i64>(0)).map(|bytes| bytes as u64)
+    let bytes = |query| connection.query_row(query, [], |row| row.get::<_, i64>(0)).map(|bytes| bytes as u64);
+    let version = version(connection)?;
+    let pairs = if (1..4).contains(&version) { bytes(include_str!("../../sql/queries/bytes.sql"))? } else { 0 };
+    let noted = if (2..6).contains(&version) { bytes(include_str!("../../sql/queries/noted_bytes.sql"))? } else { 0 };
+    Ok(pairs + noted)
 }
 
 /// Makes the migrations that are not made yet, each in a transaction.

@@ -181,6 +181,7 @@ mod tests {
 
     use super::super::tests::{append, change, locked_for, path, remove, reopened, told, writer};
     use super::*;
+    use crate::kernel::Room;
     use crate::lock::share;
     use crate::metrics::Metrics;
     use crate::store::writer::QUIET;
@@ -249,6 +250,27 @@ mod tests {
                     FROM idempotency";
         assert_eq!(told::<String>(&mut writer, note), "k i / 01 02 3 4");
         remove(writer);
+    }
+
+    /// Half of it would fill the disk, and the program of before could not go back.
+    #[test]
+    fn no_migration_begins_that_would_not_fit() {
+        let pair = "INSERT INTO history (created_at, key_name, question, answer, model, latency_ms)
+                    VALUES ('', '', printf('%.1000000c', 'x'), '', '', 0)";
+        for (made, row) in [(1, pair), (5, "INSERT INTO idempotency VALUES ('', '', '', zeroblob(1000000), NULL, 1, 0)")] {
+            let path = path(&format!("fits-{made}"));
+            let before = Connection::open(&path).expect("a file");
+            let migrations = schema::MIGRATIONS[..made].join(";");
+            before.execute_batch(&format!("{migrations}; PRAGMA user_version = {made}; {row}")).expect("as it was");
+            let mut writer = Writer::new(path, Durability::Normal, Arc::default(), Arc::new(Metrics::new(&[], &[])));
+            writer.room = |_| Some(Room { left: 1_900_000, total: u64::MAX });
+            assert!(writer.prove().is_err_and(|text| text.contains("the disk is full")));
+            assert_eq!(before.query_row("PRAGMA user_version", [], |row| row.get::<_, i64>(0)), Ok(made as i64));
+            drop(before);
+            writer.room = |_| Some(Room { left: 2_100_000, total: u64::MAX });
+            assert_eq!(writer.prove(), Ok(()));
+            remove(writer);
+        }
     }
 
     #[test]
