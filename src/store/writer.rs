@@ -44,6 +44,26 @@ fn tell(then: Then, result: Result<Pair, ApiError>) {
     let _ = catch_unwind(AssertUnwindSafe(|| then(result)));
 }
 
+fn refuse(batch: Vec<Arrival>) {
+    batch.into_iter().for_each(|arrival| tell(arrival.then, Err(unavailable())));
+}
+
+impl Arrival {
+    fn texts(&self) -> usize {
+        self.pair.question.len() + self.pair.answer.len()
+    }
+
+    /// Bytes of what is noted of its request.
+    fn noted(&self) -> usize {
+        self.unique.as_ref().map_or(0, |unique| unique.request.len() + unique.response.as_ref().map_or(0, Vec::len))
+    }
+
+    /// Bytes that it takes, once in the journal and once in the database.
+    fn room(&self) -> u64 {
+        2 * (self.texts() + self.noted()) as u64 + ROW
+    }
+}
+
 /// The one connection that writes.
 pub struct Writer {
     /// The database; its journal and the index of that, which all who use it share, when it is open.
@@ -83,7 +103,7 @@ pub struct Writer {
     /// The index rests after a failure, for how long after the next.
     next_indexing: Instant,
     indexing_rest: Duration,
-    /// Bytes that the pairs take which could not be written last; 0: they could.
+    /// Bytes that the largest of the pairs takes that could not be written last; 0: they could. The next may come alone.
     wanted_room: u64,
     /// Another process's lock is waited for so long.
     patience: Duration,
@@ -211,18 +231,19 @@ impl Writer {
         let _ = done.send(fine);
     }
 
-    /// Commits the pairs together, then does what follows for each.
-    fn append(&mut self, batch: Vec<Arrival>) {
+    /// Commits the pairs together, those that there is room for, then does what follows for each.
+    fn append(&mut self, mut batch: Vec<Arrival>) {
         let began = Instant::now();
         // Those that come make room for themselves, and for as many again where there are too many already.
         let (surplus, most) = (self.surplus(batch.len()), 2 * batch.len() as u64);
-        let text = |arrival: &Arrival| arrival.pair.question.len() + arrival.pair.answer.len();
-        let bytes: usize = batch.iter().map(text).sum();
-        let noted = |unique: &Unique| unique.request.len() + unique.response.as_ref().map_or(0, Vec::len);
-        let noted: usize = batch.iter().filter_map(|arrival| arrival.unique.as_ref()).map(noted).sum();
-        // Once in the journal and once in the database.
-        let wanted_room = 2 * (bytes + noted) as u64 + ROW * batch.len() as u64;
-        let has_room = self.has_room(wanted_room, self.quarters());
+        let has_room = self.has_room(batch.iter().map(Arrival::room).sum(), self.quarters());
+        if !has_room && batch.len() > 1 {
+            // What does not fit together may fit in parts, each of which may make room for the next.
+            let later = batch.split_off(batch.len() / 2);
+            self.append(batch);
+            return if self.state.failing.load(Ordering::Relaxed) { refuse(later) } else { self.append(later) };
+        }
+        let bytes: usize = batch.iter().map(Arrival::texts).sum();
         // Who has waited behind others for a lock need not wait for it as long once more.
         let waited = batch.iter().map(|arrival| arrival.since).max().map_or(Duration::ZERO, |newest| newest.elapsed());
         // A moment is left: what they waited for may have been the disk, and a lock that is just taken is soon given back.
@@ -285,8 +306,8 @@ impl Writer {
                 self.append(batch);
             }
             None => {
-                self.wanted_room = wanted_room;
-                batch.into_iter().for_each(|arrival| tell(arrival.then, Err(unavailable())));
+                self.wanted_room = batch.iter().map(Arrival::room).max().unwrap_or(0);
+                refuse(batch);
             }
         }
     }

@@ -105,11 +105,16 @@ impl Writer {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{is_kept, remove, works, writer};
+    use std::path::Path;
+    use std::sync::atomic::Ordering;
+    use std::time::Instant;
+
+    use super::super::tests::{append, is_kept, locked_for, remove, told, works, writer};
     use super::*;
+    use crate::config::DATABASE_BUSY;
     use crate::exchange::Pair;
     use crate::kernel::Room;
-    use crate::store::Unique;
+    use crate::store::{Arrival, Unique};
 
     /// What is full could not even delete: the journal must be moved over, and takes some room of its own.
     #[test]
@@ -152,6 +157,37 @@ mod tests {
         assert!(writer.index());
         writer.room = |_| Some(Room { left: 300 << 10, total: 1 << 20 });
         assert!(kept(&mut writer), "of a small disk less is kept");
+        remove(writer);
+    }
+
+    /// Or a burst would lose what each alone finds room for, and nobody could ask any more, though a question would fit.
+    #[test]
+    fn what_does_not_fit_together_is_kept_in_parts_and_what_is_waited_for_is_room_for_one() {
+        let mut writer = writer("parts");
+        let lack: fn(&Path) -> Option<Room> = |_| Some(Room { left: KEPT_ROOM + (30 << 10), total: u64::MAX });
+        let enough: fn(&Path) -> Option<Room> = |_| Some(Room { left: KEPT_ROOM + (100 << 10), total: u64::MAX });
+        writer.room = enough;
+        append(&mut writer, 20, 20 << 10);
+        let refused = |writer: &mut Writer| {
+            let pair = || Pair { question: "w ".repeat(10 << 10), ..Pair::default() };
+            let since = Instant::now() - DATABASE_BUSY;
+            let arrival = |_| Arrival { since, ..Arrival::new(pair(), None, |_| {}) };
+            writer.append((0..20).map(arrival).collect());
+            assert!(writer.state.failing.load(Ordering::Relaxed));
+        };
+        writer.room = lack;
+        refused(&mut writer);
+        assert!(!works(&mut writer));
+        writer.room = enough;
+        assert!(works(&mut writer));
+        // Whatever the trouble was.
+        let holder = locked_for(&writer.path, DATABASE_BUSY / 2);
+        writer.room = kernel::room;
+        refused(&mut writer);
+        holder.join().expect("it lets go");
+        writer.room = enough;
+        assert!(works(&mut writer));
+        assert_eq!(told::<i64>(&mut writer, "SELECT count(*) FROM history"), 20);
         remove(writer);
     }
 
