@@ -244,6 +244,7 @@ impl Writer {
             return if self.state.failing.load(Ordering::Relaxed) { refuse(later) } else { self.append(later) };
         }
         let bytes: usize = batch.iter().map(Arrival::texts).sum();
+        let noted: usize = batch.iter().map(Arrival::noted).sum();
         // Who has waited behind others for a lock need not wait for it as long once more.
         let waited = batch.iter().map(|arrival| arrival.since).max().map_or(Duration::ZERO, |newest| newest.elapsed());
         // A moment is left: what they waited for may have been the disk, and a lock that is just taken is soon given back.
@@ -297,7 +298,7 @@ impl Writer {
                         tell(arrival.then, Ok(Pair { id, ..arrival.pair }));
                     }
                 });
-                self.grew(rows, bytes);
+                self.grew(rows, bytes + noted);
             }
             // What is damaged, such as an old row or the index of words, is to keep nobody from asking.
             None if deletes => {

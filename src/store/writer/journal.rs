@@ -49,7 +49,7 @@ pub(super) fn disk_full() -> rusqlite::Error {
 }
 
 impl Writer {
-    /// After a commit of so many rows and bytes of text: has the journal moved over beside the writing where it is time.
+    /// After a commit of so many rows and bytes: has the journal moved over beside the writing where it is time.
     pub(super) fn grew(&mut self, rows: usize, bytes: usize) {
         self.pages += 3 + rows / 8 + 2 * bytes / PAGE;
         if self.checkpoint.take_if(|running| running.is_finished()).is_some() {
@@ -188,6 +188,16 @@ mod tests {
         writer.room = enough;
         assert!(works(&mut writer));
         assert_eq!(told::<i64>(&mut writer, "SELECT count(*) FROM history"), 20);
+        remove(writer);
+    }
+
+    /// Or SQLite moves it over within a commit.
+    #[test]
+    fn what_is_noted_of_a_request_lets_the_journal_grow_too() {
+        let mut writer = writer("noted-grew");
+        let unique = Unique { key: "k".into(), path: "/".into(), request: vec![0; CHECKPOINT_PAGES * PAGE / 2], response: None };
+        assert!(is_kept(&mut writer, Pair::default(), Some(unique)));
+        assert!(writer.checkpoint.is_some());
         remove(writer);
     }
 
