@@ -170,12 +170,21 @@ impl Choice<'_> {
 struct Said<'a> {
     content: Option<&'a RawValue>,
     refusal: Option<&'a RawValue>,
+    audio: Option<Audio<'a>>,
     tool_calls: Option<Few<Wish<ToolCall>>>,
     /// How a single call looked before there were tools.
     function_call: Option<Box<Function<'a>>>,
 }
 
-object!(Said<'de> { content, refusal } wishes { tool_calls, function_call });
+object!(Said<'de> { content, refusal } wishes { audio, tool_calls, function_call });
+
+/// What a model says with a voice.
+#[derive(Default)]
+struct Audio<'a> {
+    transcript: Option<&'a RawValue>,
+}
+
+object!(Audio<'de> { transcript } wishes {});
 
 impl<'a> Said<'a> {
     /// Adds its calls, or pieces of calls, as they are.
@@ -183,10 +192,11 @@ impl<'a> Said<'a> {
         all.take(self.tool_calls, self.function_call);
     }
 
-    /// The text of what a model says, which may come in parts anywhere.
+    /// The text of what a model says, which may come in parts anywhere; of what it speaks, that which it tells of it.
     fn text(&self) -> Cow<'a, str> {
         let text = |said: Option<&'a RawValue>| said.map(|said| text_of(said.get(), "")).filter(|text| !text.is_empty());
-        text(self.content).or_else(|| text(self.refusal)).unwrap_or_default()
+        let spoken = || text(self.audio.as_ref()?.transcript);
+        text(self.content).or_else(|| text(self.refusal)).or_else(spoken).unwrap_or_default()
     }
 }
 

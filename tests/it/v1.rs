@@ -691,6 +691,20 @@ fn a_refusal_in_a_stream_is_kept() {
 }
 
 #[test]
+fn what_a_model_speaks_is_kept_as_its_transcript() {
+    let audio = json!({"id": "a", "data": "AAAA", "expires_at": 1, "transcript": "Hi there"});
+    let spoken = said(json!({"role": "assistant", "content": null, "refusal": null, "audio": audio}), "stop");
+    assert_eq!(pair_of(chat_body(json!({})), spoken)["answer"], "Hi there");
+    let piece = |audio: Value| json!({"choices": [{"index": 0, "delta": {"content": null, "audio": audio}}]}).to_string();
+    let [first, second, sound] =
+        [json!({"transcript": "Hi"}), json!({"transcript": " there"}), json!({"data": "AAAA"})].map(piece);
+    let upstream = FakeUpstream::always(stream_of(&[&first, &second, &sound, &finish("stop")]));
+    let proxy = Proxy::facing(&upstream).start();
+    events_of(&proxy, &chat_stream());
+    assert_eq!(proxy.newest_of(1)["answer"], "Hi there");
+}
+
+#[test]
 fn each_key_sees_what_it_asked_here() {
     let proxy = Proxy::with(&[("API_KEYS", "alice:secret1,bob:secret2")]).start();
     assert_eq!(proxy.call(&chat(json!({})).key("secret1")).status, 200);
