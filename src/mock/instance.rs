@@ -167,11 +167,12 @@ impl<'a> Maker<'a> {
             "date" => Some("2000-01-01"),
             "time" => Some("00:00:00Z"),
             "duration" => Some("P1D"),
-            "email" | "idn-email" => Some("mock@example.com"),
+            "email" | "idn-email" | "name-email" => Some("mock@example.com"),
             "hostname" | "idn-hostname" => Some("example.com"),
-            "ipv4" | "ipvanyaddress" => Some("127.0.0.1"),
-            "ipv6" => Some("::1"),
             "uri" | "iri" | "url" => Some("https://example.com/"),
+            // Of addresses, networks and interfaces, as Pydantic names them; and of each version.
+            format if format.starts_with("ipv6") => Some("::1"),
+            format if format.starts_with("ipv") => Some("127.0.0.1"),
             format => format.starts_with("uuid").then_some("00000000-0000-4000-8000-000000000000"),
         });
         if let Some(text) = of_format {
@@ -269,6 +270,8 @@ mod tests {
             (json!({"$ref": "#/$defs/n", "minimum": 5, "$defs": {"n": {"type": "integer", "minimum": 3}}}), json!(5)),
             (json!({"$ref": "#/$defs/n", "minimum": 3, "$defs": {"n": {"type": "integer", "minimum": 5}}}), json!(5)),
             (json!({"type": "string", "format": "uuid4"}), json!("00000000-0000-4000-8000-000000000000")),
+            (json!({"type": "string", "format": "ipv4network"}), json!("127.0.0.1")),
+            (json!({"type": "string", "format": "ipv6interface"}), json!("::1")),
             (json!({"required": ["a"], "additionalProperties": {"type": "integer"}}), json!({"a": 0})),
             (json!({"$ref": "#/$defs/a%20b", "$defs": {"a b": {"const": 1}}}), json!(1)),
             (
