@@ -373,8 +373,8 @@ const EVERY = 5000;
 /** How far back the charts go, at least and at most. */
 const LEAST = 60000;
 const MOST = 300000;
-/** Routes that are not what the service is for: this page's own looks and the probes. */
-const ASIDE = /metrics|livez|readyz|docs|openapi|console|page|^\/?$/;
+/** Routes that are not what the service is for. */
+const ASIDE = /metrics|livez|readyz|page/;
 /** Routes that ask the LLM. */
 const ANSWERS = /ask|stream|chat/;
 
@@ -453,7 +453,7 @@ async function sample() {
     $("minutes-note").textContent = `No numbers: ${["TypeError", "TimeoutError"].includes(e.name) ? "the server cannot be reached" : e.message}.`;
     return showState();
   }
-  $("minutes-note").textContent = "Counted since this page was opened. Its own requests and health probes are left out.";
+  $("minutes-note").textContent = "Counted since this page was opened. Pages, metrics and health probes are left out.";
   const last = looks.at(-1);
   if (last && look.time <= last.time) return;
   if (last && look.up >= last.up) {
