@@ -27,21 +27,18 @@ fn from_json<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, String> {
 /// The text of a content: a string, or a list of parts, with `between` between the texts among them that no white space
 /// keeps apart. Anything else is none.
 pub fn text_of<'a>(content: &'a str, between: &'static str) -> Cow<'a, str> {
-    let mut text = Cow::Borrowed("");
-    match content.as_bytes().first() {
-        Some(b'"') => wished(content).map_or(text, |Words(text)| text),
-        Some(b'[') => {
-            let all = each_element(content, |Wish(part): Wish<Part<'a>>| {
-                let Some(Words(more)) = part.and_then(|part| part.text) else { return };
-                if !text.is_empty() && !text.ends_with(char::is_whitespace) && !more.starts_with(char::is_whitespace) {
-                    text += between;
-                }
-                text += more;
-            });
-            all.map_or_else(|_| Cow::default(), |()| text)
-        }
-        _ => text,
+    if let Some(Words(text)) = wished(content) {
+        return text;
     }
+    let mut text = Cow::Borrowed("");
+    let all = each_element(content, |Wish(part): Wish<Part<'a>>| {
+        let Some(Words(more)) = part.and_then(|part| part.text) else { return };
+        if !text.is_empty() && !text.ends_with(char::is_whitespace) && !more.starts_with(char::is_whitespace) {
+            text += between;
+        }
+        text += more;
+    });
+    all.map_or_else(|_| Cow::default(), |()| text)
 }
 
 /// A part of a content that is a list.
