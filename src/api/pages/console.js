@@ -122,8 +122,8 @@ async function* eventsOf(body) {
   for (;;) {
     const { done, value } = await reader.read();
     if (done) return;
-    // A CR at the end waits: the LF that belongs to it may be still to come.
-    const lines = (rest + value).split(/\r\n|\n|\r(?=[^])/);
+    // The server ends its lines with LF alone, whatever the LLM does.
+    const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines) {
       if (line === "") {
