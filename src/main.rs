@@ -22,7 +22,7 @@ mod store;
 mod upstream;
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -66,11 +66,8 @@ fn print(text: &str) -> Result<(), StartError> {
 /// Asks the server that these settings describe for its `/livez`.
 fn healthcheck(config: &Config) -> Result<(), StartError> {
     const PATIENCE: Duration = Duration::from_secs(3);
-    let host = match config.host {
-        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
-        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
-        ip => ip,
-    };
+    // At :: IPv4 comes in, too, and ::1 may not be there, as in containers without IPv6.
+    let host = if config.host.is_unspecified() { Ipv4Addr::LOCALHOST.into() } else { config.host };
     let address = SocketAddr::new(host, config.port);
     let ask = || -> std::io::Result<String> {
         let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;

@@ -148,6 +148,15 @@ fn healthcheck_asks_the_loopback_address_of_a_server_that_listens_everywhere() {
     assert_eq!(everywhere.set("PORT", &port).run(&["healthcheck"]).status.code(), Some(0));
 }
 
+/// There IPv4 comes in, too, and in a container without IPv6 nothing else does.
+#[test]
+fn healthcheck_asks_by_ipv4_also_where_the_server_listens_to_both() {
+    let other = FakeUpstream::always([reply(200, &[], ""), vec![Step::Close]].concat());
+    let port = other.address().port().to_string();
+    let ended = Setup::new().set("HOST", "::").set("AUTH", "off").set("PORT", &port).run(&["healthcheck"]);
+    assert_eq!(ended.status.code(), Some(0), "{ended:?}");
+}
+
 #[test]
 fn healthcheck_is_1_where_nobody_listens() {
     let nobody = RefusingPort::new();
