@@ -109,7 +109,8 @@ impl Metrics {
             tokens: models.map(|model| (model.to_string(), Default::default())).collect(),
             upstream_errors: upstream.iter().map(|code| (code.name(), Counter::default())).collect(),
             time_to_first_token: Histogram::new(SECONDS),
-            queue_wait: Histogram::new(SHORT),
+            // Who waits for a stream's worker may do so for minutes.
+            queue_wait: Histogram::new(SECONDS),
             upstream_attempts: Counter::default(),
             upstream_retries: Counter::default(),
             upstream_fallbacks: Counter::default(),
@@ -243,6 +244,7 @@ mod tests {
         metrics.tokens("invented", 5, 7);
         metrics.upstream_error(Code::UPSTREAM_TIMEOUT);
         metrics.upstream_error(Code::CLIENT_GONE);
+        metrics.queue_wait.observe(Duration::from_secs(20));
         let text = metrics.render([("ai_proxy_workers", "Workers.", 8.0)]);
         for line in [
             "ai_proxy_requests_total{route=\"ask\",status=\"200\"} 2",
@@ -255,6 +257,7 @@ mod tests {
             "ai_proxy_tokens_total{model=\"other\",kind=\"prompt\"} 5",
             "ai_proxy_upstream_errors_total{code=\"upstream_timeout\"} 1",
             "ai_proxy_upstream_cancelled_total 1",
+            "ai_proxy_queue_wait_seconds_bucket{le=\"30\"} 1",
             "ai_proxy_workers 8",
         ] {
             assert!(text.lines().any(|l| l == line), "{line}\n{text}");
