@@ -312,10 +312,13 @@ fn nothing_that_a_client_sends_can_forge_a_line() {
 
 #[test]
 fn the_level_says_what_is_written() {
-    let mut proxy = Proxy::with(&[("LOG_LEVEL", "info")]).start();
-    proxy.get("/livez");
-    proxy.wait_for_line(|line| line.contains("/livez"));
-    proxy.expect_no_line(|line| line.contains("DEBUG") || line.contains("TRACE"));
+    for (level, is_told) in [("info", false), ("debug", true)] {
+        let upstream = FakeUpstream::script(vec![refusal(500, "no"), answer("Yes")]);
+        let mut proxy = Proxy::facing(&upstream).set("UPSTREAM_RETRIES", "1").set("LOG_LEVEL", level).start();
+        proxy.answer("Well?");
+        let log = proxy.whole_log();
+        assert_eq!(log.iter().any(|line| line.contains("[DEBUG] attempt 1 failed")), is_told, "{level}: {log:#?}");
+    }
 }
 
 /// Ends with the test.

@@ -187,7 +187,7 @@ fn a_second_signal_ends_it_at_once() {
     proxy.signal(Signal::TERM);
     wait_until_draining(&mut looking);
     proxy.signal(Signal::TERM);
-    proxy.wait_for_exit(PATIENCE);
+    assert_eq!(proxy.wait_for_exit(PATIENCE).code(), Some(130));
 }
 
 #[test]
