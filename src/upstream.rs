@@ -192,8 +192,9 @@ pub struct Line {
     has_retried: bool,
     /// How the upstream calls it in its own logs, as far as it said.
     its_id: Option<String>,
-    /// An idle connection occupies a thread of the server's.
-    is_costly: bool,
+    /// Its connection is better not kept: an idle one occupies a thread of the server's, or what came over it may be the
+    /// answer to something else, and the true one still come.
+    is_unfit: bool,
 }
 
 impl Line {
@@ -208,7 +209,7 @@ impl Line {
             deadline: Instant::now(),
             has_retried: false,
             its_id: None,
-            is_costly: false,
+            is_unfit: false,
         }
     }
 
@@ -231,10 +232,7 @@ impl Line {
         self.begin();
         self.watch.begin(client, self.deadline);
         let result = work(self);
-        // It may be the answer to something else, and the true one still come.
-        if result.as_ref().is_err_and(|e| e.code == Code::UPSTREAM_BAD_ANSWER) {
-            self.close();
-        }
+        self.is_unfit |= result.as_ref().is_err_and(|e| e.code == Code::UPSTREAM_BAD_ANSWER);
         self.end();
         result.map_err(|e| self.give_up(e))
     }
@@ -274,7 +272,7 @@ impl Line {
 
     /// Closes the connection where it is better not kept.
     fn spare(&mut self) {
-        if std::mem::take(&mut self.is_costly) {
+        if std::mem::take(&mut self.is_unfit) {
             self.close();
         }
     }
@@ -400,7 +398,7 @@ impl Line {
             };
             // Over TLS a new connection costs more.
             let is_plain = request.uri.scheme_str() == Some("http");
-            self.is_costly = is_plain && attempt.as_ref().is_ok_and(counts_requests);
+            self.is_unfit = is_plain && attempt.as_ref().is_ok_and(counts_requests);
             // A kept connection may have died while nobody looked; that costs nobody an attempt. Who dies later has taken the
             // question, and may have been paid for it.
             let is_dead = match &attempt {

@@ -203,10 +203,7 @@ impl Drop for Events<'_> {
     fn drop(&mut self) {
         // A body that was read to its end gives its connection back when it goes.
         self.reader = None;
-        // What has no event may be the answer to something else, and the true one still come.
-        if !self.began {
-            self.line.close();
-        }
+        self.line.is_unfit |= !self.began;
         self.line.end();
     }
 }
