@@ -141,7 +141,7 @@ impl Listener {
             Err(e) => return Err(e),
         };
         let mut live = lock(&self.connections.sockets);
-        let Some((stream, inode)) = kernel::adopt_accepted(lowest, self.local, |inode| live.contains_key(&inode)) else {
+        let Some((stream, inode, window)) = kernel::adopt_accepted(lowest, self.local, |inode| live.contains_key(&inode)) else {
             log::warn!("a client was accepted and its socket not found, as where descriptors run out; it is dropped");
             return Ok(None);
         };
@@ -150,7 +150,7 @@ impl Listener {
         drop(live);
         let peer = stream.peer_addr().unwrap_or(self.local);
         let listed = Arc::new(Listed { connections: Arc::clone(&self.connections), inode });
-        Ok(Some(Box::new(Connection::new(stream, peer, Box::new(client), listed))))
+        Ok(Some(Box::new(Connection::new(stream, peer, window, Box::new(client), listed))))
     }
 
     /// Errs unless the three descriptors that a connection takes are free; else the lowest of them.

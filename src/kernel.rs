@@ -1,5 +1,6 @@
 //! What the kernel and the C library know or do. First what neither std nor rustix has: the descriptor of a socket that the
-//! HTTP library keeps to itself, whether a peer has taken what was sent, memory that is not in use, which thread goes first.
+//! HTTP library keeps to itself, whether a peer has taken what was sent and how much it takes, memory that is not in use, which
+//! thread goes first.
 //! Then what std has in another way: a wait with an end, which file stands at a path and what room is left there, how many
 //! files and threads there may be, how much memory the program takes. And a C function of our own.
 //! The only `unsafe` code of the program; knows no HTTP.
@@ -86,28 +87,28 @@ pub fn fits_in_blocks(path: &Path, bytes: u64) -> bool {
     !matches!(rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes), Err(Errno::NOSPC | Errno::DQUOT))
 }
 
-/// A second descriptor for the connection that was accepted last: `lowest` was the lowest free
-/// descriptor just before, `local` is the listener's address, and `known` tells which sockets (by
+/// A second descriptor for the connection that was accepted last, its inode, and how many bytes its peer has room for: `lowest`
+/// was the lowest free descriptor just before, `local` is the listener's address, and `known` tells which sockets (by
 /// their inode) were there already. `None` where it is not found.
 ///
 /// The kernel hands out the lowest free number, so the first look finds it, unless another thread took
 /// that number or freed a lower one in between.
-pub fn adopt_accepted(lowest: RawFd, local: SocketAddr, known: impl Fn(u64) -> bool) -> Option<(TcpStream, u64)> {
+pub fn adopt_accepted(lowest: RawFd, local: SocketAddr, known: impl Fn(u64) -> bool) -> Option<(TcpStream, u64, usize)> {
     let (near, below) = (lowest..lowest.saturating_add(256), 0..lowest);
     near.chain(below).find_map(|number| adopt(number, local, &known))
 }
 
-fn adopt(number: RawFd, local: SocketAddr, known: &impl Fn(u64) -> bool) -> Option<(TcpStream, u64)> {
+fn adopt(number: RawFd, local: SocketAddr, known: &impl Fn(u64) -> bool) -> Option<(TcpStream, u64, usize)> {
     // SAFETY: the number may be free, or belong to anything in this process. It is borrowed for this
     // call alone, which fails on a free number and changes nothing on a wrong one; the result owns a
     // descriptor of its own.
     let there = unsafe { BorrowedFd::borrow_raw(number) };
     // Asked before it is copied: closing the copy of a file's descriptor would drop all locks that this
     // process holds on the file (fcntl(2)), and SQLite's are such.
-    let inode = new_client(there, local, known)?;
+    let (inode, window) = new_client(there, local, known)?;
     let copy = rustix::io::fcntl_dupfd_cloexec(there, 0).ok()?;
     match socket_inode(&copy) {
-        Some(same) if same == inode => return Some((TcpStream::from(copy), inode)),
+        Some(same) if same == inode => return Some((TcpStream::from(copy), inode, window)),
         // The number changed hands in between. Where it is a file's now, the copy is never closed.
         Some(_) => {}
         None => _ = copy.into_raw_fd(),
@@ -115,8 +116,8 @@ fn adopt(number: RawFd, local: SocketAddr, known: &impl Fn(u64) -> bool) -> Opti
     None
 }
 
-/// The inode of a client's socket that is not known yet.
-fn new_client(there: BorrowedFd, local: SocketAddr, known: &impl Fn(u64) -> bool) -> Option<u64> {
+/// The inode of a client's socket that is not known yet, and how many bytes the client has room for.
+fn new_client(there: BorrowedFd, local: SocketAddr, known: &impl Fn(u64) -> bool) -> Option<(u64, usize)> {
     if rustix::net::sockopt::socket_acceptconn(there) != Ok(false) {
         return None;
     }
@@ -124,7 +125,8 @@ fn new_client(there: BorrowedFd, local: SocketAddr, known: &impl Fn(u64) -> bool
     let address: SocketAddr = rustix::net::getsockname(there).ok()?.try_into().ok()?;
     let inode = socket_inode(there).filter(|_| address.port() == local.port())?;
     // One that is about to be closed may be off the list already, but was sent an answer.
-    (!known(inode) && is_unused(&there).ok()?).then_some(inode)
+    let info = tcp_info(&there)?;
+    (!known(inode) && info.tcpi_bytes_sent == 0).then_some((inode, info.tcpi_snd_wnd as usize))
 }
 
 /// Two open sockets have the same only when 2^32 others came between; the later client is dropped then. `SO_COOKIE` has no
@@ -134,20 +136,19 @@ fn socket_inode(socket: impl AsFd) -> Option<u64> {
     (FileType::from_raw_mode(file.st_mode) == FileType::Socket).then_some(file.st_ino)
 }
 
-/// Nothing was ever sent on this connection (`TCP_INFO`, tcp(7)).
-fn is_unused(stream: &impl AsFd) -> io::Result<bool> {
+/// What the kernel knows of a connection (`TCP_INFO`, tcp(7)).
+fn tcp_info(stream: &impl AsFd) -> Option<libc::tcp_info> {
     // SAFETY: tcp_info is plain numbers, for which all zeros is a value; the kernel writes at most
     // `len` bytes into it.
-    let info = unsafe {
+    unsafe {
         let mut info: libc::tcp_info = std::mem::zeroed();
+        // Kernels before 5.4 do not tell it.
+        info.tcpi_snd_wnd = u32::MAX;
         let mut len = size_of::<libc::tcp_info>() as libc::socklen_t;
         let place = (&raw mut info).cast();
-        if libc::getsockopt(stream.as_fd().as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, place, &raw mut len) != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        info
-    };
-    Ok(info.tcpi_bytes_sent == 0)
+        let result = libc::getsockopt(stream.as_fd().as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, place, &raw mut len);
+        (result == 0).then_some(info)
+    }
 }
 
 /// The peer has taken all that was sent on this connection (`SIOCOUTQ`, tcp(7)); false where that is not known.
@@ -266,6 +267,7 @@ extern "C" fn log(x: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with, sockopt};
     use std::io::{Read, Write};
     use std::net::TcpListener;
 
@@ -341,10 +343,24 @@ mod tests {
         let inode = socket_inode(&one);
         let second = TcpStream::connect(local).expect("connected");
         let (_two, _) = listener.accept().expect("accepted");
-        let (found, _) = adopt_accepted(lowest.min(one.as_raw_fd()), local, |known| Some(known) == inode).expect("found");
+        let (found, _, _) = adopt_accepted(lowest.min(one.as_raw_fd()), local, |known| Some(known) == inode).expect("found");
         assert_eq!(found.peer_addr().ok(), second.local_addr().ok());
         (&one).write_all(b"answer").expect("sent");
-        let (found, _) = adopt_accepted(lowest.min(one.as_raw_fd()), local, |_| false).expect("found");
+        let (found, _, _) = adopt_accepted(lowest.min(one.as_raw_fd()), local, |_| false).expect("found");
         assert_eq!(found.peer_addr().ok(), second.local_addr().ok(), "not one that was answered");
+    }
+
+    #[test]
+    fn a_peer_says_how_much_it_has_room_for() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
+        let local = listener.local_addr().expect("bound");
+        for (buffer, windows) in [(2048, 1..8192), (1 << 20, 8192..1 << 30)] {
+            let client = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None).expect("a socket");
+            sockopt::set_socket_recv_buffer_size(&client, buffer).expect("a buffer");
+            rustix::net::connect(&client, &local).expect("connected");
+            let (server, _) = listener.accept().expect("accepted");
+            let (_, window) = new_client(server.as_fd(), local, &|_| false).expect("a new client");
+            assert!(windows.contains(&window), "{window} of {buffer}");
+        }
     }
 }

@@ -20,6 +20,9 @@ use crate::lock::{lock, wait_while};
 
 /// A body of more bytes is not copied behind its head, since the client may be slow to take it.
 const COPIED: usize = 64 * 1024;
+/// An empty send buffer takes so much: half of the smallest that there is by default (tcp_wmem, tcp(7)). But what goes to a
+/// client with a smaller window the kernel cuts into pieces as small, each of which takes a KiB more of the buffer.
+const SMALL: usize = 8 * 1024;
 
 /// What became of a connection's answers.
 #[derive(Default)]
@@ -104,6 +107,8 @@ pub struct Responder {
     /// The connection goes on after it.
     keep: bool,
     is_idle: bool,
+    /// So much finds room in an empty send buffer.
+    most_at_once: usize,
     /// An answer was begun.
     is_used: bool,
     answers: Arc<Answers>,
@@ -134,6 +139,7 @@ impl Responder {
             head_only: head.map_or(connection.unparsed.starts_with(b"HEAD "), |head| head.method() == "HEAD"),
             keep,
             is_idle: keep && kernel::is_idle(&connection.stream),
+            most_at_once: connection.window.min(SMALL),
             is_used: false,
             answers: Arc::clone(&connection.answers),
             listed: Arc::clone(&connection.listed),
@@ -156,6 +162,7 @@ impl Responder {
             head_only: false,
             keep: true,
             is_idle: true,
+            most_at_once: SMALL,
             is_used: false,
             answers: Arc::default(),
             listed: Arc::new(Listed { connections: Arc::default(), inode: 0 }),
@@ -172,22 +179,19 @@ impl Responder {
         is_gone(&self.stream)
     }
 
-    /// The client's socket has room for an answer of so many bytes, as far as one can tell.
+    /// An answer of about so many bytes will not wait for the client.
     pub fn has_room(&self, bytes: usize) -> bool {
-        const SMALL: usize = 32 * 1024;
-        bytes <= SMALL && wait(&self.stream, PollFlags::OUT, Instant::now()).is_ok_and(|room| room)
+        bytes <= self.most_at_once && kernel::is_idle(&self.stream)
     }
 
-    /// An answer of about so many bytes will not wait for the client, and the connection will go on after it.
+    /// The same, and the connection will go on after it.
     pub fn takes_at_once(&self, bytes: usize) -> bool {
-        // Half of the smallest send buffer there is by default (tcp_wmem, tcp(7)).
-        const SMALL: usize = 8 * 1024;
-        self.is_idle && bytes <= SMALL
+        self.is_idle && bytes <= self.most_at_once
     }
 
-    /// The client had taken all that was sent before its request, and the connection will go on after it.
+    /// Whatever is small will not wait for the client, and the connection will go on after it.
     pub fn is_idle(&self) -> bool {
-        self.is_idle
+        self.takes_at_once(SMALL)
     }
 
     /// Sends the answer, under this id. Returns how many bytes of body went out; errs when the client did not take it, or

@@ -27,6 +27,8 @@ const PIECE: usize = 16 * 1024;
 pub struct Connection {
     pub(super) stream: Arc<TcpStream>,
     peer: SocketAddr,
+    /// So many bytes the client had room for when it came.
+    pub(super) window: usize,
     /// How long a read waits, as the socket was told.
     patience: Duration,
     /// Bytes that were received and belong to the next request, or to the body that is being read.
@@ -76,10 +78,17 @@ pub enum Turn<A> {
 
 impl Connection {
     /// One that was just accepted: its socket, and the library's side of it.
-    pub(super) fn new(stream: Arc<TcpStream>, peer: SocketAddr, client: Box<dyn Send>, listed: Arc<Listed>) -> Connection {
+    pub(super) fn new(
+        stream: Arc<TcpStream>,
+        peer: SocketAddr,
+        window: usize,
+        client: Box<dyn Send>,
+        listed: Arc<Listed>,
+    ) -> Connection {
         Connection {
             stream,
             peer,
+            window,
             patience: config::CLIENT_STALL,
             unparsed: Vec::new(),
             passed_over: false,

@@ -105,7 +105,8 @@ pub fn plug_in_narrow(address: SocketAddr) -> TcpStream {
     // SAFETY: the kernel reads one c_int at the given place.
     let set = unsafe { libc::setsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_MAXSEG, place, size) };
     assert_eq!(set, 0, "a small segment size");
-    sockopt::set_socket_recv_buffer_size(&socket, 2048).expect("a small buffer");
+    // The least there is: half of it is the window.
+    sockopt::set_socket_recv_buffer_size(&socket, 1).expect("a small buffer");
     rustix::net::connect(&socket, &address).expect("the server accepts");
     TcpStream::from(socket)
 }
