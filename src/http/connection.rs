@@ -152,7 +152,9 @@ impl Connection {
                     let (admitted, verdict) = admit(&head);
                     let (body, keep) = self.body(&head, verdict);
                     self.owed = (!keep).then_some(if let Framing::Length(length) = head.framing { length } else { 0 });
-                    let keep = keep && !head.close;
+                    // Who tries again is to do so on a new connection, where another server may be.
+                    let is_end = body.as_ref().is_err_and(|e| e.code == Code::SHUTTING_DOWN);
+                    let keep = keep && !head.close && !is_end;
                     (Some(head), admitted, body, keep)
                 }
             },

@@ -54,8 +54,13 @@ fn what_is_in_flight_finishes_and_nothing_new_begins() {
         assert_eq!(looking.exchange(&get("/readyz")).json()["status"], "draining");
         assert_eq!(looking.exchange(&get("/livez")).status, 200, "it lives");
         let ask = post("/api/ask", &json!({"question": "Too late?"}));
-        late.exchange(&ask).expect_error(503, "shutting_down");
-        later.exchange(&streaming("Too late?")).expect_error(503, "shutting_down");
+        for (connection, request) in [(&mut late, &ask), (&mut later, &streaming("Too late?"))] {
+            let refusal = connection.exchange(request);
+            refusal.expect_error(503, "shutting_down");
+            // Who has a pool of connections would try again on this one.
+            assert_eq!(refusal.header("Connection"), Some("close"));
+            assert!(connection.is_closed_by_server());
+        }
         eventually("new connections are refused", || TcpStream::connect(proxy.address).is_err());
         gate.open();
         let response = asking.read_response();
