@@ -67,10 +67,8 @@ impl Exit {
             self.entry.id = id;
         }
         add_headers(&mut reply.headers, self.headers);
-        let gone = self.responder.reason(ApiError::client_gone()).code;
-        let bytes = self.responder.send(&reply, &self.entry.id, until);
-        let code = code.or(bytes.is_err().then_some(gone));
-        self.entry.log(&Done { status: reply.status, bytes: bytes.unwrap_or(0), model, code });
+        let sent = self.responder.send(&reply, &self.entry.id, until);
+        self.entry.log(&Done { status: reply.status, bytes: sent.unwrap_or(0), model, code: code.or(sent.err()) });
     }
 
     /// Sends an answer where the client has room for it, else gives it back; where too much is on its way already, its

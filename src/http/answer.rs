@@ -194,20 +194,16 @@ impl Responder {
         self.takes_at_once(SMALL)
     }
 
-    /// Sends the answer, under this id. Returns how many bytes of body went out; errs when the client did not take it, or
-    /// not all of it `until` then.
-    pub fn send(mut self, reply: &Reply, id: &str, until: Option<Instant>) -> io::Result<u64> {
+    /// Sends the answer, under this id. Returns how many bytes of body went out; errs, with the reason, when the client did
+    /// not take it, or not all of it `until` then.
+    pub fn send(mut self, reply: &Reply, id: &str, until: Option<Instant>) -> Result<u64, Code> {
         // One write for most.
         let body: &[u8] = if self.head_only { b"" } else { &reply.body };
         let mut bytes = self.head(reply.status, reply.content_type, id, &reply.headers, Some(reply.body.len()));
-        if body.len() <= COPIED {
-            bytes.extend_from_slice(body);
-            self.write(&bytes, until)?;
-        } else {
-            self.write(&bytes, until)?;
-            self.write(body, until)?;
-        }
-        Ok(body.len() as u64)
+        let (copied, rest) = body.split_at(if body.len() <= COPIED { body.len() } else { 0 });
+        bytes.extend_from_slice(copied);
+        let sent = self.write(&bytes, until).and_then(|()| self.write(rest, until));
+        sent.map_or_else(|_| Err(self.reason(ApiError::client_gone()).code), |()| Ok(body.len() as u64))
     }
 
     /// Begins an answer whose length is not known: `first` goes out together with the head.

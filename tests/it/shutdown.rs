@@ -249,6 +249,20 @@ fn a_stream_whose_client_does_not_read_is_kept_at_the_end_of_the_grace() {
     assert_eq!(lines, 1);
 }
 
+#[test]
+fn whose_answer_is_cut_at_the_end_of_the_grace_did_not_leave() {
+    let upstream = FakeUpstream::always(answer(&"much ".repeat(1 << 20)));
+    let mut proxy = Proxy::facing(&upstream).set("SHUTDOWN_GRACE_SECS", "0").start();
+    let client = plug_in_narrow(proxy.address);
+    throw(&client, &[&post("/api/ask", &json!({"question": "Who reads all that?"})).bytes()]);
+    client.peek(&mut [0]).expect("its answer begins");
+    proxy.signal(Signal::TERM);
+    assert_eq!(proxy.wait_for_exit(SOON).code(), Some(0), "{:?}", proxy.stderr());
+    let log = proxy.whole_log();
+    let line = log.iter().find(|line| line.contains("path=/api/ask")).expect("its line");
+    assert!(line.contains(" status=200 ") && line.ends_with(" code=shutting_down"), "{line}");
+}
+
 /// What is stored is answered, also where the commit came after the grace was over.
 #[test]
 fn answers_that_wait_for_the_disk_at_the_end_of_the_grace_go_out() {
