@@ -19,7 +19,7 @@ pub enum Endpoint {
 }
 
 impl Endpoint {
-    /// The names of all endpoints in metrics, and of what is none of them.
+    /// The names of all endpoints in metrics, in their order, and of what is none of them.
     pub const NAMES: &[&str] =
         &["ask", "streaming", "history", "chat_completions", "models", "livez", "readyz", "metrics", "page", Endpoint::NONE];
     /// Requests without an endpoint: a wrong path, method or key, or broken HTTP.
@@ -27,17 +27,7 @@ impl Endpoint {
 
     /// The endpoint's name in metrics.
     pub fn name(self) -> &'static str {
-        match self {
-            Endpoint::Ask => "ask",
-            Endpoint::Streaming => "streaming",
-            Endpoint::History => "history",
-            Endpoint::ChatCompletions => "chat_completions",
-            Endpoint::Models => "models",
-            Endpoint::Livez => "livez",
-            Endpoint::Readyz => "readyz",
-            Endpoint::Metrics => "metrics",
-            Endpoint::Page => "page",
-        }
+        Endpoint::NAMES[self as usize]
     }
 
     /// Answers without a key, and also while the server drains.
