@@ -266,7 +266,8 @@ impl Connection {
     fn body(&mut self, head: &Head, verdict: Result<usize, ApiError>) -> (Result<Vec<u8>, ApiError>, bool) {
         let length = match (head.framing, &verdict) {
             (Framing::Length(length), Ok(most)) if length > *most as u64 => return (Err(too_large(*most)), false),
-            (Framing::Length(length), _) => Some(length as usize),
+            // Not cut to fewer bits where a `usize` has 32: what is left of the body would be read as requests.
+            (Framing::Length(length), _) => Some(usize::try_from(length).unwrap_or(usize::MAX)),
             (Framing::Chunked, _) => None,
         };
         let end = length.map(|length| head.len().saturating_add(length));

@@ -393,6 +393,8 @@ fn a_request_inside_a_body_is_a_body() {
         (with("POST /nowhere HTTP/1.1", ""), 404),
         (with("PUT /livez HTTP/1.1", ""), 405),
         (with("POST /api/ask HTTP/1.1", &format!("{key}Content-Type: text/plain\r\n")), 415),
+        // A length that is 0 in 32 bits.
+        ([&head("POST /nowhere HTTP/1.1", "Content-Length: 4294967296\r\n")[..], SMUGGLED].concat(), 404),
         ([&head("POST /api/ask HTTP/1.1", &format!("{key}Content-Length: 1001\r\n"))[..], SMUGGLED, &[b'x'; 966]].concat(), 413),
         ([&head("POST /api/ask HTTP/1.1", &format!("{key}Content-Length: 5000\r\n"))[..], SMUGGLED, &[b'x'; 4965]].concat(), 413),
     ] {
