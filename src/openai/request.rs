@@ -206,7 +206,9 @@ pub fn model_in_path(name: &str) -> Option<String> {
     // What servers may take for a part of another path.
     let odd = |c: char| c.is_control() || "\\?#%;".contains(c);
     let sane = (1..=200).contains(&name.len()) && !name.contains(odd);
-    (sane && name.split('/').all(|step| !matches!(step, "" | "." | ".."))).then(|| name.into_owned())
+    // Servers of a local file name it by its path, which begins with a slash.
+    let mut steps = name.strip_prefix('/').unwrap_or(&name).split('/');
+    (sane && steps.all(|step| !matches!(step, "" | "." | ".."))).then(|| name.into_owned())
 }
 
 #[cfg(test)]
@@ -220,11 +222,15 @@ mod tests {
             assert_eq!(model_in_path(name).as_deref(), Some(name));
         }
         assert_eq!(model_in_path("caf%C3%A9%2f1").as_deref(), Some("café/1"));
+        assert_eq!(model_in_path("%2Fmodels%2Fllama").as_deref(), Some("/models/llama"));
         for name in [
             "",
             "..",
             "a/./b",
             "a//b",
+            "//a",
+            "/",
+            "/../a",
             "a/",
             "..;/b",
             "a;b",

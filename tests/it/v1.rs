@@ -1366,12 +1366,17 @@ fn failures_at_the_models_are_those_of_the_table() {
     }
     // Some servers have the list alone.
     let upstream = FakeUpstream::answering(|request| match request.target.as_str() {
-        "/v1/models" => reply_json(200, &json!({"object": "list", "data": [{"id": "other"}, {"id": "own/model", "size": 1.50}]})),
+        "/v1/models" => reply_json(
+            200,
+            &json!({"object": "list", "data": [{"id": "other"}, {"id": "own/model", "size": 1.50}, {"id": "/data/own.gguf"}]}),
+        ),
         _ => refusal(404, "File Not Found"),
     });
     let mut proxy = Proxy::facing(&upstream).start();
     let response = proxy.get("/v1/models/own%2Fmodel");
     assert_eq!((response.status, response.json()), (200, json!({"id": "own/model", "size": 1.50})));
+    // As the SDKs write a name that is a path.
+    assert_eq!(proxy.get("/v1/models/%2Fdata%2Fown.gguf").json(), json!({"id": "/data/own.gguf"}));
     proxy.get("/v1/models/own").expect_error(404, "not_found");
     proxy.expect_no_line(|line| line.contains("[WARN]"));
     // Who has no list has no list: the address may be wrong.
