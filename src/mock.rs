@@ -57,7 +57,9 @@ pub fn chunks(request: &[u8]) -> Vec<String> {
         let mut delta = |delta: Value, reason: Value| {
             chunks.push(chunk(json!([{"index": index, "delta": delta, "finish_reason": reason}]), &Value::Null));
         };
-        delta(json!({"role": "assistant", "content": ""}), Value::Null);
+        // With an empty text clients would make a part of it, beside the call.
+        let content = if said.tool.is_some() { Value::Null } else { json!("") };
+        delta(json!({"role": "assistant", "content": content}), Value::Null);
         if let Some(tool) = &said.tool {
             let mut call = said.call(tool, index, "");
             call["index"] = json!(0);
