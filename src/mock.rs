@@ -164,7 +164,10 @@ fn say(request: &[u8]) -> Said {
         pieces,
         choices,
         model: repeated(request.model.as_ref().map_or("mock", |Words(model)| model)),
-        usage: json!({"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}),
+        usage: json!({
+            "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": 0}, "completion_tokens_details": {"reasoning_tokens": 0},
+        }),
         id: format!("chatcmpl-mock-{hash:016x}"),
     }
 }

@@ -1446,6 +1446,9 @@ fn expect_completion(response: &Response, reason: &str) -> Value {
     let count = |name: &str| said["usage"][name].as_u64().expect("a count");
     assert!(count("prompt_tokens") > 0 && count("completion_tokens") > 0);
     assert_eq!(count("total_tokens"), count("prompt_tokens") + count("completion_tokens"));
+    // Programs read these without a question whether they are there.
+    assert_eq!(said["usage"]["prompt_tokens_details"]["cached_tokens"], 0);
+    assert_eq!(said["usage"]["completion_tokens_details"]["reasoning_tokens"], 0);
     choices[0]["message"].clone()
 }
 
