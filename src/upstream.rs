@@ -150,7 +150,10 @@ impl Upstream {
 
     /// What came is no answer; `what` the LLM did.
     pub fn no_answer(&self, code: Code, what: &str, no: &NoAnswer) -> Box<Failure> {
-        let error = self.failed_saying(code, &format!("the LLM {what}: {}", no.why), &no.words);
+        let mut error = self.failed_saying(code, &format!("the LLM {what}: {}", no.why), &no.words);
+        if no.refused {
+            error = error.pointless_to_retry();
+        }
         Box::new(Failure { passing: no.passing, ..error.into() })
     }
 

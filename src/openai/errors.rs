@@ -21,11 +21,13 @@ pub struct NoAnswer {
     pub words: String,
     /// An error that may not be there the next time, or with another model, by its code or type.
     pub passing: bool,
+    /// An error that is the request's, by its code: it would be there again.
+    pub refused: bool,
 }
 
 impl From<String> for NoAnswer {
     fn from(why: String) -> NoAnswer {
-        NoAnswer { why, words: String::new(), passing: false }
+        NoAnswer { why, words: String::new(), passing: false, refused: false }
     }
 }
 
@@ -52,18 +54,23 @@ impl NoAnswer {
     }
 
     fn by(what: &str, error: &Value) -> NoAnswer {
-        NoAnswer { why: what.to_string(), words: error_words(error), passing: may_pass(error) }
+        let refused = code_of(error).is_some_and(|code| matches!(code, 400..=407 | 410..=428 | 430..=499));
+        NoAnswer { why: what.to_string(), words: error_words(error), passing: may_pass(error), refused }
     }
 }
 
 /// What other servers than OpenRouter say of an error that may not be there the next time.
 const PASSING: [&str; 4] = ["server_error", "rate_limit_exceeded", "rate_limit_error", "overloaded_error"];
 
-fn may_pass(error: &Value) -> bool {
+fn code_of(error: &Value) -> Option<u64> {
     let code = &error["code"];
-    match code.as_u64().or_else(|| code.as_str()?.parse().ok()) {
+    code.as_u64().or_else(|| code.as_str()?.parse().ok())
+}
+
+fn may_pass(error: &Value) -> bool {
+    match code_of(error) {
         Some(code) => matches!(code, 404 | 408 | 429 | 500..=599),
-        None => [code, &error["type"]].iter().any(|word| word.as_str().is_some_and(|word| PASSING.contains(&word))),
+        None => [&error["code"], &error["type"]].iter().any(|word| word.as_str().is_some_and(|word| PASSING.contains(&word))),
     }
 }
 

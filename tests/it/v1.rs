@@ -448,6 +448,14 @@ fn where_a_retry_is_pointless_the_client_is_told() {
             assert_eq!(said, (ours, vec![NEVER.into()], 1), "{status} is final");
         }
     }
+    // As vLLM says in a stream what it refuses, and OpenRouter anywhere.
+    for (request, field) in [(chat(json!({})), ""), (chat_stream(), "data: ")] {
+        for (code, told) in [(400, vec![NEVER.into()]), (502, vec![])] {
+            let error = json!({"error": {"message": "Grammar error", "type": "BadRequestError", "param": null, "code": code}});
+            let said = should_retry("2", vec![reply(200, &[], &format!("{field}{error}\n\n"))], &request);
+            assert_eq!(said, (502, told, 1), "{code} in a 200");
+        }
+    }
 }
 
 #[test]
