@@ -122,7 +122,7 @@ fn a_pair_that_is_larger_than_a_page_may_be_is_a_page() {
 fn who_comes_for_a_page_while_many_are_made_waits() {
     let proxy = Proxy::start();
     ask_all(&proxy, &["large"]);
-    let grown = "UPDATE history SET answer = hex(zeroblob(1 << 19))";
+    let grown = "UPDATE history SET answer = hex(zeroblob(1 << 17))";
     assert_eq!(proxy.database().execute(grown, []).expect("the row is there"), 1);
     let mut connections: Vec<_> = (0..20).map(|_| proxy.connect()).collect();
     connections.iter_mut().for_each(|connection| connection.send(&get("/api/history")));
