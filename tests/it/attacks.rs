@@ -1730,6 +1730,8 @@ fn requests_that_never_become_whole_do_not_hold_the_workers() {
 fn readers_that_take_nothing_do_not_hold_the_workers() {
     let upstream = FakeUpstream::answering(|request| match request.question().as_str() {
         "Much?" => answer(&"x".repeat(5 << 20)),
+        // In pieces of half a kilobyte, as they take it, it is too much for a send buffer, too.
+        "Some?" => answer(&"x".repeat(30_000)),
         _ => answer("Yes"),
     });
     let proxy = Proxy::facing(&upstream).set("WORKERS", "2").set("QUEUE_SIZE", "20").start();
