@@ -195,9 +195,8 @@ pub struct Line {
     has_retried: bool,
     /// How the upstream calls it in its own logs, as far as it said.
     its_id: Option<String>,
-    /// Its connection is better not kept: an idle one occupies a thread of the server's, or what came over it may be the
-    /// answer to something else, and the true one still come.
-    is_unfit: bool,
+    /// An idle connection occupies a thread of the server's.
+    is_costly: bool,
 }
 
 impl Line {
@@ -212,7 +211,7 @@ impl Line {
             deadline: Instant::now(),
             has_retried: false,
             its_id: None,
-            is_unfit: false,
+            is_costly: false,
         }
     }
 
@@ -235,7 +234,6 @@ impl Line {
         self.begin();
         self.watch.begin(client, self.deadline);
         let result = work(self);
-        self.is_unfit |= result.as_ref().is_err_and(|e| e.code == Code::UPSTREAM_BAD_ANSWER);
         self.end();
         result.map_err(|e| self.give_up(e))
     }
@@ -275,7 +273,7 @@ impl Line {
 
     /// Closes the connection where it is better not kept.
     fn spare(&mut self) {
-        if std::mem::take(&mut self.is_unfit) {
+        if std::mem::take(&mut self.is_costly) {
             self.close();
         }
     }
@@ -288,7 +286,7 @@ impl Line {
     /// try again where that would multiply our own attempts.
     // Not inlined: a stream would keep room on its stack for what only this needs.
     #[inline(never)]
-    pub fn give_up(&self, e: ApiError) -> ApiError {
+    pub fn give_up(&mut self, e: ApiError) -> ApiError {
         self.tell(&e);
         self.upstream.metrics.upstream_error(e.code);
         if self.has_retried { e.pointless_to_retry() } else { e }
@@ -301,8 +299,12 @@ impl Line {
         fields
     }
 
-    /// Says in the log what the upstream did.
-    fn tell(&self, e: &ApiError) {
+    /// Says in the log what the upstream did. A connection over which came what is no answer is closed: that may be the
+    /// answer to something else, and the true one still come.
+    fn tell(&mut self, e: &ApiError) {
+        if e.code == Code::UPSTREAM_BAD_ANSWER {
+            self.close();
+        }
         let Some(cause) = &e.cause else { return };
         let its_id = self.its_id.as_ref().map(|id| format!(", its request {id}"));
         log::warn!("{cause}{}", its_id.unwrap_or_default());
@@ -310,7 +312,7 @@ impl Line {
 
     /// Turns to the next fallback model after this failure, where there is one and time for it.
     #[inline(never)]
-    pub fn fall_back(&self, chat: &mut Chat, e: &ApiError) -> bool {
+    pub fn fall_back(&mut self, chat: &mut Chat, e: &ApiError) -> bool {
         let falls_back = Instant::now() < self.deadline && chat.fall_back(&self.upstream.config.fallback_models);
         if falls_back {
             self.upstream.metrics.upstream_fallbacks.inc();
@@ -401,7 +403,7 @@ impl Line {
             };
             // Over TLS a new connection costs more.
             let is_plain = request.uri.scheme_str() == Some("http");
-            self.is_unfit = is_plain && attempt.as_ref().is_ok_and(counts_requests);
+            self.is_costly = is_plain && attempt.as_ref().is_ok_and(counts_requests);
             // A kept connection may have died while nobody looked; that costs nobody an attempt. Who dies later has taken the
             // question, and may have been paid for it.
             let is_dead = match &attempt {

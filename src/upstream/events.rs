@@ -203,7 +203,6 @@ impl Drop for Events<'_> {
     fn drop(&mut self) {
         // A body that was read to its end gives its connection back when it goes.
         self.reader = None;
-        self.line.is_unfit |= !self.began;
         self.line.end();
     }
 }

@@ -768,6 +768,11 @@ fn what_is_no_answer_ends_its_connection() {
         assert_eq!(proxy.answer("Second")["answer"], "Second");
         assert_eq!(upstream.connections(), 2, "{path}");
     }
+    // Nor is the next model asked over it.
+    let upstream = FakeUpstream::script(vec![reply(200, &[], r#"{"error":{"code":503,"message":"Busy"}}"#), answer("Yes")]);
+    let proxy = Proxy::facing(&upstream).set("OPENAI_FALLBACK_MODELS", "good").start();
+    assert_eq!(proxy.answer("Well?")["answer"], "Yes");
+    assert_eq!(upstream.connections(), 2);
 }
 
 #[test]
