@@ -257,7 +257,13 @@ mod tests {
     fn no_migration_begins_that_would_not_fit() {
         let pair = "INSERT INTO history (created_at, key_name, question, answer, model, latency_ms)
                     VALUES ('', '', printf('%.1000000c', 'x'), '', '', 0)";
-        for (made, row) in [(1, pair), (5, "INSERT INTO idempotency VALUES ('', '', '', zeroblob(1000000), NULL, 1, 0)")] {
+        // Of short ones a row takes more than its texts.
+        let pairs = "INSERT INTO history (created_at, key_name, question, answer, model, latency_ms)
+                     SELECT '2026-11-27T12:00:00.000Z', 'anonymous', 'q', 'a', 'gpt-4o-mini', 0 FROM numbers";
+        let pairs =
+            &*format!("WITH RECURSIVE numbers(n) AS (VALUES (1) UNION ALL SELECT n + 1 FROM numbers WHERE n < 7700) {pairs}");
+        let note = "INSERT INTO idempotency VALUES ('', '', '', zeroblob(1000000), NULL, 1, 0)";
+        for (made, row) in [(1, pair), (3, pairs), (5, note)] {
             let path = path(&format!("fits-{made}"));
             let before = Connection::open(&path).expect("a file");
             let migrations = schema::MIGRATIONS[..made].join(";");
