@@ -22,7 +22,7 @@ mod store;
 mod upstream;
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -66,11 +66,14 @@ fn print(text: &str) -> Result<(), StartError> {
 /// Asks the server that these settings describe for its `/livez`.
 fn healthcheck(config: &Config) -> Result<(), StartError> {
     const PATIENCE: Duration = Duration::from_secs(3);
-    // At :: IPv4 comes in, too, and ::1 may not be there, as in containers without IPv6.
-    let host = if config.host.is_unspecified() { Ipv4Addr::LOCALHOST.into() } else { config.host };
-    let address = SocketAddr::new(host, config.port);
+    let at = |host: IpAddr| SocketAddr::new(host, config.port);
+    let address = at(if config.host.is_unspecified() { Ipv4Addr::LOCALHOST.into() } else { config.host });
+    // At :: IPv4 comes in, too, unless the kernel is told otherwise (net.ipv6.bindv6only); ::1 may not be there, as in
+    // containers without IPv6.
+    let other = (config.host == Ipv6Addr::UNSPECIFIED).then(|| at(Ipv6Addr::LOCALHOST.into()));
     let ask = || -> std::io::Result<String> {
-        let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
+        let connect = |address| TcpStream::connect_timeout(&address, PATIENCE);
+        let mut stream = connect(address).or_else(|e| other.and_then(|other| connect(other).ok()).ok_or(e))?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         stream.write_all(format!("GET /livez HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").as_bytes())?;

@@ -5,8 +5,10 @@ use crate::support::proxy::{Proxy, Setup, UPSTREAM_KEY};
 use crate::support::upstream::{FakeUpstream, RefusingPort, Step, answer, reply};
 use serde_json::json;
 use std::ffi::OsStr;
-use std::net::TcpListener;
+use std::io::{Read, Write};
+use std::net::{Ipv6Addr, TcpListener};
 use std::os::unix::ffi::OsStrExt;
+use std::thread;
 
 /// Every setting of the contract with its default, where the contract names one.
 const SETTINGS: [(&str, &str); 26] = [
@@ -155,6 +157,22 @@ fn healthcheck_asks_by_ipv4_also_where_the_server_listens_to_both() {
     let port = other.address().port().to_string();
     let ended = Setup::new().set("HOST", "::").set("AUTH", "off").set("PORT", &port).run(&["healthcheck"]);
     assert_eq!(ended.status.code(), Some(0), "{ended:?}");
+}
+
+/// As the kernel may be told (net.ipv6.bindv6only).
+#[test]
+fn healthcheck_asks_by_ipv6_where_the_server_listens_to_that_alone() {
+    let nobody = RefusingPort::new();
+    let Ok(listener) = TcpListener::bind((Ipv6Addr::LOCALHOST, nobody.address().port())) else { return };
+    let asked = thread::spawn(move || {
+        let (mut client, _) = listener.accept().expect("it comes");
+        assert!(client.read(&mut [0; 1024]).is_ok_and(|read| read > 0), "its question");
+        client.write_all(b"HTTP/1.1 200 OK\r\n\r\n").expect("sent");
+    });
+    let port = nobody.address().port().to_string();
+    let ended = Setup::new().set("HOST", "::").set("AUTH", "off").set("PORT", &port).run(&["healthcheck"]);
+    assert_eq!(ended.status.code(), Some(0), "{ended:?}");
+    asked.join().expect("no panic");
 }
 
 #[test]
