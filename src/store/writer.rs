@@ -238,7 +238,9 @@ impl Writer {
         let (surplus, most) = (self.surplus(batch.len()), 2 * batch.len() as u64);
         let has_room = self.has_room(batch.iter().map(Arrival::room).sum(), self.quarters());
         if !has_room && batch.len() > 1 {
-            // What does not fit together may fit in parts, each of which may make room for the next.
+            // What does not fit together may fit in parts, each of which may make room for the next; the smallest go first, since
+            // nothing is tried any more after one that does not fit.
+            batch.sort_by_key(Arrival::room);
             let later = batch.split_off(batch.len() / 2);
             self.append(batch);
             return if self.state.failing.load(Ordering::Relaxed) { refuse(later) } else { self.append(later) };

@@ -191,6 +191,20 @@ mod tests {
         remove(writer);
     }
 
+    /// Though a large one came before them.
+    #[test]
+    fn where_not_all_fit_the_small_ones_are_kept() {
+        let mut writer = writer("small");
+        writer.room = |_| Some(Room { left: KEPT_ROOM + (30 << 10), total: u64::MAX });
+        let pair = |words| Pair { question: "w ".repeat(words), ..Pair::default() };
+        writer.append([50 << 10, 1, 2, 3, 4].map(|words| Arrival::new(pair(words), None, |_| {})).into());
+        assert!(writer.state.failing.load(Ordering::Relaxed));
+        writer.room = kernel::room;
+        assert!(works(&mut writer));
+        assert_eq!(told::<i64>(&mut writer, "SELECT count(*) FROM history"), 4);
+        remove(writer);
+    }
+
     /// Or SQLite moves it over within a commit.
     #[test]
     fn what_is_noted_of_a_request_lets_the_journal_grow_too() {
