@@ -304,9 +304,14 @@ impl Writer {
             }
             // What is damaged, such as an old row or the index of words, is to keep nobody from asking.
             None if deletes => {
-                log::error!("history cannot be pruned, and is written without that");
                 self.shrank(&surplus, None, most);
                 self.append(batch);
+                if self.state.failing.load(Ordering::Relaxed) {
+                    // It was not that, and what is deleted makes room.
+                    self.next_pruning = Instant::now();
+                } else {
+                    log::error!("history cannot be pruned, and is written without that");
+                }
             }
             None => {
                 self.wanted_room = batch.iter().map(Arrival::room).max().unwrap_or(0);
