@@ -54,7 +54,7 @@ impl NoAnswer {
     }
 
     fn by(what: &str, error: &Value) -> NoAnswer {
-        let refused = code_of(error).is_some_and(|code| matches!(code, 400..=407 | 410..=428 | 430..=499));
+        let refused = code_of(error).is_some_and(|code| (400..=499).contains(&code) && !matches!(code, 408 | 409 | 429));
         NoAnswer { why: what.to_string(), words: error_words(error), passing: may_pass(error), refused }
     }
 }

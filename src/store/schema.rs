@@ -59,7 +59,7 @@ pub fn keep_journal(connection: &Connection) -> rusqlite::Result<()> {
 pub fn copied(connection: &Connection) -> rusqlite::Result<u64> {
     let bytes = |query| connection.query_row(query, [], |row| row.get::<_, i64>(0)).map(|bytes| bytes as u64);
     let version = version(connection)?;
-    let pairs = if (1..4).contains(&version) { bytes(include_str!("../../sql/queries/bytes.sql"))? } else { 0 };
+    let pairs = if (1..4).contains(&version) { bytes(include_str!("../../sql/queries/pair_bytes.sql"))? } else { 0 };
     let noted = if (2..6).contains(&version) { bytes(include_str!("../../sql/queries/noted_bytes.sql"))? } else { 0 };
     Ok(pairs + noted)
 }

@@ -290,7 +290,7 @@ impl Writer {
                 self.metrics.history_batch_size.observe_value(ids.len() as f64);
                 self.metrics.history_commit.observe(began.elapsed());
                 self.rows += ids.len() as u64;
-                self.shrank(&surplus, Some(deleted), most);
+                self.shrank(&surplus, deleted, most);
                 self.unindexed_bytes += bytes as i64;
                 self.last_id = ids.last().copied().unwrap_or(self.last_id);
                 self.wanted_room = 0;
@@ -304,7 +304,7 @@ impl Writer {
             }
             // What is damaged, such as an old row or the index of words, is to keep nobody from asking.
             None if deletes => {
-                self.shrank(&surplus, None, most);
+                self.next_pruning = Instant::now() + RETENTION_TICK;
                 self.append(batch);
                 if self.state.failing.load(Ordering::Relaxed) {
                     // It was not that, and what is deleted makes room.

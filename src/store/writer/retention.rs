@@ -77,23 +77,21 @@ impl Writer {
         }
         // Deleting goes through the journal, too: on a disk that is nearly full that is moved over before each bite.
         self.has_room(1 << 20, 4);
-        let deleted = self.transact("pruned", |connection, _| surplus.delete(connection, RETAIN_ROWS));
-        let deleted = self.shrank(&surplus, deleted, RETAIN_ROWS);
+        let Some(deleted) = self.transact("pruned", |connection, _| surplus.delete(connection, RETAIN_ROWS)) else {
+            self.next_pruning = Instant::now() + RETENTION_TICK;
+            return false;
+        };
+        self.shrank(&surplus, deleted, RETAIN_ROWS);
         self.grew(deleted as usize, 0);
         deleted > 0
     }
 
-    /// Notes and says how many rows, of at most `most`, are gone; where that failed, retention rests.
-    pub(super) fn shrank(&mut self, surplus: &Surplus, deleted: Option<u64>, most: u64) -> u64 {
-        let deleted = deleted.unwrap_or_else(|| {
-            self.next_pruning = Instant::now() + RETENTION_TICK;
-            0
-        });
+    /// Notes how many rows, of at most `most`, are gone.
+    pub(super) fn shrank(&mut self, surplus: &Surplus, deleted: u64, most: u64) {
         self.rows = self.rows.saturating_sub(deleted);
         if surplus.days > 0 && deleted < most {
             self.next_retention = Instant::now() + RETENTION_TICK;
         }
-        deleted
     }
 
     /// Forgets some of the requests with an `Idempotency-Key` that nobody may repeat any more; true when there may be more
